@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: MIT
+"""
+The mathematics of GRPO: rewards to advantages, log-probs and advantages to a loss. Tensors in, tensors out.
+
+    A_i    = (reward_i - mean of its group) / (std of its group + eps)      DeepSeekMath, arXiv 2402.03300
+    r_t    = pi(token_t) / pi_old(token_t)
+    k3_t   = pi_ref / pi - log(pi_ref / pi) - 1 at token_t: never negative, its mean is KL(pi || pi_ref)
+    loss_t = -min(r_t A_i, clip(r_t, 1 - epsilon_low, 1 + epsilon_high) A_i) + beta * k3_t
+
+The four losses differ in how they add up tokens, and gspo in its ratio as well:
+
+    grpo     mean over each sequence's tokens, then mean over sequences
+    dapo     mean over the tokens of all sequences                          DAPO, arXiv 2503.14476
+    dr_grpo  sum over tokens / (sequences * max_new_tokens)                 Dr. GRPO, arXiv 2503.20783
+    gspo     as grpo, with one ratio a sequence: the geometric mean of r_t  GSPO, arXiv 2507.18071
+
+Completions lie end to end in packed (N,) tensors, so there is no padding to mask. Every mean is a sum over a
+denominator that counts the whole optimizer step: losses, gradients and stats of micro-batches simply add up.
+"""
+
+import math
+
+import torch
+
+LOSSES = ("grpo", "dapo", "dr_grpo", "gspo")
+
+
+def group_advantages(rewards, *, scale="std", eps=1e-4):
+    """How much better each sample did than the others of its group.
+
+    rewards (P, G), one row of G samples per prompt -> (P, G), every row with mean 0.
+    scale: "std" divides by the row's unbiased standard deviation + eps (the RLT release), "none" doesn't
+    (Dr. GRPO). A row whose rewards are all equal gives exact zeros: its prompt teaches nothing.
+    Raises ValueError on a group of one, a reward that is not finite, an unknown scale.
+    """
+    if scale not in ("std", "none"):
+        raise ValueError(f"advantage scale {scale!r}: expected 'std' or 'none'.")
+    if rewards.ndim != 2 or rewards.shape[1] < 2:
+        raise ValueError(f"rewards of shape {tuple(rewards.shape)}: expected (prompts, samples) with 2 or "
+                         "more samples, since each is judged against the others of its group.")
+    if not rewards.isfinite().all():
+        p, g = (~rewards.isfinite()).nonzero()[0].tolist()
+        raise ValueError(f"the reward of prompt {p}, sample {g} is {rewards[p, g].item()}: expected a finite "
+                         "number. Look at that sample's log-probs.")
+    advantages = rewards - rewards.mean(dim=1, keepdim=True)
+    if scale == "std":
+        advantages = advantages / (rewards.std(dim=1, keepdim=True) + eps)
+    # the rounded mean of equal numbers may be another number, and dividing by eps makes that visible
+    all_equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
+    return torch.where(all_equal, 0.0, advantages)
+
+
+def step_denominator(loss, *, sequences, tokens, max_new_tokens):
+    """What a loss divides by, from the counts of a whole optimizer step: all micro-batches on all ranks."""
+    return {"grpo": sequences, "gspo": sequences, "dapo": tokens, "dr_grpo": sequences * max_new_tokens}[loss]
+
+
+def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, lengths, *, denominator,
+              epsilon_low=0.2, epsilon_high=0.2, beta=0.0, loss="grpo"):
+    """The clipped loss of a micro-batch: B sequences with N completion tokens in all -> (loss (), stats).
+
+    logprobs, old_logprobs, ref_logprobs: (N,) nats of the sampled tokens under the policy (with gradient),
+      the policy that sampled, and the reference (or None where beta is 0: then no KL is logged).
+    advantages: (B,). lengths: (B,) tokens of each sequence. denominator: from step_denominator.
+    stats: sums over tokens; added over micro-batches and divided by the step's tokens they are
+      clip_fraction, tokens without gradient because the ratio (in gspo their sequence's) left its range, and
+      kl_ref, nats per token. So no logged number depends on the size of a micro-batch.
+    """
+    if not 0 <= epsilon_low < 1 or epsilon_high < 0:
+        raise ValueError(f"epsilon_low {epsilon_low}, epsilon_high {epsilon_high}: expected 0 <= epsilon_low "
+                         "< 1 and epsilon_high >= 0, to keep ratios in [1 - epsilon_low, 1 + epsilon_high].")
+    lengths = _checked(logprobs, old_logprobs, ref_logprobs, lengths, beta, loss)
+    log_ratio = logprobs - old_logprobs                                                             # (N,)
+    if loss == "gspo":
+        log_ratio = torch.segment_reduce(log_ratio, "mean", lengths=lengths).repeat_interleave(lengths)
+    advantages = advantages.repeat_interleave(lengths)                                              # (N,)
+    # min(r A, clip(r) A) is A min(r, 1 + high) where A > 0 and A max(r, 1 - low) where A < 0. Clamped before
+    # exp(), so that a clipped token's gradient is 0 even where exp() would overflow and make it 0 * inf.
+    clamped = torch.where(advantages >= 0, log_ratio.clamp(max=math.log1p(epsilon_high)),
+                          log_ratio.clamp(min=math.log1p(-epsilon_low)))
+    stats = {"clip_fraction": ((clamped != log_ratio) & (advantages != 0)).sum()}
+    token_loss = -advantages * clamped.exp()
+    return _add_up(token_loss, logprobs, ref_logprobs, lengths, denominator, beta, loss, stats)
+
+
+def guided_loss(logprobs, hinted_logprobs, ref_logprobs, advantages, lengths, *, denominator,
+                quantile=0.9, beta=0.0, loss="grpo"):
+    """Guide-GRPO's loss of completions sampled with a hint and learned without it (arXiv 2506.13923).
+
+    The call is grpo_loss's, with r_t = pi(token_t | question) / pi_old(token_t | question, hint):
+    hinted_logprobs (N,) are the sampling policy's, which saw the hint; all others are the plain question's.
+    r is not clipped but shaped, f(r) = r / (r + gamma): grad log pi has the weight gamma r / (r + gamma)^2.
+    gamma: the `quantile` of r over the sequence's own tokens, without gradient, at least 1e-4; with
+    quantile=None, f(r) = r. gspo has no ratio per token and is refused.
+    stats: kl_ref as in grpo_loss, and guided_log_ratio, the sum of log r over tokens.
+    Source: the authors' released code (there the quantile is over padding too).
+    """
+    if loss == "gspo":
+        raise ValueError("loss 'gspo' for guided rows: their ratio is per token. Use grpo, dapo or dr_grpo.")
+    lengths = _checked(logprobs, hinted_logprobs, ref_logprobs, lengths, beta, loss)
+    log_ratio = logprobs - hinted_logprobs                                                          # (N,)
+    if quantile is None:
+        weight = log_ratio.exp()
+    else:
+        # log gamma, with the sequence's largest r divided out before exp(), so that nothing overflows
+        rows = [(row, row.max()) for row in log_ratio.detach().split(lengths.tolist())]
+        log_gamma = torch.stack([(row - top).exp().quantile(quantile).log() + top for row, top in rows])
+        log_gamma = log_gamma.clamp(min=math.log(1e-4)).repeat_interleave(lengths)                  # (N,)
+        weight = torch.sigmoid(log_ratio - log_gamma)                            # this is r / (r + gamma)
+    token_loss = -advantages.repeat_interleave(lengths) * weight
+    stats = {"guided_log_ratio": log_ratio.detach().sum()}
+    return _add_up(token_loss, logprobs, ref_logprobs, lengths, denominator, beta, loss, stats)
+
+
+def _checked(logprobs, old_logprobs, ref_logprobs, lengths, beta, loss):
+    """The lengths, on the log-probs' device."""
+    if loss not in LOSSES:
+        raise ValueError(f"loss {loss!r}: expected one of {', '.join(LOSSES)}.")
+    if beta != 0 and ref_logprobs is None:
+        raise ValueError(f"beta is {beta} but ref_logprobs is None: pass the reference's, or beta=0.")
+    assert lengths.min() > 0, "a completion of no tokens: even an empty one has its end token"
+    tokens = int(lengths.sum())
+    assert logprobs.shape == old_logprobs.shape == (tokens,), "the log-probs are not packed by these lengths"
+    return lengths.to(logprobs.device)
+
+
+def _add_up(token_loss, logprobs, ref_logprobs, lengths, denominator, beta, loss, stats):
+    """Token losses (N,) plus the KL to the reference, summed over tokens and sequences as `loss` has it."""
+    if ref_logprobs is not None:
+        gap = ref_logprobs - logprobs
+        k3 = torch.expm1(gap) - gap
+        stats["kl_ref"] = k3.detach().sum()
+    if beta != 0:
+        token_loss = token_loss + beta * k3
+    if loss in ("grpo", "gspo"):
+        token_loss = token_loss / lengths.repeat_interleave(lengths)
+    return token_loss.sum() / denominator, stats
