@@ -34,9 +34,9 @@ STUDENT_SYSTEM = (
 TEACHER_SYSTEM = (
     "You are given a question and answer in two sections. The first, between "
     f"{SOLUTION[0]} and {SOLUTION[1]}, is its precise solution. The second, between {EXPLANATION[0]} and "
-    f"{EXPLANATION[1]}, explains how one gets there: a careful line of thought that analyses the question, explores, "
-    "checks itself, goes back and corrects where it must, and arrives at the solution; its steps are separated "
-    "by blank lines."
+    f"{EXPLANATION[1]}, explains how one gets there: a careful line of thought that analyses the question, "
+    "explores, checks itself, goes back and corrects where it must, and arrives at the solution; its steps are "
+    "separated by blank lines."
 )
 BOXED = "Return your final response within \\boxed{}. "  # the instruction that the benchmarks' harness puts first
 
@@ -88,7 +88,7 @@ def _read(source, limit):
     if path.suffix == ".json" and path.is_file():
         table = json.loads(path.read_bytes())
         if not isinstance(table, list):
-            raise ValueError(f"{source} holds a {type(table).__name__}; expected a list of rows. Save it as JSON Lines.")
+            raise ValueError(f"{source} holds a {type(table).__name__}, expected a list of rows. Save it as JSONL.")
     else:
         from datasets import load_dataset
 
@@ -171,9 +171,8 @@ def _gsm8k_solution(answer):
 def leaks(explanation, solution):
     """Whether the explanation gives the solution away instead of arriving at it: the solution stands in it
     word for word, before its last quarter."""
-    text, wanted = " ".join(explanation.split()), " ".join(solution.split())
-    at = text.find(wanted)
-    return 0 <= at < 0.75 * len(text)
+    text, wanted = (f" {' '.join(words.split())} " for words in (explanation, solution))
+    return 0 <= text.find(wanted) < 0.75 * len(text)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -250,6 +249,23 @@ class Prompts:
     def _turn(self, system, user):
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
         return self.encode(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    def fitting(self, rows, room, skip=False):
+        """The rows whose prompts and solution leave the models their `room` of context, in tokens."""
+        kept = []
+        for row in rows:
+            solution = len(self.encode(row["solution"] or ""))
+            length = max(len(self.teacher(row)), len(self.student(row)) + solution + 32)  # 32: the tags between
+            if length <= room:
+                kept.append(row)
+            elif not skip:
+                raise ValueError(
+                    f"{row['where']} takes {length} tokens of prompt and solution, room is for {room}. Shorten it, "
+                    "lower --max-new-tokens, or pass --skip-bad-rows."
+                )
+        if len(kept) < len(rows):
+            print(f"{len(rows) - len(kept)} of {len(rows)} rows are too long for the context and left out")
+        return kept
 
     def split(self, ids, finished):
         """Take a teacher's completion apart. ids: all that was sampled, the end of turn included if finished.

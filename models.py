@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: MIT
+"""
+Models: found, loaded, sampled from, saved. Nothing here knows about rewards or GRPO.
+
+A model is named by a hub id, a folder, a run folder (its final/ is meant), or `toy` and `toy-teacher`, which are
+made on first use. Weights are read from safetensors only, and no code is ever taken from a model's repository.
+"""
+
+import hashlib
+import logging
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it offers a hub kernel that we don't want
+HERE = Path(__file__).resolve().parent
+MADE_ON_FIRST_USE = {  # name: (folder, the command that makes it, what is being made)
+    "toy": ("runs/toy", ["data/toy.py"], "the toy (rows, tokenizer, base model: two minutes)"),
+    "toy-teacher": ("runs/toy-teacher", ["sft_student.py", "--format", "teacher"], "the toy's warm-up teacher"),
+}
+
+
+def resolve(name):
+    """The folder (or hub id) that a model's name stands for. Makes the toy when it is asked for and missing."""
+    if name in MADE_ON_FIRST_USE:
+        folder, (script, *flags), what = MADE_ON_FIRST_USE[name]
+        if not Path(folder).exists():
+            print(f"{folder} is missing: making {what}, once.", flush=True)
+            subprocess.run([sys.executable, str(HERE / script), *flags, "--out", folder], check=True)
+        name = folder
+    path = Path(name)
+    if (path / "final").is_dir():
+        return str(path / "final")
+    if (path / "metrics.jsonl").exists():
+        raise FileNotFoundError(f"{name} has no final/: that run has not finished. Continue it with --resume.")
+    if path.is_dir() or (name.count("/") <= 1 and not name.startswith((".", "/", "runs/"))):
+        return str(name)
+    raise FileNotFoundError(f"{name} is no folder: expected a run folder, a model folder, a hub id (org/name) or toy.")
+
+
+def rows_of(data, split):
+    """The file of a data source: `toy` stands for the toy's rows of this split (train, val, test, long)."""
+    return f"{resolve('toy')}/{split}.jsonl" if data == "toy" else data
+
+
+def pick_device(name):
+    """ "auto" is CUDA where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: this machine has no usable CUDA device. Pass --device cpu or auto.")
+    return torch.device(name)
+
+
+def load_tokenizer(name):
+    """The tokenizer of a model, its tokenizer.json taken as it is, with a padding token.
+
+    Not AutoTokenizer: that goes by the model's architecture, and finds another class beside a bare adapter.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(resolve(name))
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {name} has no end-of-sequence token: expected an instruct model's.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: every mask here comes from lengths
+    return tokenizer
+
+
+def check_same_tokenizer(teacher, student):
+    """Raise unless both tokenizers give every id the same meaning: the reward compares token by token."""
+    ours, theirs = ({i: token for token, i in t.get_vocab().items()} for t in (teacher, student))
+    for i in sorted(ours.keys() | theirs.keys()):
+        if ours.get(i) != theirs.get(i):
+            raise ValueError(
+                f"teacher and student tokenize differently (id {i} is {ours.get(i)!r} in one, {theirs.get(i)!r} in the "
+                "other), and the reward compares token by token. Pass a --student of the same family."
+            )
+
+
+def base_of(name):
+    """The model under an adapter; any other model is its own base."""
+    folder = resolve(name)
+    if (Path(folder) / "adapter_config.json").exists():
+        from peft import PeftConfig
+
+        return PeftConfig.from_pretrained(folder).base_model_name_or_path
+    return folder
+
+
+def load_model(name, *, bits, device):
+    """A frozen model in eval mode; an adapter folder is loaded as its base with the adapter on.
+
+    bits: 32 (float32), 16 (bfloat16) or 4 (nf4 with double quantisation, through bitsandbytes; embeddings and head
+    stay unquantised).
+    """
+    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    folder = resolve(name)
+    if (Path(folder) / "adapter_config.json").exists():
+        from peft import PeftModel
+
+        base = load_model(base_of(folder), bits=bits, device=device)
+        return PeftModel.from_pretrained(base, folder).eval().requires_grad_(False)
+    options = {"dtype": torch.float32 if bits == 32 else torch.bfloat16}
+    if bits == 4:
+        options = _four_bits(device)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, device_map={"": str(device)}, use_safetensors=True, trust_remote_code=False, **options
+    )
+    model.generation_config = GenerationConfig()  # a checkpoint's own top-p or repetition penalty must not leak in
+    return model.eval().requires_grad_(False)
+
+
+def _four_bits(device):
+    import bitsandbytes.nn.modules
+    from transformers import BitsAndBytesConfig
+
+    # On CPUs with AVX512-BF16 bitsandbytes repacks weights in place at the first forward, and gradients through
+    # the repacked layers are wrong (or raise): keep the plain path.
+    bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    return {"dtype": dtype, "quantization_config": quantisation}
+
+
+def load_lora(name, *, bits, device, rank, alpha, targets, seed, reference=False, checkpointing=False):
+    """A base with a trainable LoRA adapter "default", in float32 on any base: bf16 ones do not move at lr 1e-6.
+
+    name: a folder that holds an adapter goes on training that adapter; any other model gets a fresh one.
+    checkpointing: recompute activations in the backward pass, which saves memory and costs a third more time.
+    reference: add a second, frozen adapter "reference" with the starting weights (`using` switches to it).
+    """
+    from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+
+    folder = resolve(name)
+    torch.manual_seed(seed)
+    if (Path(folder) / "adapter_config.json").exists():
+        config = PeftConfig.from_pretrained(folder)
+        if (config.r, config.lora_alpha) != (rank, alpha):
+            raise ValueError(
+                f"{name} holds an adapter of rank {config.r} and alpha {config.lora_alpha}, asked for were {rank} and "
+                f"{alpha}: pass --lora-rank {config.r} --lora-alpha {config.lora_alpha}."
+            )
+        base = load_model(config.base_model_name_or_path, bits=bits, device=device)
+        model = PeftModel.from_pretrained(base, folder, is_trainable=True)
+    else:
+        base = load_model(folder, bits=bits, device=device)
+        targets = targets if targets == "all-linear" else targets.split(",")
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
+        try:
+            model = get_peft_model(base, config)
+        except ValueError as error:
+            raise ValueError(f"--lora-targets {targets}: {error}") from None
+    if reference:
+        model.add_adapter("reference", model.peft_config["default"])
+        with torch.no_grad():
+            for ours, theirs in adapter_pairs(model):
+                theirs.copy_(ours)
+    for parameter in adapter_parameters(model):
+        parameter.data = parameter.data.float()
+    if checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return set_trainable(model)
+
+
+def adapter_parameters(model, adapter="default"):
+    return [p for name, p in model.named_parameters() if "lora_" in name and f".{adapter}." in name]
+
+
+def adapter_pairs(model):
+    """(policy, reference) tensors of the two adapters, in one order."""
+    pairs = zip(adapter_parameters(model), adapter_parameters(model, "reference"), strict=True)
+    return list(pairs)
+
+
+def set_trainable(model):
+    """Activate the adapter "default" and let gradients reach it alone."""
+    model.set_adapter("default")
+    model.requires_grad_(False)
+    for parameter in adapter_parameters(model):
+        parameter.requires_grad_(True)
+    return model
+
+
+@contextmanager
+def using(model, adapter):
+    """`with using(model, "reference"):` the other adapter speaks, without gradients."""
+    model.set_adapter(adapter)
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        set_trainable(model)
+
+
+@torch.no_grad()
+def sync_reference(model, mix):
+    """reference <- mix * policy + (1 - mix) * reference, for A and for B (TR-DPO, as in the released recipe).
+
+    With A' = A + dA and B' = B + dB the policy's, the product misses the average of the two products by exactly
+    mix (1 - mix) dB dA times the adapter's scale.
+    """
+    for policy, reference in adapter_pairs(model):
+        reference.lerp_(policy, mix)
+
+
+def fingerprint(model):
+    """A hash of the weights under the adapters: 64 numbers of every tensor, with its name, shape and type."""
+    digest = hashlib.sha256()
+    for name, p in sorted(model.named_parameters()):
+        if "lora_" not in name:
+            name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
+            few = p.detach().flatten()[:: max(1, p.numel() // 64)]
+            digest.update(few.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_model(model, tokenizer, folder, adapters=("default",)):
+    """A Hugging Face folder, or for a model with adapters a peft folder (a second adapter goes into a subfolder)."""
+    options = {"selected_adapters": list(adapters)} if hasattr(model, "peft_config") else {}
+    model.save_pretrained(folder, **options)
+    tokenizer.save_pretrained(folder)
+
+
+def restore(model, folder):
+    """Read the weights that save_model wrote into this folder back into the model, bit for bit."""
+    if not hasattr(model, "peft_config"):
+        from safetensors.torch import load_model as load_safetensors
+
+        load_safetensors(model, Path(folder) / "model.safetensors")
+        return
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    for adapter in model.peft_config:
+        place = Path(folder) if adapter == "default" else Path(folder) / adapter
+        set_peft_model_state_dict(model, load_peft_weights(str(place), device="cpu"), adapter_name=adapter)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# sampling
+
+
+class Completion(NamedTuple):
+    ids: list  # what was sampled, the end of turn included
+    logprobs: list  # of each id, under the very distribution it was drawn from; nats
+    finished: bool  # the end of turn was sampled
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts, *, max_new_tokens, temperature, seed):
+    """One completion for each prompt (lists of ids), in one batch. temperature 0 is greedy.
+
+    Sampled is exactly softmax(logits / temperature) over the tokenizer's vocabulary: no top-k, no top-p, no
+    penalties, and the columns a model's head has beyond its tokenizer are masked. Draws depend on `seed` and the
+    batch alone. Of the log-softmax only one step's (B, V) is ever held.
+    """
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    device = next(model.parameters()).device
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), tokenizer.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):  # on the left, so that all rows go on at the same column
+        ids[i, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[i, longest - len(prompt) :] = 1
+    sampler = _Sampler(temperature or 1.0, len(tokenizer))
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        temperature=1.0,  # the sampler divides
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    training = model.training
+    model.eval()  # gradient checkpointing would switch the cache off
+    torch.manual_seed(seed)
+    sequences = model.generate(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        generation_config=config,
+        logits_processor=LogitsProcessorList([sampler]),
+    )
+    model.train(training)
+    sampler.take(sequences)
+    logprobs = torch.stack(sampler.taken, 1).tolist()
+    completions = []
+    for row, logps in zip(sequences[:, longest:].tolist(), logprobs, strict=True):
+        finished = tokenizer.eos_token_id in row
+        length = row.index(tokenizer.eos_token_id) + 1 if finished else len(row)
+        completions.append(Completion(row[:length], logps[:length], finished))
+    return completions
+
+
+class _Sampler:
+    """A logits processor that tempers, masks, and remembers the log-prob of each id once it has been drawn."""
+
+    def __init__(self, temperature, vocab):
+        self.temperature, self.vocab = temperature, vocab
+        self.held, self.taken = None, []
+
+    def __call__(self, ids, logits):
+        if self.held is not None:
+            self.take(ids)
+        logits = logits.float()
+        logits[:, self.vocab :] = float("-inf")
+        self.held = torch.log_softmax(logits / self.temperature, -1)
+        return self.held
+
+    def take(self, ids):
+        self.taken.append(self.held.gather(1, ids[:, -1:])[:, 0])

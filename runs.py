@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: MIT
+"""
+Flags, and the run folder: what was asked for, what happened, and where to go on. No models, no rewards here.
+
+    config.json     flags, command, git commit, versions, device, and what the script adds (a hash of the base)
+    metrics.jsonl   one object a step
+    samples.jsonl   a few full texts
+    step_000050/    a checkpoint after 50 steps; renamed into place when it is whole
+    final/          the result: a peft adapter or a Hugging Face folder
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+FREE_TO_CHANGE = {"resume", "steps", "save_every", "device"}  # flags that a resumed run may give another value
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def flags(doc):
+    """A script's parser: its docstring, defaults in --help, no abbreviations. Errors of ours become one line."""
+    sys.excepthook = _one_line
+    return argparse.ArgumentParser(
+        description=doc, usage="%(prog)s [flags]", formatter_class=_Help, allow_abbrev=False
+    )
+
+
+def number(kind, low=None, high=None, above=None):
+    """An argparse type: an int or float in [low, high], or greater than `above`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected {_a(kind)}") from None
+        for wrong, rule in (
+            (low is not None and not value >= low, f"at least {low}"),
+            (high is not None and not value <= high, f"at most {high}"),
+            (above is not None and not value > above, f"more than {above}"),
+        ):
+            if wrong:
+                raise argparse.ArgumentTypeError(f"got {text}, expected {rule}")
+        return value
+
+    return parse
+
+
+def _a(kind):
+    return {int: "a whole number", float: "a number"}[kind]
+
+
+def _one_line(kind, error, trace):
+    """Complaints that this repository raises itself say all there is to say; anything else keeps its traceback."""
+    last = trace
+    while last and last.tb_next:
+        last = last.tb_next
+    ours = last and Path(last.tb_frame.f_code.co_filename).resolve().parent == HERE
+    if ours and issubclass(kind, (ValueError, OSError, NotImplementedError)):
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def seed_for(*key):
+    """A seed for this key alone, e.g. (seed, step, rank, batch): a resumed run draws what the first would have."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "big")
+
+
+def pick(n, size, step, seed):
+    """Indices of the `size` rows of this step: epochs of shuffled rows laid end to end, a function of step alone."""
+    chosen = []
+    for at in range(step * size, (step + 1) * size):
+        epoch, place = divmod(at, n)
+        if not chosen or place == 0:
+            order = random.Random(seed_for(seed, "epoch", epoch)).sample(range(n), n)
+        chosen.append(order[place])
+    return chosen
+
+
+def schedule(step, steps, warmup, final, shape="linear"):
+    """Share of the peak learning rate at this step: up over `warmup` steps, then down to `final` at the end."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    if shape == "cosine":
+        progress = (1 - math.cos(math.pi * progress)) / 2
+    return 1 + (final - 1) * progress
+
+
+def falling(metrics, key, window=10):
+    """A sentence when `key` has fallen from window to window, three in a row and beyond its noise; else None."""
+    values = [entry[key] for entry in read_jsonl(metrics)[-3 * window :]]
+    if len(values) < 3 * window or len(read_jsonl(metrics)) % window:
+        return None
+    first, second, third = (values[i * window : (i + 1) * window] for i in range(3))
+    means = [statistics.fmean(part) for part in (first, second, third)]
+    noise = statistics.stdev(first) * (2 / window) ** 0.5
+    if means[0] > means[1] > means[2] and means[0] - means[2] > 2 * noise:
+        return f"the {key} has fallen for {3 * window} steps ({means[0]:.3g} -> {means[1]:.3g} -> {means[2]:.3g})."
+
+
+def write_atomically(path, text):
+    """Never half a file: written beside, flushed to the disk, renamed."""
+    beside = Path(f"{path}.partial")
+    with beside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def read_jsonl(path):
+    """Objects of a JSON Lines file that is being appended to; a last line cut short by a kill is left out."""
+    if not Path(path).exists():
+        return []
+    lines = Path(path).read_text().split("\n")[:-1]  # whole lines end in a newline
+    return [json.loads(line) for line in lines]
+
+
+def describe(args):
+    """What config.json says of a run before it starts."""
+    packages = ("torch", "transformers", "peft", "triton", "bitsandbytes", "numpy")
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {"flags": vars(args), "command": command, "git": _git(), "versions": versions}
+
+
+def _git():
+    def ask(*what):
+        return subprocess.run(["git", *what], cwd=HERE, capture_output=True, text=True)
+
+    commit = ask("rev-parse", "HEAD")
+    if commit.returncode:
+        return None
+    return {"commit": commit.stdout.strip(), "dirty": bool(ask("status", "--porcelain", "-uno").stdout.strip())}
+
+
+class Run:
+    """The folder of one run. `step` is where the loop starts; `checkpoint` the folder to load first, or None."""
+
+    def __init__(self, args):
+        self.folder = Path(args.out)
+        self.metrics, self.samples = self.folder / "metrics.jsonl", self.folder / "samples.jsonl"
+        self.step, self.checkpoint = 0, None
+        if self.metrics.exists() and not args.resume:
+            raise FileExistsError(
+                f"{self.folder} already holds a run. Pass --resume to continue it, or another --out."
+            )
+        self.config = describe(args)
+        before = self.folder / "config.json"
+        if args.resume and before.exists():
+            self._check_flags(json.loads(before.read_text()))
+            whole = sorted(p for p in self.folder.glob("step_*") if p.suffix != ".partial")
+            if whole:
+                self.checkpoint, self.step = whole[-1], int(whole[-1].name.removeprefix("step_"))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for log in (self.metrics, self.samples):  # back to the step of the checkpoint
+            kept = [entry for entry in read_jsonl(log) if entry["step"] < self.step]
+            write_atomically(log, "".join(json.dumps(entry) + "\n" for entry in kept))
+
+    def _check_flags(self, before):
+        for flag, now in self.config["flags"].items():
+            then = before["flags"].get(flag)
+            if then != now and flag not in FREE_TO_CHANGE:
+                raise ValueError(
+                    f"--resume: {self.folder} was started with {flag} = {then}, now it is {now}. "
+                    "Pass the flags it was started with, or another --out."
+                )
+        self.before = before
+
+    def describe(self, **facts):
+        """Add facts to config.json. A resumed run must find the base it was started on."""
+        before = getattr(self, "before", {})
+        for key in ("base_hash", "student_hash"):
+            if key in facts and before.get(key) not in (None, facts[key]):
+                raise ValueError(
+                    f"--resume: the weights behind {self.folder} have changed ({key} {before[key][:12]} -> "
+                    f"{facts[key][:12]}). Restore the base it was trained on, or start anew with another --out."
+                )
+        self.config |= facts
+        write_atomically(self.folder / "config.json", json.dumps(self.config, indent=2) + "\n")
+
+    def log(self, entry):
+        """One step into metrics.jsonl; returns the line for the console."""
+        _append(self.metrics, [entry])
+        shown = ("reward", "score", "kl", "closed", "leak", "kl_ref", "length", "eval_reward", "loss", "val_loss")
+        words = [f"{key} {entry[key]:.4g}" for key in shown if entry.get(key) is not None]
+        seconds = sum(value for key, value in entry.items() if key.startswith("t_"))
+        return " | ".join([f"step {entry['step'] + 1}", *words, f"{seconds:.1f}s"])
+
+    def log_samples(self, entries):
+        _append(self.samples, entries)
+
+    def save(self, step, write):
+        """A checkpoint after `step` steps. write(folder) fills it; it appears under its name once it is whole."""
+        self._place(self.folder / f"step_{step:06d}", write)
+
+    def finish(self, write):
+        self._place(self.folder / "final", write)
+        return self.folder / "final"
+
+    def _place(self, folder, write):
+        beside = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        write(beside)
+        for path in beside.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
+
+
+def _append(path, entries):
+    with path.open("a") as file:
+        file.write("".join(json.dumps(entry) + "\n" for entry in entries))

@@ -1,0 +1,70 @@
+"""What the tests share: small models and tokenizers, made here; public rows from RLT_TEST_DATA where that is set."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)
+
+
+def data_file(name):
+    """A file of the public rows, or a skip that says why."""
+    folder = os.environ.get("RLT_TEST_DATA")
+    if not folder:
+        pytest.skip("set RLT_TEST_DATA to a folder with the public rows (data/README.md) to run this")
+    path = Path(folder) / name
+    if not path.exists():
+        pytest.skip(f"{path} is missing: this test reads it")
+    return path
+
+
+def run_script(cwd, script, *flags, check=True, **env):
+    """Call a script as a user would, in the folder cwd."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, flags)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        capture_output=True,
+        text=True,
+    )
+    if check:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer():
+    """The real Qwen2.5 tokenizer."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(data_file("qwen2.5_tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """A folder with runs/toy in it: the real toy, its base all but untrained."""
+    folder = tmp_path_factory.mktemp("toy")
+    run_script(folder, "data/toy.py", "--out", "runs/toy", "--steps", "3")
+    return folder
+
+
+@pytest.fixture
+def tiny_model():
+    """make(vocab) -> a random two-layer Qwen2, untied so that the head is its own."""
+    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+    def make(vocab, seed=0, **changes):
+        torch.manual_seed(seed)
+        shape = dict(vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                     num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.3)
+        model = Qwen2ForCausalLM(Qwen2Config(**{**shape, **changes}))
+        model.generation_config = GenerationConfig()
+        return model.eval()
+
+    return make

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: MIT
+"""
+Train a Reinforcement-Learned Teacher with GRPO (arXiv 2506.08388).
+
+The teacher sees a question and its solution and writes an explanation. A frozen student, shown only the question
+and the explanation, says how likely the solution has become:
+
+    score  = mean + alpha * min   over solution tokens     of  log p_student(token | question, explanation)
+    kl     = mean + alpha * max   over explanation tokens  of  KL(p_teacher || p_student)
+    reward = score - lambda * kl                           (- the penalty, where the explanation is not closed)
+
+As released, except: the KL may be the exact one of equation 4 (--kl exact) instead of the sampled log-ratio;
+token ids go from sampling to reward unchanged; the teacher is a LoRA adapter, and so is its reference.
+
+    laptop, 4 minutes     python train_rlt.py --lambda 3 --alpha 0.01
+    your rows             python train_rlt.py --data rows.jsonl --model runs/my-teacher --max-new-tokens 2048 ...
+"""
+
+import time
+
+import torch
+from tqdm import tqdm
+
+import models
+import runs
+from grpo import LOSSES, group_advantages, grpo_loss, step_denominator
+from prompts import Prompts, leaks, load_rows
+from rewards import completion_logprobs, implementation, micro_batches, score_explanations
+from runs import number, seed_for
+
+# ---------------------------------------------------------------------------------------------------------
+parser = runs.flags(__doc__)
+# models
+parser.add_argument("--model", default="toy-teacher", help="teacher to start from: run folder, folder, hub id")
+parser.add_argument("--student", default=None, help="frozen student that scores; None: the teacher's own base")
+parser.add_argument("--teacher-bits", type=int, choices=(4, 16, 32), default=32, help="bits of the teacher's base")
+parser.add_argument("--student-bits", type=int, choices=(4, 16, 32), default=4, help="bits of the student")
+parser.add_argument("--lora-rank", type=number(int, 1), default=16, help="rank of the teacher's adapter")
+parser.add_argument("--lora-alpha", type=number(float, above=0), default=32, help="adapter scale times its rank")
+parser.add_argument("--lora-targets", default="all-linear", help="layers with an adapter, by name, with commas")
+# data
+parser.add_argument("--data", default="toy", help="rows with question and solution: file, hub id, or toy")
+parser.add_argument("--question-column", default=None, help="column with the question; None: by known schemas")
+parser.add_argument("--solution-column", default=None, help="column with the solution; None: by known schemas")
+parser.add_argument("--limit", type=number(int, 1), default=None, help="use the first rows only")
+parser.add_argument("--skip-bad-rows", action="store_true", help="leave bad and over-long rows out, and count them")
+parser.add_argument("--solution-in", choices=("assistant", "user"), default="assistant", help="the teacher finds the "
+                    "solution prefilled in its own turn (as released) or in the user's (as the paper draws it)")
+# reward
+parser.add_argument("--lambda", dest="lam", metavar="L", type=number(float, 0), default=3.0, help="weight of the KL")
+parser.add_argument("--alpha", type=number(float, 0), default=0.01, help="weight of the min and the max over tokens")
+parser.add_argument("--kl", choices=("exact", "sampled"), default="exact", help="KL over the whole vocabulary, or "
+                    "the log-ratio of the sampled token (as released)")
+parser.add_argument("--score-temperature", type=number(float, above=0), default=None, help="temperature of both "
+                    "models in the reward; None: the sampling temperature, as released")
+parser.add_argument("--unclosed-penalty", type=number(float, 0), default=1.0, help="taken off the reward of an "
+                    "explanation that does not end properly")
+# sampling
+parser.add_argument("--prompts-per-step", type=number(int, 1), default=16, help="questions a step")
+parser.add_argument("--group-size", type=number(int, 2), default=16, help="explanations a question")
+parser.add_argument("--temperature", type=number(float, above=0), default=1.0, help="of sampling and log-probs")
+parser.add_argument("--max-new-tokens", type=number(int, 1), default=48, help="length limit of an explanation")
+parser.add_argument("--rollout-batch", type=number(int, 1), default=256, help="explanations sampled side by side")
+parser.add_argument("--max-sampler-gap", type=number(float, above=0), default=0.1, help="stop when sampler and "
+                    "trainer disagree on the sampled tokens by more than this on average, nats")
+# optimisation
+parser.add_argument("--steps", type=number(int, 1), default=60, help="optimizer steps")
+parser.add_argument("--lr", type=number(float, above=0), default=2e-3, help="peak learning rate (AdamW)")
+parser.add_argument("--warmup-steps", type=number(int, 0), default=5, help="steps in which the rate rises to --lr")
+parser.add_argument("--final-lr", type=number(float, 0, 1), default=0.1, help="the rate falls linearly to this "
+                    "share of --lr; 1: constant, as released")
+parser.add_argument("--max-grad-norm", type=number(float, above=0), default=1.0, help="gradients are clipped to it")
+parser.add_argument("--loss", choices=LOSSES, default="grpo", help="how tokens and sequences are averaged")
+parser.add_argument("--advantage-scale", choices=("std", "none"), default="std", help="divide by the group's std")
+parser.add_argument("--epsilon-low", type=number(float, 0, 0.999), default=0.2, help="ratio clip below 1")
+parser.add_argument("--epsilon-high", type=number(float, 0), default=0.2, help="ratio clip above 1")
+parser.add_argument("--updates-per-batch", type=number(int, 1), default=1, help="optimizer steps on the same "
+                    "explanations; the clip acts from the second on")
+parser.add_argument("--beta", type=number(float, 0), default=0.04, help="weight of the KL to the reference adapter; "
+                    "0: no reference pass")
+parser.add_argument("--sync-ref-every", type=number(int, 0), default=32, help="steps after which the reference "
+                    "moves towards the teacher; 0: never")
+parser.add_argument("--sync-ref-mix", type=number(float, 0, 1), default=0.9, help="share m of the teacher in the new "
+                    "reference. A and B are averaged each by itself, so the reference's BA differs from the average "
+                    "of both BA by exactly m (1 - m) dB dA times the adapter's scale")
+# system
+parser.add_argument("--micro-batch-tokens", type=number(int, 1), default=8192, help="padded tokens a forward pass")
+parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in the backward "
+                    "pass: less memory, a third more time")
+parser.add_argument("--head-chunk", type=number(int, 1), default=1024, help="rows of logits that exist at a time")
+parser.add_argument("--seed", type=number(int, 0), default=0, help="of every draw")
+parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
+# run folder
+parser.add_argument("--out", default="runs/teacher", help="run folder")
+parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out, or start")
+parser.add_argument("--save-every", type=number(int, 0), default=20, help="steps between checkpoints; 0: at the end")
+parser.add_argument("--eval-every", type=number(int, 0), default=20, help="steps between held-out rewards; 0: never")
+parser.add_argument("--eval-rows", type=number(int, 1), default=64, help="rows at the end of --data that are held out")
+args = parser.parse_args()
+# ---------------------------------------------------------------------------------------------------------
+
+device = models.pick_device(args.device)
+run = runs.Run(args)
+student_name = args.student or models.base_of(args.model)
+rows = load_rows(models.rows_of(args.data, "train"), question_column=args.question_column, limit=args.limit,
+                 solution_column=args.solution_column, skip_bad=args.skip_bad_rows)
+tokenizer = models.load_tokenizer(args.model)
+models.check_same_tokenizer(tokenizer, models.load_tokenizer(student_name))
+prompts, vocab = Prompts(tokenizer, args.solution_in), len(tokenizer)
+
+teacher = models.load_lora(args.model, bits=args.teacher_bits, device=device, rank=args.lora_rank, seed=args.seed,
+                           alpha=args.lora_alpha, targets=args.lora_targets, reference=args.beta > 0,
+                           checkpointing=args.gradient_checkpointing)
+student = models.load_model(student_name, bits=args.student_bits, device=device)
+parameters = models.adapter_parameters(teacher)
+optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
+
+context = min(model.config.max_position_embeddings for model in (teacher, student))
+rows = prompts.fitting(rows, context - args.max_new_tokens, skip=args.skip_bad_rows)
+held_out = rows[len(rows) - args.eval_rows :] if args.eval_every else []
+rows = rows[: len(rows) - len(held_out)]
+if len(rows) < args.prompts_per_step:
+    raise ValueError(f"{len(rows)} rows are left to train on, a step takes {args.prompts_per_step}: give more rows, or "
+                     "lower --prompts-per-step, --eval-rows or --eval-every.")
+
+if run.checkpoint:
+    models.restore(teacher, run.checkpoint)
+    optimizer.load_state_dict(torch.load(run.checkpoint / "optimizer.pt", weights_only=True))
+run.describe(base_hash=models.fingerprint(teacher), student_hash=models.fingerprint(student), student=student_name,
+             device=str(device), rows=len(rows))
+print(f"{run.folder}: {sum(p.numel() for p in parameters):,} trained parameters, {len(rows)} rows, {device}, "
+      f"log-probs by {implementation('auto', device.type)}", flush=True)
+
+
+def save(folder):
+    models.save_model(teacher, tokenizer, folder, adapters=list(teacher.peft_config))
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+
+
+def sample(rows, *key):
+    """One completion for each row, drawn with seeds of this key."""
+    completions = []
+    for at in range(0, len(rows), args.rollout_batch):
+        asked = [prompts.teacher(row) for row in rows[at : at + args.rollout_batch]]
+        completions += models.generate(teacher, tokenizer, asked, max_new_tokens=args.max_new_tokens,
+                                       temperature=args.temperature, seed=seed_for(args.seed, *key, at))
+    return completions
+
+
+def judge(rows, completions):
+    """Explanations taken apart, everything score_explanations measured on them, and their rewards (B,)."""
+    explanations = [prompts.split(c.ids, c.finished) for c in completions]
+    scored = score_explanations(
+        teacher, student, [prompts.scoring(*pair) for pair in zip(rows, explanations, strict=True)],
+        lam=args.lam, alpha=args.alpha, kl=args.kl, temperature=args.score_temperature or args.temperature,
+        policy_temperature=args.temperature, vocab=vocab, head_chunk=args.head_chunk,
+        micro_batch_tokens=args.micro_batch_tokens)
+    improper = torch.tensor([not (e.closed and e.thought) for e in explanations], device=device)
+    return explanations, scored, scored.reward.reward - args.unclosed_penalty * improper
+
+
+rank = 0
+progress = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, unit="step", dynamic_ncols=True)
+for step in progress:
+    clock = [time.perf_counter()]
+
+    # 1. questions, and G explanations of each
+    chosen = [rows[i] for i in runs.pick(len(rows), args.prompts_per_step, step, args.seed)]
+    chosen = [row for row in chosen for _ in range(args.group_size)]  # (B,) prompt i // G
+    completions = sample(chosen, step, rank)
+    clock.append(time.perf_counter())
+
+    # 2. one pass of the teacher and one of the student: rewards, old log-probs, entropy
+    explanations, scored, rewards = judge(chosen, completions)
+    sampler_logprobs = torch.tensor([p for c in completions for p in c.logprobs], device=device)  # (N,)
+    sampler_gap = (sampler_logprobs - scored.old_logprobs).abs().mean().item()
+    if not sampler_gap <= args.max_sampler_gap:
+        raise ValueError(f"sampler and trainer disagree by {sampler_gap:.3g} nats a token, --max-sampler-gap is "
+                         f"{args.max_sampler_gap}: the gradient would be wrong. Look for a difference in precision or "
+                         "temperature; the last checkpoint is untouched.")
+    clock.append(time.perf_counter())
+
+    # 3. how much better each explanation is than the others of its question
+    advantages = group_advantages(rewards.view(-1, args.group_size), scale=args.advantage_scale).flatten()
+
+    # 4. update on what was sampled, in micro-batches that add up to one loss
+    B, lengths = len(completions), torch.tensor([len(c.ids) for c in completions])
+    old = scored.old_logprobs.split(lengths.tolist())
+    sides = [(prompts.teacher(row), c.ids) for row, c in zip(chosen, completions, strict=True)]
+    batches = list(micro_batches([len(p) + len(c) for p, c in sides], args.micro_batch_tokens))
+    denominator = step_denominator(args.loss, sequences=B, tokens=int(lengths.sum()), max_new_tokens=args.max_new_tokens)
+    log_probs_of = lambda batch: completion_logprobs(  # noqa: E731
+        teacher, [sides[i][0] for i in batch], [sides[i][1] for i in batch], temperature=args.temperature, vocab=vocab,
+        head_chunk=args.head_chunk)[0]
+    reference = [None] * len(batches)
+    if args.beta > 0:
+        with models.using(teacher, "reference"):
+            reference = [log_probs_of(batch) for batch in batches]
+    for group in optimizer.param_groups:
+        group["lr"] = args.lr * runs.schedule(step, args.steps, args.warmup_steps, args.final_lr)
+    teacher.train()
+    for _ in range(args.updates_per_batch):
+        loss, totals = 0.0, {}
+        for batch, ref in zip(batches, reference, strict=True):
+            micro_loss, stats = grpo_loss(
+                log_probs_of(batch), torch.cat([old[i] for i in batch]), ref, advantages[batch], lengths[batch],
+                denominator=denominator, epsilon_low=args.epsilon_low, epsilon_high=args.epsilon_high, beta=args.beta,
+                loss=args.loss)
+            micro_loss.backward()
+            loss += micro_loss.item()
+            totals = {key: totals.get(key, 0) + value.item() for key, value in stats.items()}
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
+        optimizer.step()
+        optimizer.zero_grad()
+    teacher.eval()
+    if args.beta > 0 and args.sync_ref_every and (step + 1) % args.sync_ref_every == 0:
+        models.sync_reference(teacher, args.sync_ref_mix)
+    clock.append(time.perf_counter())
+
+    # 5. measure on held-out rows, log, save
+    eval_reward = None
+    if held_out and (step % args.eval_every == 0 or step + 1 == args.steps):
+        eval_reward = judge(held_out, sample(held_out, "held out", step, rank))[2].mean().item()
+    share = lambda values: sum(values) / B  # noqa: E731
+    entry = {
+        "step": step,
+        "reward": rewards.mean().item(),
+        **{key: getattr(scored.reward, key).mean().item() for key in ("score", "kl", "score_min", "kl_max")},
+        "closed": share(e.closed for e in explanations),
+        "empty": share(not e.thought for e in explanations),
+        "straddled": share(bool(e.left_over.strip()) for e in explanations),
+        "leak": share(leaks(e.text, row["solution"]) for e, row in zip(explanations, chosen, strict=True)),
+        "length": lengths.float().mean().item(),
+        "kl_ref": totals["kl_ref"] / int(lengths.sum()) if args.beta > 0 else None,
+        "entropy": scored.entropies.mean().item(),
+        "clip_fraction": totals["clip_fraction"] / int(lengths.sum()),
+        "sampler_gap": sampler_gap,
+        "loss": loss,
+        "lr": optimizer.param_groups[0]["lr"],
+        "grad_norm": grad_norm,
+        "eval_reward": eval_reward,
+        **{f"t_{phase}": b - a for phase, a, b in zip(("rollout", "score", "update"), clock, clock[1:], strict=False)},
+        "tokens_per_s": int(lengths.sum()) / (clock[-1] - clock[0]),
+    }
+    progress.write(run.log(entry))
+    if warning := runs.falling(run.metrics, "reward"):
+        progress.write(f"warning: {warning} The KL term sees the teacher sharpen, its gradient does not: "
+                       "lower --lr, or raise --beta.")
+    best = int(rewards[: args.group_size].argmax())
+    if step % 10 == 0 or step + 1 == args.steps:
+        run.log_samples([{"step": step, "question": chosen[i]["question"], "solution": chosen[i]["solution"],
+                          "explanation": explanations[i].text, "closed": explanations[i].closed,
+                          "reward": rewards[i].item()} for i in {0, best}])
+    if args.save_every and (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+        run.save(step + 1, save)
+
+final = run.finish(lambda folder: models.save_model(teacher, tokenizer, folder))
+print(f"The teacher is in {final}. Next: python distill.py" + (f" --model {args.out}" if args.out != "runs/teacher" else ""))
