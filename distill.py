@@ -36,7 +36,8 @@ parser.add_argument("--question-column", default=None, help="column with the que
 parser.add_argument("--solution-column", default=None, help="column with the solution; None: by known schemas")
 parser.add_argument("--limit", type=number(int, 1), default=None, help="use the first rows only")
 parser.add_argument("--skip-bad-rows", action="store_true", help="leave bad and over-long rows out, and count them")
-parser.add_argument("--solution-in", choices=("assistant", "user"), default="assistant", help="as the teacher was trained")
+parser.add_argument("--solution-in", choices=("assistant", "user"), default="assistant", help="where the teacher was "
+                    "trained to find the solution")
 # explanations
 parser.add_argument("--samples", type=number(int, 1), default=1, help="explanations a row")
 parser.add_argument("--keep", choices=("all", "best"), default="all", help="of a row's samples: all, or the one with "
@@ -71,9 +72,7 @@ if out.exists() and not args.resume:
     raise FileExistsError(f"{out} is there already. Pass --resume to go on, or another --out.")
 if out.exists():
     then = json.loads(config.read_text())["flags"]
-    changed = [flag for flag, value in vars(args).items() if flag not in runs.FREE_TO_CHANGE and then.get(flag) != value]
-    if changed:
-        raise ValueError(f"--resume: {out} was started with another {', '.join(changed)}. Pass the same, or another --out.")
+    runs.check_same_flags(out, then, vars(args))
     written = runs.read_jsonl(out)
     done = written[-1]["batch"] if written else 0  # the last one may be cut short: draw it again
     runs.write_atomically(out, "".join(json.dumps(row) + "\n" for row in written if row["batch"] < done))

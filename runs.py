@@ -154,13 +154,23 @@ def _git():
     return {"commit": commit.stdout.strip(), "dirty": bool(ask("status", "--porcelain", "-uno").stdout.strip())}
 
 
+def check_same_flags(out, then, now):
+    """A resumed run goes on with the flags it was started with."""
+    for flag in sorted(set(now) - FREE_TO_CHANGE):
+        if then.get(flag) != now[flag]:
+            raise ValueError(
+                f"--resume: {out} was started with {flag} = {then.get(flag)}, now it is {now[flag]}. "
+                "Pass the flags it was started with, or another --out."
+            )
+
+
 class Run:
     """The folder of one run. `step` is where the loop starts; `checkpoint` the folder to load first, or None."""
 
     def __init__(self, args):
         self.folder = Path(args.out)
         self.metrics, self.samples = self.folder / "metrics.jsonl", self.folder / "samples.jsonl"
-        self.step, self.checkpoint = 0, None
+        self.step, self.checkpoint, self.before = 0, None, {}
         if self.metrics.exists() and not args.resume:
             raise FileExistsError(
                 f"{self.folder} already holds a run. Pass --resume to continue it, or another --out."
@@ -168,7 +178,8 @@ class Run:
         self.config = describe(args)
         before = self.folder / "config.json"
         if args.resume and before.exists():
-            self._check_flags(json.loads(before.read_text()))
+            self.before = json.loads(before.read_text())
+            check_same_flags(self.folder, self.before["flags"], vars(args))
             whole = sorted(p for p in self.folder.glob("step_*") if p.suffix != ".partial")
             if whole:
                 self.checkpoint, self.step = whole[-1], int(whole[-1].name.removeprefix("step_"))
@@ -177,23 +188,12 @@ class Run:
             kept = [entry for entry in read_jsonl(log) if entry["step"] < self.step]
             write_atomically(log, "".join(json.dumps(entry) + "\n" for entry in kept))
 
-    def _check_flags(self, before):
-        for flag, now in self.config["flags"].items():
-            then = before["flags"].get(flag)
-            if then != now and flag not in FREE_TO_CHANGE:
-                raise ValueError(
-                    f"--resume: {self.folder} was started with {flag} = {then}, now it is {now}. "
-                    "Pass the flags it was started with, or another --out."
-                )
-        self.before = before
-
     def describe(self, **facts):
         """Add facts to config.json. A resumed run must find the base it was started on."""
-        before = getattr(self, "before", {})
         for key in ("base_hash", "student_hash"):
-            if key in facts and before.get(key) not in (None, facts[key]):
+            if key in facts and self.before.get(key) not in (None, facts[key]):
                 raise ValueError(
-                    f"--resume: the weights behind {self.folder} have changed ({key} {before[key][:12]} -> "
+                    f"--resume: the weights behind {self.folder} have changed ({key} {self.before[key][:12]} -> "
                     f"{facts[key][:12]}). Restore the base it was trained on, or start anew with another --out."
                 )
         self.config |= facts

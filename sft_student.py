@@ -88,7 +88,7 @@ if cut:
 validation = examples[len(examples) - args.val_rows :]
 examples = examples[: len(examples) - args.val_rows]
 if not examples:
-    raise ValueError(f"no rows are left to train on after {args.val_rows} for validation: give more rows, lower --val-rows.")
+    raise ValueError(f"no rows are left beside {args.val_rows} for validation: give more rows, or lower --val-rows.")
 
 if args.lora_rank:
     model = models.load_lora(args.model, bits=args.bits, device=device, rank=args.lora_rank, alpha=args.lora_alpha,
@@ -103,7 +103,8 @@ if run.checkpoint:
     models.restore(model, run.checkpoint)
     optimizer.load_state_dict(torch.load(run.checkpoint / "optimizer.pt", weights_only=True))
 run.describe(base_hash=base_hash, device=str(device), rows=len(examples), cut=cut)
-print(f"{run.folder}: {sum(p.numel() for p in parameters):,} trained parameters, {len(examples)} rows, {device}", flush=True)
+count = sum(p.numel() for p in parameters)
+print(f"{run.folder}: {count:,} trained parameters, {len(examples)} rows, {device}", flush=True)
 
 
 def save(folder):

@@ -159,7 +159,18 @@ def judge(rows, completions):
     return explanations, scored, scored.reward.reward - args.unclosed_penalty * improper
 
 
-rank = 0
+def log_probs_of(sides):
+    """Packed log-probs, under whoever speaks now, of (prompt, completion) pairs of ids."""
+    asked, answered = zip(*sides, strict=True)
+    return completion_logprobs(teacher, asked, answered, temperature=args.temperature, vocab=vocab,
+                               head_chunk=args.head_chunk)[0]
+
+
+def share(values):
+    return sum(values) / B
+
+
+rank, B = 0, args.prompts_per_step * args.group_size
 progress = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, unit="step", dynamic_ncols=True)
 for step in progress:
     clock = [time.perf_counter()]
@@ -184,18 +195,16 @@ for step in progress:
     advantages = group_advantages(rewards.view(-1, args.group_size), scale=args.advantage_scale).flatten()
 
     # 4. update on what was sampled, in micro-batches that add up to one loss
-    B, lengths = len(completions), torch.tensor([len(c.ids) for c in completions])
+    lengths = torch.tensor([len(c.ids) for c in completions])
     old = scored.old_logprobs.split(lengths.tolist())
     sides = [(prompts.teacher(row), c.ids) for row, c in zip(chosen, completions, strict=True)]
     batches = list(micro_batches([len(p) + len(c) for p, c in sides], args.micro_batch_tokens))
-    denominator = step_denominator(args.loss, sequences=B, tokens=int(lengths.sum()), max_new_tokens=args.max_new_tokens)
-    log_probs_of = lambda batch: completion_logprobs(  # noqa: E731
-        teacher, [sides[i][0] for i in batch], [sides[i][1] for i in batch], temperature=args.temperature, vocab=vocab,
-        head_chunk=args.head_chunk)[0]
+    tokens = int(lengths.sum())
+    denominator = step_denominator(args.loss, sequences=B, tokens=tokens, max_new_tokens=args.max_new_tokens)
     reference = [None] * len(batches)
     if args.beta > 0:
         with models.using(teacher, "reference"):
-            reference = [log_probs_of(batch) for batch in batches]
+            reference = [log_probs_of(sides[i] for i in batch) for batch in batches]
     for group in optimizer.param_groups:
         group["lr"] = args.lr * runs.schedule(step, args.steps, args.warmup_steps, args.final_lr)
     teacher.train()
@@ -203,7 +212,7 @@ for step in progress:
         loss, totals = 0.0, {}
         for batch, ref in zip(batches, reference, strict=True):
             micro_loss, stats = grpo_loss(
-                log_probs_of(batch), torch.cat([old[i] for i in batch]), ref, advantages[batch], lengths[batch],
+                log_probs_of(sides[i] for i in batch), torch.cat([old[i] for i in batch]), ref, advantages[batch], lengths[batch],
                 denominator=denominator, epsilon_low=args.epsilon_low, epsilon_high=args.epsilon_high, beta=args.beta,
                 loss=args.loss)
             micro_loss.backward()
@@ -221,7 +230,6 @@ for step in progress:
     eval_reward = None
     if held_out and (step % args.eval_every == 0 or step + 1 == args.steps):
         eval_reward = judge(held_out, sample(held_out, "held out", step, rank))[2].mean().item()
-    share = lambda values: sum(values) / B  # noqa: E731
     entry = {
         "step": step,
         "reward": rewards.mean().item(),
@@ -231,9 +239,9 @@ for step in progress:
         "straddled": share(bool(e.left_over.strip()) for e in explanations),
         "leak": share(leaks(e.text, row["solution"]) for e, row in zip(explanations, chosen, strict=True)),
         "length": lengths.float().mean().item(),
-        "kl_ref": totals["kl_ref"] / int(lengths.sum()) if args.beta > 0 else None,
+        "kl_ref": totals["kl_ref"] / tokens if args.beta > 0 else None,
         "entropy": scored.entropies.mean().item(),
-        "clip_fraction": totals["clip_fraction"] / int(lengths.sum()),
+        "clip_fraction": totals["clip_fraction"] / tokens,
         "sampler_gap": sampler_gap,
         "loss": loss,
         "lr": optimizer.param_groups[0]["lr"],
@@ -255,4 +263,5 @@ for step in progress:
         run.save(step + 1, save)
 
 final = run.finish(lambda folder: models.save_model(teacher, tokenizer, folder))
-print(f"The teacher is in {final}. Next: python distill.py" + (f" --model {args.out}" if args.out != "runs/teacher" else ""))
+next_flags = f" --model {args.out}" if args.out != "runs/teacher" else ""
+print(f"The teacher is in {final}. Next: python distill.py{next_flags}")

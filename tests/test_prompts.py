@@ -37,7 +37,7 @@ def test_what_the_teacher_and_the_student_read(prompts, qwen_tokenizer):
     assert assistant == f"\n{EXPLANATION[0]}\n\n"
 
 
-@pytest.mark.parametrize("text", ["Step one.\n\nStep two.\n\n", "no newline at the end.", "x", "ends in \\frac{1}{2}",
+@pytest.mark.parametrize("text", ["Step one.\n\nStep two.\n\n", "no newline at the end.", "x", "in \\frac{1}{2}",
                                   "caf\u00e9 \u4f60\u597d \U0001f600", " leading space", "tabs\t", "a < b and c |", "<|"])
 def test_scored_ids_are_the_sft_row(prompts, text):
     """Token for token: prompt, thought, bridge, solution are a prefix of the row a student is trained on."""
@@ -232,7 +232,7 @@ def test_all_public_rows_keep_every_token(prompts, capsys):
             different += 1
         assert prompts.tokenizer.decode(scoring.solution) == row["solution"] + "\n\n"
     with capsys.disabled():
-        print(f"\n  {len(rows)} public rows: {different} scored unlike their SFT row, {straddled} with a straddling token")
+        print(f"\n  {len(rows)} rows: {different} scored unlike their SFT row, {straddled} with a straddling token")
     assert different == 0 and straddled > 100
 
 
