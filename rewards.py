@@ -1,23 +1,26 @@
 # SPDX-License-Identifier: MIT
 """
-The reward of Reinforcement-Learned Teachers (arXiv 2506.08388). Copy this file alone: it needs torch, and triton on a GPU.
+The reward of Reinforcement-Learned Teachers (arXiv 2506.08388). Copy this file alone: it needs torch, and
+triton on a GPU.
 
-A teacher sees a question and its solution and writes a thought. A frozen student, shown the question and that
-thought, says how likely the solution is, and how natural the thought itself was:
+A teacher sees a question and its solution and writes a thought. A frozen student, shown the question and the
+thought, says how likely the solution is now, and how natural the thought itself was:
 
     score  = mean + alpha * min  over solution tokens  of  log p_student(token)           equation (3)
     kl     = mean + alpha * max  over thought tokens   of  KL(p_teacher || p_student)     equation (4)
     reward = score - lambda * kl                                                          equation (5)
 
-`token_stats` and `token_logprobs` reduce logits to one number a token, `segment_stats` and `rlt_reward` reduce tokens
-to one number a sequence, `score_explanations` does it all from two models and token ids, and `completion_logprobs` is
-the policy pass with a gradient. No tensor of [tokens, vocabulary] larger than one chunk of `head_chunk` tokens exists.
+`token_stats` and `token_logprobs` reduce logits to a number a token, `segment_stats` and `rlt_reward` reduce
+tokens to a number a sequence. `score_explanations` does it all, from two models and token ids;
+`completion_logprobs` is the policy pass, with a gradient. Logits exist for `head_chunk` tokens at a time.
 
     python rewards.py            an example computed by hand
     python rewards.py --check    torch and Triton on this machine, against float64
 """
 
 import functools
+import math
+import os
 import sys
 from typing import NamedTuple
 
@@ -28,7 +31,7 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # "auto" is then torch on a CPU and an error on a GPU: see `implementation`
+except ImportError:  # no GPU build of torch comes without it; see `implementation`
     triton = None
 
 
@@ -58,8 +61,11 @@ class RLTReward(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One explanation as six lists of token ids. The teacher reads teacher_prompt + thought + teacher_end, the student
-    student_prompt + thought + bridge + solution; the kl compares the thought, the score is about the solution."""
+    """One explanation in six lists of token ids.
+
+    The teacher reads teacher_prompt + thought + teacher_end, the student student_prompt + thought + bridge +
+    solution. The kl compares the models on the thought; the score is the student's on the solution.
+    """
 
     teacher_prompt: list[int]
     thought: list[int]
@@ -70,7 +76,7 @@ class Row(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """B rows scored. Token values are packed: the sequences laid end to end, in the order of the rows."""
+    """B rows scored. Token values are packed: sequences laid end to end, in the order of the rows."""
 
     reward: RLTReward  # seven tensors, each (B,)
     token_kl: Tensor  # thought tokens
@@ -84,27 +90,28 @@ class Scored(NamedTuple):
 
 @functools.cache
 def implementation(impl, device_type):
-    """"triton" or "torch" for `impl` on a device type; "auto" says once which it picked, and never picks a slow way out."""
-    if impl == "auto":
-        if device_type == "cuda" and triton is None:
-            raise RuntimeError("impl='auto' means Triton on a GPU, and triton is not installed: "
-                               "pip install triton, or pass impl='torch'")
-        impl = "triton" if device_type == "cuda" else "torch"
-        print(f"rewards.py: {impl} on {device_type}", file=sys.stderr)
-    if impl not in ("torch", "triton"):
+    """What `impl` means on a device: "triton" or "torch". "auto" is Triton on a GPU and torch elsewhere; it says
+    so once, and a GPU without Triton is an error, never a slow surprise."""
+    if impl not in ("auto", "torch", "triton"):
         raise ValueError(f"impl is {impl!r}, expected 'auto', 'torch' or 'triton'")
-    if impl == "triton":
-        raise NotImplementedError("impl='triton' is not written yet: pass impl='torch'")
-    return impl
+    chosen = impl if impl != "auto" else "triton" if device_type == "cuda" else "torch"
+    if chosen == "triton" and triton is None:
+        raise RuntimeError("Triton is not installed: pip install triton, or pass impl='torch'")
+    if chosen == "triton" and device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(f"impl='triton' needs tensors on a GPU, these are on {device_type}: pass impl='torch', "
+                           "or set TRITON_INTERPRET=1 before Python starts to run the kernels in the interpreter")
+    if impl == "auto":
+        print(f"rewards.py: {chosen} on {device_type}", file=sys.stderr)
+    return chosen
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Logits to one number a token
+# ----------------------------------------------------------------------------------------------------------
+# Logits to a number a token
 
 
 def token_stats(teacher_logits, student_logits, token_ids, *, teacher_temperature=1.0, student_temperature=1.0,
                 vocab=None, impl="auto"):
-    """What the reward needs of every token, from both models' logits. Exact over the vocabulary; in nats.
+    """What the reward needs to know of every token, from both models' logits. Exact over the vocabulary; in nats.
 
     teacher_logits (N, Vt), student_logits (N, Vs), token_ids (N,) -> TokenStats, each (N,) float32
         kl               KL(p_teacher || p_student), p = softmax(logits / temperature)
@@ -112,55 +119,57 @@ def token_stats(teacher_logits, student_logits, token_ids, *, teacher_temperatur
         student_logprob  log p_student[token_ids]
         teacher_entropy  of p_teacher
 
-    vocab: columns from there on are ignored on both sides. None: all count, and a column that one side lacks is -inf
-    there. A teacher logit above -inf where the student's is -inf gives kl = +inf. A row that is -inf throughout is no
-    distribution and gives NaN. impl "torch" can be differentiated, "triton" cannot. float64 stays float64 in torch.
+    vocab: columns from there on are ignored on both sides. None: all count, and a column that one side lacks is
+    -inf there, also for token_ids. A teacher's logit above -inf where the student's is -inf gives kl = +inf. A row
+    that is -inf throughout is no distribution and gives NaN.
+    impl: "torch" carries gradients and keeps float64, "triton" does neither.
     """
-    teacher, student = _columns(teacher_logits, vocab), _columns(student_logits, vocab)
-    _check_rows(token_ids, teacher_temperature, teacher, student)
-    _check_rows(token_ids, student_temperature, student)
-    implementation(impl, teacher.device.type)
-    blocks = [_token_stats_torch(t, s, i, teacher_temperature, student_temperature) for t, s, i in _blocks(
-        teacher, student, token_ids)]
-    return TokenStats(*map(torch.cat, zip(*blocks, strict=True)))
+    teacher, student = (_checked(x, token_ids, temperature, vocab) for x, temperature in (
+        (teacher_logits, teacher_temperature), (student_logits, student_temperature)))
+    if implementation(impl, teacher.device.type) == "torch":
+        blocks = _blocks(teacher, student, token_ids)
+        stats = [_token_stats_torch(*block, teacher_temperature, student_temperature) for block in blocks]
+        return TokenStats(*map(torch.cat, zip(*stats, strict=True)))
+    out = torch.empty(4, len(teacher), device=teacher.device)
+    _launch(_token_stats_kernel, out, token_ids, (teacher, teacher_temperature), (student, student_temperature))
+    return TokenStats(*out)
 
 
 def token_logprobs(logits, token_ids, *, temperature=1.0, vocab=None, impl="auto"):
-    """logits (N, V), token_ids (N,) -> log p[token_ids] and the entropy of p = softmax(logits / temperature), each (N,)."""
-    logits = _columns(logits, vocab)
-    _check_rows(token_ids, temperature, logits)
-    implementation(impl, logits.device.type)
-    blocks = [_token_logprobs_torch(x, i, temperature) for x, i in _blocks(logits, token_ids)]
-    return tuple(map(torch.cat, zip(*blocks, strict=True)))
+    """logits (N, V), token_ids (N,) -> log p[token_ids] and the entropy of p = softmax(logits / temperature), each
+    (N,) float32, in nats. vocab and impl as in `token_stats`."""
+    logits = _checked(logits, token_ids, temperature, vocab)
+    if implementation(impl, logits.device.type) == "torch":
+        stats = [_token_logprobs_torch(*block, temperature) for block in _blocks(logits, token_ids)]
+        return tuple(map(torch.cat, zip(*stats, strict=True)))
+    out = torch.empty(2, len(logits), device=logits.device)
+    _launch(_token_logprobs_kernel, out, token_ids, (logits, temperature))
+    return tuple(out)
 
 
-def _columns(logits, vocab):
-    return logits if vocab is None else logits[:, :vocab]
-
-
-def _check_rows(token_ids, temperature, *logits):
+def _checked(logits, token_ids, temperature, vocab):
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}, expected more than 0: score greedy samples at 1")
-    for x in logits:
-        if x.dim() != 2 or token_ids.shape != x.shape[:1]:
-            raise ValueError(f"logits are {tuple(x.shape)} and token_ids {tuple(token_ids.shape)}, "
-                             "expected (N, V) and (N,): flatten batch and position first")
+    if logits.dim() != 2 or token_ids.shape != logits.shape[:1]:
+        raise ValueError(f"logits are {tuple(logits.shape)} and token_ids {tuple(token_ids.shape)}, "
+                         "expected (N, V) and (N,): flatten batch and position first")
+    return logits[:, :vocab]
 
 
 def _blocks(*tensors):
-    """Split along the rows, so that temporaries stay small beside the logits; an empty tensor is one empty block."""
-    rows = max(1, 2**22 // tensors[0].shape[1])
+    """A few rows at a time, so that temporaries stay small beside the logits."""
+    rows = max(1, 2**20 // tensors[0].shape[1])
     return zip(*(x.split(rows) for x in tensors), strict=True)
 
 
 def _centred(logits, temperature):
-    """log-weights with a maximum of 0. Subtracting before dividing keeps every digit of logits with a large offset."""
+    """Log-weights whose maximum is 0. Subtracted before dividing, which keeps the digits of a large offset."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return (logits - logits.amax(1, keepdim=True)) / temperature
 
 
 def _at(z, token_ids):
-    """z[i, token_ids[i]], and -inf where the column does not exist."""
+    """z[i, token_ids[i]], and -inf where there is no such column."""
     known = (token_ids >= 0) & (token_ids < z.shape[1])
     return torch.where(known, z.gather(1, token_ids.where(known, 0)[:, None])[:, 0], -torch.inf)
 
@@ -178,8 +187,8 @@ def _token_logprobs_torch(logits, token_ids, temperature):
 
 
 def _token_stats_torch(teacher, student, token_ids, teacher_temperature, student_temperature):
-    # With t, s centred and Z = sum exp:  kl = sum p (t - s) - log Z_t + log Z_s.  The difference is taken before the
-    # sum and the ratio before the logarithm, so two nearly equal models lose no digits to cancellation.
+    # With t and s centred and Z = sum exp, kl = sum p (t - s) - log Z_t + log Z_s. The difference is taken before
+    # the sum and the ratio before the logarithm: two nearly equal models lose no digits to cancellation.
     t, s = _centred(teacher, teacher_temperature), _centred(student, student_temperature)
     width = max(t.shape[1], s.shape[1])
     t, s = (F.pad(z, (0, width - z.shape[1]), value=-torch.inf) for z in (t, s))
@@ -191,41 +200,202 @@ def _token_stats_torch(teacher, student, token_ids, teacher_temperature, student
             _at(s, token_ids) - total_s.log(), total_t.log() - _expect(p, t) / total_t)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokens to one number a sequence
+# ----------------------------------------------------------------------------------------------------------
+# The same in Triton: one pass, each logit read once, four numbers written
+#
+# spec      kl = sum p (t - s) - log Z_t + log Z_s,  entropy = log Z_t - sum p t,  logprob = z[id] - log Z,
+#           t, s = (logits - max) / temperature in base 2,  Z = sum 2^z,  p = 2^t / Z_t
+# online    m = the maximum so far, Z = sum 2^z, D = sum 2^t (t - s), E = sum 2^t t, all relative to m.
+#           When m moves, every old t moves by  dt = (m_t - new m_t) / temperature  and every s by ds:
+#               D <- 2^dt (D + Z_t (dt - ds)) + the new terms     E <- 2^dt (E + Z_t dt) + ...     Z <- 2^dt Z + ...
+#           Centred like this, the sums stay as small as the result, and fp32 holds 1e-6 (eager torch does not).
+# layout    A program owns a row, and every thread a lane of its own: it reads WIDTH neighbours in 16 bytes, ROWS
+#           times per step, and keeps its own m, Z, D, E. So the loop has no barrier and no shuffle; lanes are merged
+#           once, by the same rule as new blocks.
+# -inf      m starts at -1e30 instead of -inf, and finite sums result: 0 * -1e30 is 0 and -inf - -1e30 is -inf.
+#           t - s is NaN or -inf where t is -inf, hence p = 0: raised to FLOOR, which p = 0 then removes. It is +inf
+#           only where p > 0 and the student has -inf: `worst` remembers that, whatever p * inf did to D.
+# traffic   reads (V_t + V_s) * itemsize a token, writes 16 bytes
+
+if triton is not None:
+    FLOOR = tl.constexpr(-1e4)  # 2^-10000 is 0
+    LN2 = tl.constexpr(math.log(2))
+
+    @triton.jit
+    def _tile(ROWS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+        lane = tl.arange(0, ROWS)[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]
+        return lane * WIDTH + tl.arange(0, WIDTH)[None, None, :]
+
+    @triton.jit
+    def _load(row, columns, V: tl.constexpr):
+        return tl.load(row + columns, mask=(columns >= 0) & (columns < V), other=float("-inf")).to(tl.float32)
+
+    @triton.jit
+    def _lane_sum(x):
+        return tl.sum(tl.sum(x, 2), 0)
+
+    @triton.jit
+    def _lane_max(x):
+        return tl.max(tl.max(x, 2), 0)
+
+    @triton.jit
+    def _recentre(x, m, scale):
+        """New maxima, how far the old terms move, the new terms z."""
+        new = tl.maximum(m, _lane_max(x))
+        return new, (m - new) * scale, (x - new[None, :, None]) * scale
+
+    @triton.jit
+    def _token_stats_kernel(out, ids, N, teacher, t_stride, t_scale, student, s_stride, s_scale,
+                            VT: tl.constexpr, VS: tl.constexpr,
+                            ROWS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)  # row * stride passes 2^31 at 14,123 rows of 152,064
+        teacher += row * t_stride
+        student += row * s_stride
+        tile = _tile(ROWS, LANES, WIDTH)
+        m_t = tl.full([LANES], -1e30, tl.float32)
+        m_s = tl.full([LANES], -1e30, tl.float32)
+        Z_t = tl.zeros([LANES], tl.float32)
+        Z_s = tl.zeros([LANES], tl.float32)
+        D = tl.zeros([LANES], tl.float32)
+        E = tl.zeros([LANES], tl.float32)
+        worst = tl.full([LANES], FLOOR, tl.float32)
+
+        for start in range(0, max(VT, VS), ROWS * LANES * WIDTH):
+            m_t, dt, t = _recentre(_load(teacher, start + tile, VT), m_t, t_scale)
+            m_s, ds, s = _recentre(_load(student, start + tile, VS), m_s, s_scale)
+            p, keep = tl.exp2(t), tl.exp2(dt)
+            difference = tl.where(t - s > FLOOR, t - s, FLOOR)  # not tl.maximum: NaN must lose
+            worst = tl.maximum(worst, _lane_max(difference))
+            D = keep * (D + Z_t * (dt - ds)) + _lane_sum(p * difference)
+            E = keep * (E + Z_t * dt) + _lane_sum(p * tl.maximum(t, FLOOR))
+            Z_t = keep * Z_t + _lane_sum(p)
+            Z_s = tl.exp2(ds) * Z_s + _lane_sum(tl.exp2(s))
+
+        max_t, max_s = tl.max(m_t, 0), tl.max(m_s, 0)  # merge the lanes: their own maxima move to the row's
+        dt, ds = (m_t - max_t) * t_scale, (m_s - max_s) * s_scale
+        keep = tl.exp2(dt)
+        D = tl.sum(keep * (D + Z_t * (dt - ds)), 0)
+        E = tl.sum(keep * (E + Z_t * dt), 0)
+        Z_t = tl.sum(keep * Z_t, 0)
+        Z_s = tl.sum(tl.exp2(ds) * Z_s, 0)
+        id = tl.load(ids + row)
+        t, s = (_load(teacher, id, VT) - max_t) * t_scale, (_load(student, id, VS) - max_s) * s_scale
+        kl = tl.where(tl.max(worst, 0) == float("inf"), float("inf"), D / Z_t + tl.log2(Z_s / Z_t))
+        tl.store(out + row, kl * LN2)
+        tl.store(out + N + row, (t - tl.log2(Z_t)) * LN2)
+        tl.store(out + 2 * N + row, (s - tl.log2(Z_s)) * LN2)
+        tl.store(out + 3 * N + row, (tl.log2(Z_t) - E / Z_t) * LN2)
+
+    @triton.jit
+    def _token_logprobs_kernel(out, ids, N, logits, stride, scale, V: tl.constexpr,
+                               ROWS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        logits += row * stride
+        tile = _tile(ROWS, LANES, WIDTH)
+        m = tl.full([LANES], -1e30, tl.float32)
+        Z = tl.zeros([LANES], tl.float32)
+        E = tl.zeros([LANES], tl.float32)
+        for start in range(0, V, ROWS * LANES * WIDTH):
+            m, dz, z = _recentre(_load(logits, start + tile, V), m, scale)
+            p, keep = tl.exp2(z), tl.exp2(dz)
+            E = keep * (E + Z * dz) + _lane_sum(p * tl.maximum(z, FLOOR))
+            Z = keep * Z + _lane_sum(p)
+        top = tl.max(m, 0)
+        dz = (m - top) * scale
+        E = tl.sum(tl.exp2(dz) * (E + Z * dz), 0)
+        Z = tl.sum(tl.exp2(dz) * Z, 0)
+        z = (_load(logits, tl.load(ids + row), V) - top) * scale
+        tl.store(out + row, (z - tl.log2(Z)) * LN2)
+        tl.store(out + N + row, (tl.log2(Z) - E / Z) * LN2)
+
+    @triton.jit
+    def _segment_stats_kernel(out, position, values, starts, B, LANES: tl.constexpr):
+        """out (3, B): mean, min, max. position (2, B): of the min and of the max. starts (B + 1,), int64."""
+        row = tl.program_id(0)
+        first, last = tl.load(starts + row), tl.load(starts + row + 1)
+        lane = tl.arange(0, LANES)
+        total = tl.zeros([LANES], tl.float32)
+        low, low_at = tl.full([LANES], float("inf"), tl.float32), tl.zeros([LANES], tl.int64)
+        high, high_at = tl.full([LANES], float("-inf"), tl.float32), tl.zeros([LANES], tl.int64)
+        for start in range(first, last, LANES):
+            at = start + lane
+            x = tl.load(values + at, mask=at < last, other=0.0)
+            total += x
+            lower, higher = (at < last) & (x < low), (at < last) & (x > high)
+            low, low_at = tl.where(lower, x, low), tl.where(lower, at - first, low_at)
+            high, high_at = tl.where(higher, x, high), tl.where(higher, at - first, high_at)
+        least, most = tl.min(low, 0), tl.max(high, 0)
+        tl.store(out + row, tl.sum(total, 0) / (last - first).to(tl.float32))
+        tl.store(out + B + row, least)
+        tl.store(out + 2 * B + row, most)
+        tl.store(position + row, tl.min(tl.where(low == least, low_at, last), 0))
+        tl.store(position + B + row, tl.min(tl.where(high == most, high_at, last), 0))
+
+
+def _launch(kernel, out, token_ids, *sides):
+    """Run a row kernel over the (logits, temperature) of one model or two."""
+    for logits, _ in sides:
+        if logits.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise ValueError(f"the kernel reads bfloat16, float16 and float32, not {logits.dtype}: pass impl='torch'")
+        if torch.is_grad_enabled() and logits.requires_grad:
+            raise ValueError("the kernel has no backward: call under torch.no_grad(), or pass impl='torch'")
+    args = []
+    for logits, temperature in sides:
+        logits = logits if logits.stride(1) == 1 else logits.contiguous()
+        args += [logits, logits.stride(0), math.log2(math.e) / temperature]
+    with torch.cuda.device_of(out):
+        kernel[(out.shape[1],)](out, token_ids.contiguous(), out.shape[1], *args,
+                                *(logits.shape[1] for logits, _ in sides),
+                                **meta_parameters(max(logits.itemsize for logits, _ in sides)))
+
+
+def meta_parameters(itemsize, num_warps=4, rows=2):
+    """Tile of the row kernels: a lane a thread, 16 bytes a load. Chosen on an H200 by tests/bench_rewards.py."""
+    return dict(ROWS=rows, LANES=32 * num_warps, WIDTH=16 // itemsize, num_warps=num_warps)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Tokens to a number a sequence
 
 
 def segment_stats(values, lengths, *, impl="auto"):
     """values (N,) of B sequences laid end to end, lengths (B,) on the host -> SegmentStats, each (B,).
 
-    argmin and argmax are the first position of the extreme within its own sequence, int64: of a solution's log-probs,
-    argmin is the hardest leap. An empty sequence raises ValueError. On a GPU nothing is copied back to the host.
+    argmin and argmax are the first position of the extreme within its own sequence: of a solution's log-probs,
+    argmin is the hardest leap. An empty sequence raises ValueError. On a GPU nothing comes back to the host.
     """
     lengths = _lengths("values", values, lengths)
-    implementation(impl, values.device.type)
-    parts = values.split(lengths)
-    low, high = [part.min(0) for part in parts], [part.max(0) for part in parts]
-    return SegmentStats(torch.stack([part.mean() for part in parts]), *(
-        torch.stack(column) for column in ([x.values for x in low], [x.values for x in high],
-                                           [x.indices for x in low], [x.indices for x in high])))
+    if implementation(impl, values.device.type) == "torch":
+        parts = values.split(lengths)
+        low, high = [part.min(0) for part in parts], [part.max(0) for part in parts]
+        return SegmentStats(*map(torch.stack, (
+            [part.mean() for part in parts], [x.values for x in low], [x.values for x in high],
+            [x.indices for x in low], [x.indices for x in high])))
+    out = torch.empty(3, len(lengths), device=values.device)
+    position = torch.empty(2, len(lengths), dtype=torch.long, device=values.device)
+    starts = _on(values.device, F.pad(torch.tensor(lengths).cumsum(0), (1, 0)))
+    with torch.cuda.device_of(values):
+        _segment_stats_kernel[(len(lengths),)](out, position, values.float().contiguous(), starts, len(lengths),
+                                               LANES=256)
+    return SegmentStats(*out, *position)
 
 
 def _lengths(name, values, lengths):
     assert not (isinstance(lengths, Tensor) and lengths.is_cuda), "lengths live on the host"
     lengths = [int(n) for n in lengths]
     if 0 in lengths:
-        raise ValueError(f"row {lengths.index(0)} has no {name}, expected at least one token: decide what an empty row "
-                         "counts as before calling")
+        raise ValueError(f"row {lengths.index(0)} has an empty {name}, expected at least one token: decide what such "
+                         "a row counts as before the call")
     if sum(lengths) != len(values):
-        raise ValueError(f"{name} has {len(values)} tokens and the lengths add up to {sum(lengths)}")
+        raise ValueError(f"{name} has {len(values)} tokens, but its lengths add up to {sum(lengths)}")
     return lengths
 
 
 def rlt_reward(solution_logprobs, solution_lengths, token_kl, thought_lengths, *, lam=3.0, alpha=0.01, impl="auto"):
-    """Equations (3), (4), (5) of arXiv 2506.08388. Packed tokens of B rows -> RLTReward, each (B,).
+    """Equations (3), (4) and (5) of arXiv 2506.08388. Packed tokens of B rows -> RLTReward, each (B,).
 
-    solution_logprobs: the student's, in nats, solution_lengths (B,); token_kl: in nats, thought_lengths (B,).
-    lam and alpha default to the paper's. An empty thought or solution raises ValueError naming the row.
+    solution_logprobs: the student's, in nats; token_kl: in nats; both with their lengths (B,) on the host. lam and
+    alpha default to the paper's. An empty thought or solution raises ValueError naming the row.
     """
     s = segment_stats(solution_logprobs, _lengths("solution", solution_logprobs, solution_lengths), impl=impl)
     k = segment_stats(token_kl, _lengths("thought", token_kl, thought_lengths), impl=impl)
@@ -234,7 +404,7 @@ def rlt_reward(solution_logprobs, solution_lengths, token_kl, thought_lengths, *
     return RLTReward(score - lam * kl, score, kl, s.mean, s.min, k.mean, k.max)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Two models to rewards
 
 
@@ -242,13 +412,14 @@ def rlt_reward(solution_logprobs, solution_lengths, token_kl, thought_lengths, *
 def score_explanations(teacher, student, rows, *, lam=3.0, alpha=0.01, kl="exact", temperature=1.0,
                        policy_temperature=None, vocab=None, head_chunk=1024, micro_batch_tokens=16_384,
                        logits_dtype=torch.float32, impl="auto"):
-    """Reward explanations, and get the teacher's old log-probs and entropies from the same forward pass -> Scored.
+    """Reward explanations; the teacher's old log-probs and entropies come from the same forward pass -> Scored.
 
-    teacher, student: Hugging Face causal LMs (a PeftModel too), in the mode they are in; rows: B times the six fields
-    of `Row`. kl: "exact" sums over the vocabulary, "sampled" is log p_teacher - log p_student of the sampled token, as
-    the released code does. temperature divides both models' logits in score and kl, policy_temperature those of old
-    log-probs and entropies (None: the same). vocab: len(tokenizer); the head's columns beyond it are never multiplied.
-    micro_batch_tokens: padded tokens of one forward pass; a longer row has a pass of its own.
+    teacher, student: Hugging Face causal LMs, a PeftModel too, in the mode they are in; rows: B times `Row`'s fields.
+    kl: "exact" sums over the vocabulary, "sampled" is log p_teacher - log p_student of the sampled token, as released.
+    temperature divides both models' logits in score and kl, policy_temperature the teacher's in old log-probs and
+    entropies (None: the same). vocab: len(tokenizer); the head's columns beyond it are never computed.
+    head_chunk: tokens whose logits exist at a time, in logits_dtype; micro_batch_tokens: of one forward pass, padding
+    included (a longer row goes alone).
 
     A thought without tokens counts as 1 in the mean and in the max of kl, as released. An empty solution raises
     ValueError naming the row.
@@ -256,87 +427,88 @@ def score_explanations(teacher, student, rows, *, lam=3.0, alpha=0.01, kl="exact
     if kl not in ("exact", "sampled"):
         raise ValueError(f"kl is {kl!r}, expected 'exact' or 'sampled'")
     rows = [Row(*map(list, row)) for row in rows]
-    n = torch.tensor([[len(ids) for ids in row] for row in rows]).view(-1, 6)  # (B, 6) lengths, on the host
-    if 0 in n[:, 5]:
-        raise ValueError(f"row {n[:, 5].tolist().index(0)} has an empty solution, so nothing to score: drop the row")
+    lengths = torch.tensor([[len(ids) for ids in row] for row in rows]).view(-1, 6)
+    thought, completion, solution = lengths[:, 1], lengths[:, 1] + lengths[:, 2], lengths[:, 5]
+    if 0 in solution:
+        raise ValueError(f"row {solution.tolist().index(0)} has an empty solution, so there is nothing to score: "
+                         "drop the row")
     policy_temperature = policy_temperature or temperature
     head_t, head_s = _head(teacher, vocab), _head(student, vocab)
     device = head_t[0].device
-    buffer_t, buffer_s = (torch.empty(min(head_chunk, int(n.sum())), len(weight), dtype=logits_dtype, device=weight.device)
-                          for weight, _ in (head_t, head_s))
+    buffer_t, buffer_s = (_buffer(*head, lengths.sum(), head_chunk, logits_dtype) for head in (head_t, head_s))
 
-    thought, completion, solution = n[:, 1], n[:, 1] + n[:, 2], n[:, 5]
     token_kl = torch.empty(int(thought.sum()), device=device)
     old_logprobs, entropies = torch.empty(2, int(completion.sum()), device=device)
     solution_logprobs = torch.empty(int(solution.sum()), device=device)
-    thought_at, completion_at, solution_at = (x.cumsum(0) - x for x in (thought, completion, solution))
+    thought_at, completion_at, solution_at = (n.cumsum(0) - n for n in (thought, completion, solution))
 
-    for b in _micro_batches(torch.maximum(n[:, :3].sum(1), n[:, [3, 1, 4, 5]].sum(1)).tolist(), micro_batch_tokens):
+    width = torch.maximum(lengths[:, :3].sum(1), lengths[:, [3, 1, 4, 5]].sum(1))
+    for b in _micro_batches(width.tolist(), micro_batch_tokens):
         batch = [rows[i] for i in b]
-        tp, th, te, sp, br, so = n[b].unbind(1)
+        tp, th, te, sp, br, so = lengths[b].unbind(1)
 
-        # 1. hidden states that predict thought and end under the teacher, thought and solution under the student
-        hidden_t = _hidden(teacher, [r.teacher_prompt + r.thought + r.teacher_end for r in batch],
-                           (tp, th), (tp + th, te))
-        hidden_s = _hidden(student, [r.student_prompt + r.thought + r.bridge + r.solution for r in batch],
-                           (sp, th), (sp + th + br, so))
-        hidden_t, hidden_end = hidden_t.split([int(th.sum()), int(te.sum())])
-        hidden_s, hidden_solution = hidden_s.split([int(th.sum()), int(so.sum())])
+        # 1. the states that predict thought and end under the teacher, thought and solution under the student
+        states_t, states_end = _hidden(teacher, [r.teacher_prompt + r.thought + r.teacher_end for r in batch],
+                                       (tp, th), (tp + th, te))
+        states_s, states_solution = _hidden(student, [r.student_prompt + r.thought + r.bridge + r.solution for r in batch],
+                                            (sp, th), (sp + th + br, so))
 
-        # 2. thoughts: a chunk of logits from each model, reduced together; old log-probs come from the same logits
+        # 2. thoughts: a chunk of logits from each model, reduced together; the old log-probs come along
         ids = _ids([r.thought for r in batch], device)
-        kl_at, old_at = _ranges(device, (thought_at[b], th)), _ranges(device, (completion_at[b], th))
+        kl_at, old_at = _ranges(device, thought_at[b], th), _ranges(device, completion_at[b], th)
         for c in _chunks(len(ids), head_chunk):
-            logits_t = _logits(hidden_t[c], *head_t, buffer_t)
-            logits_s = _logits(hidden_s[c], *head_s, buffer_s).to(device)
+            logits_t = _logits(states_t[c], *head_t, buffer_t)
+            logits_s = _logits(states_s[c], *head_s, buffer_s).to(device)
             stats = token_stats(logits_t, logits_s, ids[c], teacher_temperature=temperature,
                                 student_temperature=temperature, impl=impl)
-            token_kl[kl_at[c]] = stats.kl if kl == "exact" else stats.teacher_logprob - stats.student_logprob
             old = stats.teacher_logprob, stats.teacher_entropy
             if policy_temperature != temperature:
                 old = token_logprobs(logits_t, ids[c], temperature=policy_temperature, impl=impl)
+            token_kl[kl_at[c]] = stats.kl if kl == "exact" else stats.teacher_logprob - stats.student_logprob
             old_logprobs[old_at[c]], entropies[old_at[c]] = old
 
-        # 3. the teacher's end tokens and the solutions: one model each
-        at = _ranges(device, (completion_at[b] + th, te))
+        # 3. the teacher's end tokens, the student's solutions
+        at = _ranges(device, completion_at[b] + th, te)
         old_logprobs[at], entropies[at] = _head_logprobs(
-            hidden_end, *head_t, _ids([r.teacher_end for r in batch], device), policy_temperature, buffer_t, impl)
-        logprobs, _ = _head_logprobs(hidden_solution, *head_s, _ids([r.solution for r in batch], head_s[0].device),
-                                     temperature, buffer_s, impl)
-        solution_logprobs[_ranges(device, (solution_at[b], so))] = logprobs.to(device)
+            states_end, *head_t, _ids([r.teacher_end for r in batch], device), policy_temperature, buffer_t, impl)
+        logprobs, _ = _head_logprobs(
+            states_solution, *head_s, _ids([r.solution for r in batch], buffer_s.device), temperature, buffer_s, impl)
+        solution_logprobs[_ranges(device, solution_at[b], so)] = logprobs.to(device)
 
-    counted = thought.clamp(min=1)  # an empty thought is one token of kl 1
-    kl_values = torch.ones(int(counted.sum()), device=device)
-    kl_values[_ranges(device, (counted.cumsum(0) - counted, thought))] = token_kl
-    reward = rlt_reward(solution_logprobs, solution, kl_values, counted, lam=lam, alpha=alpha, impl=impl)
+    counted = thought.clamp(min=1)  # an empty thought counts as one token of kl 1
+    values = torch.ones(int(counted.sum()), device=device)
+    values[_ranges(device, counted.cumsum(0) - counted, thought)] = token_kl
+    reward = rlt_reward(solution_logprobs, solution, values, counted, lam=lam, alpha=alpha, impl=impl)
     return Scored(reward, token_kl, old_logprobs, entropies, solution_logprobs,
                   thought.tolist(), completion.tolist(), solution.tolist())
 
 
 def completion_logprobs(model, prompts, completions, *, temperature=1.0, vocab=None, head_chunk=1024, impl="auto"):
-    """Log-probs of B completions (lists of token ids) after their prompts, and entropies: packed, (N,) float32 each.
+    """Log-probs and entropies of B completions (lists of token ids) after their prompts: packed, (N,) float32 each.
 
-    One forward pass, one micro-batch: the caller splits. With grad enabled the log-probs carry it, and memory does not
-    depend on the vocabulary: the backward computes each chunk's logits again. Entropies carry none. A head that is
-    frozen gets no gradient buffer. Values are the same bits with grad and without.
+    One forward pass, one micro-batch: the caller splits. Where grad is enabled the log-probs carry it, and memory
+    still does not depend on the vocabulary: the backward computes each chunk's logits again. A frozen head gets no
+    gradient buffer. Entropies carry no gradient. Values are the same bits with grad and without.
     """
     weight, bias = _head(model, vocab)
-    n = torch.tensor([[len(p), len(c)] for p, c in zip(prompts, completions, strict=True)])
-    hidden = _hidden(model, [[*p, *c] for p, c in zip(prompts, completions, strict=True)], tuple(n.unbind(1)))
-    return _HeadLogprobs.apply(hidden, weight, bias, _ids(completions, weight.device), temperature, head_chunk, impl)
+    prompt, completion = torch.tensor([[len(p), len(c)] for p, c in zip(prompts, completions, strict=True)]).unbind(1)
+    sequences = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
+    states, = _hidden(model, sequences, (prompt, completion))
+    ids = _ids(completions, weight.device)
+    return _HeadLogprobs.apply(states, weight, bias, ids, temperature, head_chunk, impl)
 
 
 class _HeadLogprobs(torch.autograd.Function):
-    """hidden (N, H) -> log p[ids], entropy, each (N,), through logits = hidden @ weight.T + bias, a chunk at a time.
+    """states (N, H) -> log p[ids] and entropy, each (N,), of logits = states @ weight.T + bias, a chunk at a time.
 
-    gradient   d logprob / d logits = (onehot(ids) - softmax(logits / T)) / T
+    gradient   d logprob / d logits = (onehot(ids) - softmax(logits / temperature)) / temperature
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, ids, temperature, head_chunk, impl):
-        buffer = hidden.new_empty(min(head_chunk, max(1, len(ids))), len(weight), dtype=_logits_dtype(hidden))
-        logprobs, entropies = _head_logprobs(hidden, weight, bias, ids, temperature, buffer, impl)
-        ctx.save_for_backward(hidden, weight, bias, ids)
+    def forward(ctx, states, weight, bias, ids, temperature, head_chunk, impl):
+        buffer = _buffer(weight, bias, len(ids), head_chunk)
+        logprobs, entropies = _head_logprobs(states, weight, bias, ids, temperature, buffer, impl)
+        ctx.save_for_backward(states, weight, bias, ids)
         ctx.temperature, ctx.head_chunk = temperature, head_chunk
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
@@ -344,87 +516,88 @@ class _HeadLogprobs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logprobs, _):
-        hidden, weight, bias, ids = ctx.saved_tensors
-        buffer = hidden.new_empty(min(ctx.head_chunk, max(1, len(ids))), len(weight), dtype=_logits_dtype(hidden))
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=buffer.dtype) if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=buffer.dtype) if ctx.needs_input_grad[2] else None
+        states, weight, bias, ids = ctx.saved_tensors
+        buffer = _buffer(weight, bias, len(ids), ctx.head_chunk)
+        grad_states = torch.empty_like(states)
+        grad_weight, grad_bias = (torch.zeros_like(x, dtype=buffer.dtype) if needed else None
+                                  for x, needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True))
         for c in _chunks(len(ids), ctx.head_chunk):
             g = (grad_logprobs[c] / ctx.temperature)[:, None]
-            z = _logits(hidden[c], weight, bias, buffer)
-            z.sub_(z.amax(1, keepdim=True)).div_(ctx.temperature).exp_()  # in place: the buffer is the only [c, V]
+            z = _logits(states[c], weight, bias, buffer)  # and everything else in place, in this one buffer
+            z.sub_(z.amax(1, keepdim=True)).div_(ctx.temperature).exp_()
             z.mul_(-g / z.sum(1, keepdim=True)).scatter_add_(1, ids[c, None], g)
             if grad_bias is not None:
                 grad_bias += z.sum(0)
             z = z.to(weight.dtype)
-            grad_hidden[c] = z @ weight
+            grad_states[c] = z @ weight
             if grad_weight is not None:
-                grad_weight += z.T @ hidden[c]
-        return (grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype),
-                None if grad_bias is None else grad_bias.to(bias.dtype), None, None, None, None)
+                grad_weight += z.T @ states[c]
+        grad_weight, grad_bias = (x if x is None else x.to(weight.dtype) for x in (grad_weight, grad_bias))
+        return grad_states, grad_weight, grad_bias, None, None, None, None
 
 
-def _head_logprobs(hidden, weight, bias, ids, temperature, buffer, impl):
-    chunks = [token_logprobs(_logits(h, weight, bias, buffer), i, temperature=temperature, impl=impl)
-              for h, i in zip(hidden.split(len(buffer)), ids.split(len(buffer)), strict=True)]
+def _head_logprobs(states, weight, bias, ids, temperature, buffer, impl):
+    chunks = [token_logprobs(_logits(x, weight, bias, buffer), i, temperature=temperature, impl=impl)
+              for x, i in zip(states.split(len(buffer)), ids.split(len(buffer)), strict=True)]
     return tuple(map(torch.cat, zip(*chunks, strict=True)))
 
 
-def _logits(hidden, weight, bias, buffer):
-    """hidden (n, H) @ weight (V, H).T + bias into buffer's first n rows, in the buffer's dtype."""
-    out = buffer[: len(hidden)]
+def _buffer(weight, bias, tokens, head_chunk, dtype=torch.float32):
+    """Room for one chunk of logits: wide enough to be exact where the weights are float64."""
+    dtype = torch.promote_types(dtype, weight.dtype) if weight.dtype == torch.float64 else dtype
+    return torch.empty(max(1, min(head_chunk, int(tokens))), len(weight), dtype=dtype, device=weight.device)
+
+
+def _logits(states, weight, bias, buffer):
+    """states (n, H) @ weight (V, H).T + bias, in the first n rows of `buffer` and in its dtype."""
+    out = buffer[: len(states)]
     if out.dtype == weight.dtype:
-        torch.mm(hidden, weight.T, out=out)
+        torch.mm(states, weight.T, out=out)
     elif out.is_cuda:
-        torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
-    else:  # no CPU matmul widens its result: widen a slice of the head at a time
+        torch.mm(states, weight.T, out_dtype=out.dtype, out=out)
+    else:  # a matmul on the CPU can't widen its result: widen a slice of the head at a time
         for v in _chunks(len(weight), 2**14):
-            out[:, v] = hidden.to(out.dtype) @ weight[v].to(out.dtype).T
+            out[:, v] = states.to(out.dtype) @ weight[v].to(out.dtype).T
     return out if bias is None else out.add_(bias)
 
 
-def _logits_dtype(hidden):
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
-
-
-def _base(model):
-    """The Hugging Face causal LM itself; a LoRA adapter lives inside its layers, so nothing of a PeftModel is lost."""
+def _causal_lm(model):
+    """The Hugging Face model inside a PeftModel: LoRA lives in its layers, so nothing is lost."""
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise NotImplementedError("prompt-learning adapters are not supported: use one that lives in the layers, as LoRA")
+        raise NotImplementedError("prompt-learning adapters are not supported: use one inside the layers, as LoRA")
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _head(model, vocab):
-    """(weight (V, H), bias or None) of the head, cut to the first `vocab` rows."""
-    base = _base(model)
-    config = base.config.get_text_config()
+    """weight (V, H) and bias (V,) or None of the head, cut to the first `vocab` rows."""
+    model = _causal_lm(model)
+    config = model.config.get_text_config()
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise NotImplementedError(f"{type(base).__name__} has {name}={getattr(config, name)} after its head, which "
-                                      "the chunked head does not apply: score with a model without it")
-    head = base.get_output_embeddings()
+        if getattr(config, name, None) not in (None, 1):
+            raise NotImplementedError(f"{type(model).__name__} applies {name}={getattr(config, name)} after its head, "
+                                      "and the chunked head would not: use a model without it")
+    head = model.get_output_embeddings()
     assert type(head) is torch.nn.Linear, f"the head must be a plain, unquantised Linear, not {type(head).__name__}"
     return head.weight[:vocab], head.bias if head.bias is None else head.bias[:vocab]
 
 
 def _hidden(model, sequences, *spans):
-    """Hidden states that predict the tokens of each span, laid end to end -> (N, H).
+    """The states that predict the tokens of each span -> for each span (n, H), sequences laid end to end.
 
-    sequences: B lists of ids; a span is (starts (B,), lengths (B,)), one stretch of every sequence. Sequences are padded
-    on the right and attention is causal, so no mask is needed and positions count from 0 by themselves.
+    sequences: B lists of ids; a span: starts (B,) and lengths (B,) of one stretch of every sequence. Padding is on the
+    right and attention is causal: no mask is needed, and positions count from 0 by themselves.
     """
-    base = _base(model)
+    model = _causal_lm(model)
     width = max(map(len, sequences))
-    ids = _on(base.device, [s + [0] * (width - len(s)) for s in sequences])
-    states = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
-    row = torch.arange(len(sequences)) * width
-    at = _ranges(states.device, *((row + starts - 1, lengths) for starts, lengths in spans))
-    weight = base.get_output_embeddings().weight
-    return states.index_select(0, at).to(weight)
+    ids = _on(model.device, [s + [0] * (width - len(s)) for s in sequences])
+    states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+    states = states.to(model.get_output_embeddings().weight.dtype)
+    before = torch.arange(len(sequences)) * width - 1
+    return [states.index_select(0, _ranges(states.device, before + starts, lengths)) for starts, lengths in spans]
 
 
 def _micro_batches(lengths, tokens):
-    """Lists of row numbers, longest rows first, so that each list padded to its longest row holds at most `tokens`."""
+    """Lists of row numbers, longest rows first; a list padded to its longest row holds at most `tokens`."""
     batch = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batch and (len(batch) + 1) * lengths[batch[0]] > tokens:
@@ -435,42 +608,68 @@ def _micro_batches(lengths, tokens):
         yield batch
 
 
-def _ranges(device, *spans):
-    """start, start + 1, ... for every (start, length) of every span, laid end to end, on `device`."""
-    starts, lengths = (torch.cat(x) for x in zip(*spans, strict=True))
-    within = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-    return _on(device, starts.repeat_interleave(lengths) + within)
+def _ranges(device, starts, lengths):
+    """start, start + 1, ..., start + length - 1 of every pair, laid end to end."""
+    skipped = starts - (lengths.cumsum(0) - lengths)
+    return _on(device, torch.arange(int(lengths.sum())) + skipped.repeat_interleave(lengths))
 
 
 def _ids(lists, device):
-    return _on(device, [i for ids in lists for i in ids], torch.long)
+    return _on(device, torch.tensor([i for ids in lists for i in ids], dtype=torch.long))
 
 
-def _on(device, data, dtype=None):
-    """Host to device without waiting for the device."""
-    data = torch.as_tensor(data, dtype=dtype)
+def _on(device, data):
+    """From the host to a device, without waiting for it."""
+    data = torch.as_tensor(data)
     return data.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else data.to(device)
 
 
 def _chunks(n, size):
-    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# python rewards.py
+# ----------------------------------------------------------------------------------------------------------
+# python rewards.py [--check]
 
 
-def _example():
-    """Two tokens of vocabulary, by hand: a fair teacher, a student at 3:1, and two solution tokens at 1/2 and 1/4."""
-    stats = token_stats(torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 1.0]]).log(), torch.tensor([0]), impl="torch")
-    # KL = 1/2 log(1/2 : 3/4) + 1/2 log(1/2 : 1/4) = log 2 - 1/2 log 3 = 0.143841
-    reward = rlt_reward(torch.tensor([0.5, 0.25]).log(), [2], stats.kl, [1], lam=3.0, alpha=0.01, impl="torch")
-    # score = -3/2 log 2 - 0.01 * 2 log 2 = -1.053584; kl = 1.01 * 0.143841 = 0.145279; reward = -1.489422
-    for name, got, want in (("score", reward.score, -1.053584), ("kl", reward.kl, 0.145279),
-                            ("reward", reward.reward, -1.489422)):
-        print(f"{name:7}{got.item():10.6f}   by hand {want:10.6f}")
-        assert abs(got.item() - want) < 1e-6, name
+def example():
+    """A reward by hand: one thought token, a fair teacher against a 3 : 1 student; solution tokens at 1/2 and 1/4."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    stats = token_stats(torch.tensor([[0.0, 0.0]], device=device), torch.tensor([[3.0, 1.0]], device=device).log(),
+                        torch.tensor([0], device=device))
+    reward = rlt_reward(torch.tensor([1 / 2, 1 / 4], device=device).log(), [2], stats.kl, [1], lam=3.0, alpha=0.01)
+    score = 1.01 * 0.0 - 1.5 * math.log(2) - 0.01 * 2 * math.log(2)  # mean + alpha * min of -log 2 and -2 log 2
+    kl = 1.01 * (math.log(2) - math.log(3) / 2)  # 1/2 log (1/2 : 3/4) + 1/2 log (1/2 : 1/4), mean and max of one
+    for name, want in (("score", score), ("kl", kl), ("reward", score - 3 * kl)):
+        got = getattr(reward, name).item()
+        print(f"{name:6} {got:9.6f}   by hand {want:9.6f}")
+        assert abs(got - want) < 1e-6, name
+
+
+def check():
+    """Errors of torch and of Triton against float64, where Triton runs. The kernel may not be the worse one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    implementation("triton", device)
+    print("largest error, in units of max(1, |value|)        torch     triton")
+    worse = 0
+    for vocab, dtype in ((50, torch.float32), (4099, torch.bfloat16), (152_064, torch.bfloat16)):
+        torch.manual_seed(0)
+        teacher = torch.randn(4, vocab, device=device) * 5
+        student, ids = (teacher + torch.randn_like(teacher)).to(dtype), torch.randint(vocab, (4,), device=device)
+        teacher = teacher.to(dtype)
+        want, eager, kernel = (token_stats(x, y, ids, teacher_temperature=0.7, impl=impl) for x, y, impl in (
+            (teacher.double(), student.double(), "torch"), (teacher, student, "torch"), (teacher, student, "triton")))
+        for name, w, e, k in zip(TokenStats._fields, want, eager, kernel, strict=True):
+            errors = [((x - w).abs() / w.abs().clamp(min=1)).max().item() for x in (e, k)]
+            print(f"{name:16} {vocab:7} columns, {str(dtype)[6:]:8} {errors[0]:14.1e} {errors[1]:10.1e}")
+            worse += errors[1] > max(errors[0], 1e-6)
+    print("the kernel is as exact as torch" if not worse else f"the kernel is worse in {worse} rows above")
+    return worse
 
 
 if __name__ == "__main__":
-    _example()
+    if sys.argv[1:] not in ([], ["--check"]):
+        sys.exit(f"unknown arguments {sys.argv[1:]}: pass nothing, or --check")
+    example()
+    if sys.argv[1:]:
+        sys.exit(bool(check()))
