@@ -211,8 +211,9 @@ for step in progress:
     for _ in range(args.updates_per_batch):
         loss, totals = 0.0, {}
         for batch, ref in zip(batches, reference, strict=True):
+            policy = log_probs_of(sides[i] for i in batch)
             micro_loss, stats = grpo_loss(
-                log_probs_of(sides[i] for i in batch), torch.cat([old[i] for i in batch]), ref, advantages[batch], lengths[batch],
+                policy, torch.cat([old[i] for i in batch]), ref, advantages[batch], lengths[batch],
                 denominator=denominator, epsilon_low=args.epsilon_low, epsilon_high=args.epsilon_high, beta=args.beta,
                 loss=args.loss)
             micro_loss.backward()

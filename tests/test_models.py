@@ -1,0 +1,308 @@
+"""Loading, sampling, adapters: what is sampled is what is trained.   python -m pytest tests/test_models.py"""
+
+import json
+
+import pytest
+import torch
+from conftest import run_script
+
+import models
+from rewards import completion_logprobs
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def base(toy):
+    return str(toy / "runs/toy")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base):
+    return models.load_tokenizer(base)
+
+
+def lora(base, **changes):
+    options = dict(bits=32, device=CPU, rank=4, alpha=8, targets="all-linear", seed=0, reference=True)
+    return models.load_lora(base, **{**options, **changes})
+
+
+def stir(model, by=0.3):
+    """Move the policy's adapter away from where it started."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in models.adapter_parameters(model):
+            p.add_(by * torch.randn_like(p))
+
+
+PROMPTS = [[2, 8, 10, 9, 11, 3, 4], [2, 8, 3], [2, 8, 10, 9, 11, 20, 31, 21, 33, 22, 35, 3, 4]]
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_the_sampler_and_the_trainer_agree(tiny_model, tokenizer, temperature):
+    model = tiny_model(64)  # nine columns more than the tokenizer has words
+    sampled = models.generate(model, tokenizer, PROMPTS * 20, max_new_tokens=12, temperature=temperature, seed=5)
+    ours, _ = completion_logprobs(model, PROMPTS * 20, [c.ids for c in sampled], temperature=temperature,
+                                  vocab=len(tokenizer))
+    theirs = torch.tensor([p for c in sampled for p in c.logprobs])
+    assert (ours - theirs).abs().max() < 1e-4
+    assert {len(c.ids) for c in sampled} != {12}, "some end early, or the test is blind to lengths"
+    for c in sampled:
+        assert c.finished == (c.ids[-1] == tokenizer.eos_token_id)
+        assert tokenizer.eos_token_id not in c.ids[:-1]
+        assert max(c.ids) < len(tokenizer)
+
+
+def test_sampling_is_the_plain_softmax(tiny_model, tokenizer):
+    """No top-k, no top-p: tokens far down the tail are drawn, as often as they should."""
+    model = tiny_model(64)
+    n = 4000
+    drawn = models.generate(model, tokenizer, [PROMPTS[0]] * n, max_new_tokens=1, temperature=1.0, seed=0)
+    logits = model(torch.tensor([PROMPTS[0]])).logits[0, -1, : len(tokenizer)]
+    expected = logits.softmax(-1) * n
+    counted = torch.bincount(torch.tensor([c.ids[0] for c in drawn]), minlength=len(tokenizer)).float()
+    seen = expected > 5
+    chi2 = ((counted - expected)[seen] ** 2 / expected[seen]).sum()
+    assert chi2 < 2 * seen.sum() + 20
+    rare = expected < 0.01 * n
+    assert counted[rare].sum() == pytest.approx(expected[rare].sum().item(), rel=0.35)
+
+
+def test_a_checkpoints_own_sampling_settings_do_not_leak_in(base, tokenizer, tmp_path, tiny_model):
+    from transformers import GenerationConfig
+
+    tiny_model(64).save_pretrained(tmp_path)
+    GenerationConfig(top_k=1, top_p=0.1, repetition_penalty=3.0, do_sample=True).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = models.load_model(str(tmp_path), bits=32, device=CPU)
+    a = models.generate(loaded, tokenizer, PROMPTS, max_new_tokens=9, temperature=1.0, seed=1)
+    b = models.generate(tiny_model(64), tokenizer, PROMPTS, max_new_tokens=9, temperature=1.0, seed=1)
+    assert [c.ids for c in a] == [c.ids for c in b]
+
+
+def test_greedy_rows_do_not_depend_on_their_neighbours(tiny_model, tokenizer):
+    model = tiny_model(64)
+    together = models.generate(model, tokenizer, PROMPTS, max_new_tokens=10, temperature=0, seed=0)
+    for prompt, c in zip(PROMPTS, together, strict=True):
+        [alone] = models.generate(model, tokenizer, [prompt], max_new_tokens=10, temperature=0, seed=9)
+        assert alone.ids == c.ids
+        assert torch.allclose(torch.tensor(alone.logprobs), torch.tensor(c.logprobs), atol=1e-5)
+
+
+def test_only_one_step_of_the_log_softmax_is_held(tiny_model, tokenizer, monkeypatch):
+    held = []
+    take = models._Sampler.take
+    monkeypatch.setattr(models._Sampler, "take", lambda self, ids: (held.append(self.held.shape), take(self, ids))[1])
+    models.generate(tiny_model(64), tokenizer, PROMPTS, max_new_tokens=6, temperature=1.0, seed=0)
+    assert held and set(held) == {(3, 64)}
+
+
+def test_draws_depend_on_the_seed_alone(tiny_model, tokenizer):
+    draw = lambda seed: models.generate(  # noqa: E731
+        tiny_model(64), tokenizer, PROMPTS, max_new_tokens=6, temperature=1.0, seed=seed)
+    first = draw(3)
+    torch.rand(17)
+    assert draw(3) == first and draw(4) != first
+
+
+def test_pad_and_eos_may_be_the_same(tiny_model, tokenizer):
+    """Masks come from lengths: rows are the same when the padding is the end of the turn."""
+    import copy
+
+    twin = copy.deepcopy(tokenizer)
+    twin.pad_token = twin.eos_token
+    a, b = (models.generate(tiny_model(64), t, PROMPTS * 9, max_new_tokens=12, temperature=1.0, seed=5)
+            for t in (tokenizer, twin))
+    assert [(c.ids, c.finished) for c in a] == [(c.ids, c.finished) for c in b]
+    ours, theirs = (torch.tensor([p for c in side for p in c.logprobs]) for side in (a, b))
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert any(c.finished and len(c.ids) < 12 for c in a)
+
+
+# -- adapters
+
+
+@pytest.mark.parametrize("bits", [32, 16, 4])
+def test_adapters_are_float32_on_any_base_and_alone_are_trained(base, bits):
+    model = lora(base, bits=bits)
+    adapters = models.adapter_parameters(model) + models.adapter_parameters(model, "reference")
+    assert {p.dtype for p in adapters} == {torch.float32}
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert trained == {id(p) for p in models.adapter_parameters(model)}
+    with models.using(model, "reference"):
+        pass
+    assert trained == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_the_reference_holds_the_starting_weights(base, tmp_path, tokenizer):
+    """Also when they are a warm-up's: it is not the base."""
+    first = lora(base, reference=False)
+    stir(first)
+    models.save_model(first, tokenizer, tmp_path)
+    model = lora(str(tmp_path))
+    ask = lambda: completion_logprobs(model, PROMPTS, [[5, 9, 1]] * 3, vocab=len(tokenizer))[0]  # noqa: E731
+    start = ask().detach()
+    with models.using(model, "reference"):
+        assert torch.equal(ask(), start)
+    stir(model)
+    with models.using(model, "reference"):
+        assert torch.equal(ask(), start)
+    assert not torch.allclose(ask(), start, atol=1e-3)
+    base_alone = models.load_model(base, bits=32, device=CPU)
+    plain = completion_logprobs(base_alone, PROMPTS, [[5, 9, 1]] * 3, vocab=len(tokenizer))[0]
+    assert not torch.allclose(plain, start, atol=1e-3)
+
+
+def test_the_reference_is_synced_by_the_formula(base):
+    model = lora(base)
+    stir(model)
+    pairs = [(p.clone(), r.clone()) for p, r in models.adapter_pairs(model)]
+    models.sync_reference(model, 0.9)
+    for (policy, before), (now, after) in zip(pairs, models.adapter_pairs(model), strict=True):
+        assert torch.equal(now, policy)
+        assert torch.allclose(after, 0.9 * policy + 0.1 * before, atol=1e-7)
+    models.sync_reference(model, 1.0)
+    assert all(torch.equal(p, r) for p, r in models.adapter_pairs(model))
+
+
+def test_averaging_factors_is_not_averaging_products(base):
+    """What --sync-ref-mix's help says: the miss is exactly m (1 - m) dB dA times the scale."""
+    model, m = lora(base), 0.9
+    stir(model)
+    name = "base_model.model.model.layers.0.mlp.up_proj"
+    layer = model.get_submodule(name)
+    product = lambda adapter: layer.get_delta_weight(adapter).clone()  # noqa: E731
+    factors = {a: (layer.lora_A[a].weight.clone(), layer.lora_B[a].weight.clone()) for a in ("default", "reference")}
+    average = m * product("default") + (1 - m) * product("reference")
+    models.sync_reference(model, m)
+    (a1, b1), (a0, b0) = factors["default"], factors["reference"]
+    miss = m * (1 - m) * (b1 - b0) @ (a1 - a0) * layer.scaling["default"]
+    assert miss.abs().max() > 1e-3
+    assert torch.allclose(average - product("reference"), miss, atol=1e-6)
+
+
+def test_saving_and_restoring_is_bit_for_bit(base, tmp_path, tokenizer):
+    model = lora(base)
+    stir(model)
+    models.save_model(model, tokenizer, tmp_path / "both", adapters=("default", "reference"))
+    kept = [(p.clone(), r.clone()) for p, r in models.adapter_pairs(model)]
+    fresh = lora(base, seed=7)
+    models.restore(fresh, tmp_path / "both")
+    for (p, r), (p2, r2) in zip(kept, models.adapter_pairs(fresh), strict=True):
+        assert torch.equal(p, p2) and torch.equal(r, r2)
+    assert (tmp_path / "both/adapter_model.safetensors").exists()
+    config = json.loads((tmp_path / "both/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == base
+
+
+def test_training_never_touches_the_base(base, tokenizer):
+    model = lora(base, bits=4, checkpointing=True).train()
+    before = models.fingerprint(model)
+    adapters = [p.clone() for p in models.adapter_parameters(model)]
+    optimizer = torch.optim.AdamW(models.adapter_parameters(model), lr=1e-6)
+    for _ in range(3):
+        completion_logprobs(model, PROMPTS, [[5, 9, 1]] * 3, vocab=len(tokenizer))[0].sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert models.fingerprint(model) == before
+    moved = [(p != q).float().mean() for p, q in zip(models.adapter_parameters(model), adapters, strict=True)]
+    assert torch.stack(moved).min() > 0.99, "at lr 1e-6 bf16 adapters would stand still"
+
+
+def test_four_bits_on_a_cpu_keep_their_gradients(base, tokenizer):
+    """bitsandbytes' in-place repack for AVX512-BF16 would break training after the first eval pass."""
+    model = lora(base, bits=4, reference=False)
+    stir(model)
+
+    def gradients():
+        model.train()
+        completion_logprobs(model, PROMPTS, [[5, 9, 1]] * 3, vocab=len(tokenizer))[0].sum().backward()
+        found = [p.grad.clone() for p in models.adapter_parameters(model)]
+        model.zero_grad()
+        return found
+
+    before = gradients()
+    model.eval()
+    models.generate(model, tokenizer, PROMPTS, max_new_tokens=4, temperature=1.0, seed=0)
+    with torch.no_grad():
+        completion_logprobs(model, PROMPTS, [[5, 9, 1]] * 3, vocab=len(tokenizer))
+    assert all(torch.equal(a, b) for a, b in zip(before, gradients(), strict=True))
+    assert type(model.get_output_embeddings()) is torch.nn.Linear
+
+
+def test_checkpointed_gradients_are_the_plain_ones(base, tokenizer):
+    def gradients(checkpointing):
+        model = lora(base, reference=False, checkpointing=checkpointing)
+        stir(model)
+        model.train()
+        completion_logprobs(model, PROMPTS, [[5, 9, 1]] * 3, vocab=len(tokenizer))[0].sum().backward()
+        return [p.grad for p in models.adapter_parameters(model)]
+
+    assert all(torch.equal(a, b) for a, b in zip(gradients(False), gradients(True), strict=True))
+
+
+@pytest.mark.parametrize(("changes", "complaint"), [
+    ({"targets": "q_proj,no_such_layer_at_all_x"}, None),
+    ({"targets": "no_such_layer"}, "--lora-targets"),
+])
+def test_targets(base, changes, complaint):
+    if complaint:
+        with pytest.raises(ValueError, match=complaint):
+            lora(base, **changes)
+    else:
+        names = {n.split(".lora_")[0].rsplit(".", 1)[1] for n, _ in lora(base, **changes).named_parameters()
+                 if "lora_" in n}
+        assert names == {"q_proj"}
+
+
+def test_a_rank_that_differs_from_the_saved_one_is_refused(base, tmp_path, tokenizer):
+    models.save_model(lora(base, reference=False), tokenizer, tmp_path)
+    with pytest.raises(ValueError, match="rank 4 and alpha 8.* pass --lora-rank 4 --lora-alpha 8"):
+        lora(str(tmp_path), rank=16)
+
+
+# -- names
+
+
+def test_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/done/final").mkdir(parents=True)
+    (tmp_path / "runs/open").mkdir()
+    (tmp_path / "runs/open/metrics.jsonl").touch()
+    assert models.resolve("runs/done") == "runs/done/final"
+    assert models.resolve("Qwen/Qwen2.5-7B-Instruct") == "Qwen/Qwen2.5-7B-Instruct"
+    with pytest.raises(FileNotFoundError, match="has not finished. Continue it with --resume"):
+        models.resolve("runs/open")
+    with pytest.raises(FileNotFoundError, match="runs/typo is no folder"):
+        models.resolve("runs/typo")
+    with pytest.raises(ValueError, match="no usable CUDA device"):
+        models.pick_device("cuda:9") if not torch.cuda.is_available() else pytest.skip("this machine has CUDA")
+
+
+def test_tokenizers_that_differ_are_refused_at_the_first_id(tokenizer, toy, tmp_path):
+    import copy
+
+    models.check_same_tokenizer(tokenizer, copy.deepcopy(tokenizer))
+    text = (toy / "runs/toy/tokenizer.json").read_text().replace('"swap"', '"swop"')
+    (tmp_path / "tokenizer.json").write_text(text)
+    (tmp_path / "tokenizer_config.json").write_text((toy / "runs/toy/tokenizer_config.json").read_text())
+    i = tokenizer.get_vocab()["swap"]
+    with pytest.raises(ValueError, match=f"id {i} is 'swap' in one, 'swop' in the other"):
+        models.check_same_tokenizer(tokenizer, models.load_tokenizer(str(tmp_path)))
+
+
+def test_pickled_weights_are_refused(base, tmp_path):
+    import shutil
+
+    shutil.copytree(base, tmp_path / "m")
+    model = models.load_model(base, bits=32, device=CPU)
+    torch.save(model.state_dict(), tmp_path / "m/pytorch_model.bin")
+    (tmp_path / "m/model.safetensors").unlink()
+    with pytest.raises(OSError):
+        models.load_model(str(tmp_path / "m"), bits=32, device=CPU)
+
+
+def test_the_toys_model_is_the_same_for_the_same_seed(tmp_path, toy):
+    run_script(tmp_path, "data/toy.py", "--out", "again", "--steps", "3")
+    again = models.load_model(str(tmp_path / "again"), bits=32, device=CPU)
+    assert models.fingerprint(again) == models.fingerprint(models.load_model(str(toy / "runs/toy"), bits=32, device=CPU))
