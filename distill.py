@@ -83,10 +83,10 @@ rows = load_rows(models.rows_of(args.data, "train"), question_column=args.questi
 tokenizer = models.load_tokenizer(args.model)
 models.check_same_tokenizer(tokenizer, models.load_tokenizer(student_name))
 prompts, vocab = Prompts(tokenizer, args.solution_in), len(tokenizer)
+room = models.context_of(args.model, student_name) - args.max_new_tokens
+rows = prompts.fitting(rows, room, skip=args.skip_bad_rows)
 teacher = models.load_model(args.model, bits=args.teacher_bits, device=device)
 student = models.load_model(student_name, bits=args.student_bits, device=device)
-context = min(model.config.max_position_embeddings for model in (teacher, student))
-rows = prompts.fitting(rows, context - args.max_new_tokens, skip=args.skip_bad_rows)
 out.parent.mkdir(parents=True, exist_ok=True)
 runs.write_atomically(config, json.dumps(runs.describe(args), indent=2) + "\n")
 

@@ -8,6 +8,7 @@ made on first use. Weights are read from safetensors only, and no code is ever t
 
 import hashlib
 import logging
+import re
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -48,9 +49,11 @@ def rows_of(data, split):
 
 
 def pick_device(name):
-    """ "auto" is CUDA where there is one."""
+    """cpu, cuda or cuda:1; "auto" is CUDA where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"--device {name}: expected cpu, cuda, cuda:1 or auto.")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: this machine has no usable CUDA device. Pass --device cpu or auto.")
     return torch.device(name)
@@ -80,6 +83,13 @@ def check_same_tokenizer(teacher, student):
                 f"teacher and student tokenize differently (id {i} is {ours.get(i)!r} in one, {theirs.get(i)!r} in the "
                 "other), and the reward compares token by token. Pass a --student of the same family."
             )
+
+
+def context_of(*names):
+    """Tokens that all of these models can read."""
+    from transformers import AutoConfig
+
+    return min(AutoConfig.from_pretrained(base_of(name)).max_position_embeddings for name in names)
 
 
 def base_of(name):

@@ -169,10 +169,11 @@ def _gsm8k_solution(answer):
 
 
 def leaks(explanation, solution):
-    """Whether the explanation gives the solution away instead of arriving at it: the solution stands in it
-    word for word, before its last quarter."""
+    """Whether the explanation gives the solution away instead of arriving at it: the solution stands in it word for
+    word, before its middle or with next to nothing around it."""
     text, wanted = (f" {' '.join(words.split())} " for words in (explanation, solution))
-    return 0 <= text.find(wanted) < 0.75 * len(text)
+    at = text.find(wanted)
+    return at >= 0 and (at < len(text) / 2 or len(text.split()) < 2 * len(wanted.split()))
 
 
 # ---------------------------------------------------------------------------------------------------------

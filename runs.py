@@ -92,10 +92,10 @@ def pick(n, size, step, seed):
 
 
 def schedule(step, steps, warmup, final, shape="linear"):
-    """Share of the peak learning rate at this step: up over `warmup` steps, then down to `final` at the end."""
+    """Share of the peak learning rate at this step: up over `warmup` steps, then down to `final` at the last one."""
     if step < warmup:
         return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
+    progress = (step + 1 - warmup) / (steps - warmup)
     if shape == "cosine":
         progress = (1 - math.cos(math.pi * progress)) / 2
     return 1 + (final - 1) * progress
@@ -165,7 +165,10 @@ def check_same_flags(out, then, now):
 
 
 class Run:
-    """The folder of one run. `step` is where the loop starts; `checkpoint` the folder to load first, or None."""
+    """The folder of one run. `step` is where the loop starts, `checkpoint` the folder to load first, or None.
+
+    Nothing is written before `start`, so that a run that can't begin leaves nothing behind.
+    """
 
     def __init__(self, args):
         self.folder = Path(args.out)
@@ -183,13 +186,12 @@ class Run:
             whole = sorted(p for p in self.folder.glob("step_*") if p.suffix != ".partial")
             if whole:
                 self.checkpoint, self.step = whole[-1], int(whole[-1].name.removeprefix("step_"))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for log in (self.metrics, self.samples):  # back to the step of the checkpoint
-            kept = [entry for entry in read_jsonl(log) if entry["step"] < self.step]
-            write_atomically(log, "".join(json.dumps(entry) + "\n" for entry in kept))
 
-    def describe(self, **facts):
-        """Add facts to config.json. A resumed run must find the base it was started on."""
+    def start(self, **facts):
+        """Write config.json, with these facts too, and cut the logs back to the checkpoint: the first trace of a run.
+
+        A resumed run must find the base it was started on.
+        """
         for key in ("base_hash", "student_hash"):
             if key in facts and self.before.get(key) not in (None, facts[key]):
                 raise ValueError(
@@ -197,6 +199,10 @@ class Run:
                     f"{facts[key][:12]}). Restore the base it was trained on, or start anew with another --out."
                 )
         self.config |= facts
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for log in (self.metrics, self.samples):
+            kept = [entry for entry in read_jsonl(log) if entry["step"] < self.step]
+            write_atomically(log, "".join(json.dumps(entry) + "\n" for entry in kept))
         write_atomically(self.folder / "config.json", json.dumps(self.config, indent=2) + "\n")
 
     def log(self, entry):

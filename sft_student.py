@@ -102,7 +102,7 @@ base_hash = models.fingerprint(model)
 if run.checkpoint:
     models.restore(model, run.checkpoint)
     optimizer.load_state_dict(torch.load(run.checkpoint / "optimizer.pt", weights_only=True))
-run.describe(base_hash=base_hash, device=str(device), rows=len(examples), cut=cut)
+run.start(base_hash=base_hash, device=str(device), rows=len(examples), cut=cut)
 count = sum(p.numel() for p in parameters)
 print(f"{run.folder}: {count:,} trained parameters, {len(examples)} rows, {device}", flush=True)
 

@@ -107,6 +107,13 @@ rows = load_rows(models.rows_of(args.data, "train"), question_column=args.questi
 tokenizer = models.load_tokenizer(args.model)
 models.check_same_tokenizer(tokenizer, models.load_tokenizer(student_name))
 prompts, vocab = Prompts(tokenizer, args.solution_in), len(tokenizer)
+room = models.context_of(args.model, student_name) - args.max_new_tokens
+rows = prompts.fitting(rows, room, skip=args.skip_bad_rows)
+held_out = rows[-args.eval_rows :] if args.eval_every else []
+rows = rows[: len(rows) - len(held_out)]
+if len(rows) < args.prompts_per_step:
+    raise ValueError(f"{len(rows)} rows are left to train on, a step takes {args.prompts_per_step}: give more rows, or "
+                     "lower --prompts-per-step, --eval-rows or --eval-every.")
 
 teacher = models.load_lora(args.model, bits=args.teacher_bits, device=device, rank=args.lora_rank, seed=args.seed,
                            alpha=args.lora_alpha, targets=args.lora_targets, reference=args.beta > 0,
@@ -115,18 +122,10 @@ student = models.load_model(student_name, bits=args.student_bits, device=device)
 parameters = models.adapter_parameters(teacher)
 optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
 
-context = min(model.config.max_position_embeddings for model in (teacher, student))
-rows = prompts.fitting(rows, context - args.max_new_tokens, skip=args.skip_bad_rows)
-held_out = rows[len(rows) - args.eval_rows :] if args.eval_every else []
-rows = rows[: len(rows) - len(held_out)]
-if len(rows) < args.prompts_per_step:
-    raise ValueError(f"{len(rows)} rows are left to train on, a step takes {args.prompts_per_step}: give more rows, or "
-                     "lower --prompts-per-step, --eval-rows or --eval-every.")
-
 if run.checkpoint:
     models.restore(teacher, run.checkpoint)
     optimizer.load_state_dict(torch.load(run.checkpoint / "optimizer.pt", weights_only=True))
-run.describe(base_hash=models.fingerprint(teacher), student_hash=models.fingerprint(student), student=student_name,
+run.start(base_hash=models.fingerprint(teacher), student_hash=models.fingerprint(student), student=student_name,
              device=str(device), rows=len(rows))
 print(f"{run.folder}: {sum(p.numel() for p in parameters):,} trained parameters, {len(rows)} rows, {device}, "
       f"log-probs by {implementation('auto', device.type)}", flush=True)

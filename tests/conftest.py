@@ -1,6 +1,7 @@
 """What the tests share: small models and tokenizers, made here; public rows from RLT_TEST_DATA where that is set."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -68,3 +69,22 @@ def tiny_model():
         return model.eval()
 
     return make
+
+
+def call(folder, script, *flags):
+    """Run a script in this process, in `folder`, as `python script flags`; returns its globals. No import twice."""
+    before = sys.argv, os.getcwd(), sys.excepthook
+    sys.argv = [script, *map(str, flags)]
+    os.chdir(folder)
+    try:
+        return runpy.run_path(str(ROOT / script), run_name="__main__")
+    finally:
+        sys.argv, sys.excepthook = before[0], before[2]
+        os.chdir(before[1])
+
+
+@pytest.fixture(scope="session")
+def workshop(toy):
+    """The toy's folder with a warm-up teacher that has seen two batches: whatever follows is real, and small."""
+    call(toy, "sft_student.py", "--format", "teacher", "--steps", 2, "--limit", 300, "--out", "runs/toy-teacher")
+    return toy

@@ -237,7 +237,8 @@ def test_all_public_rows_keep_every_token(prompts, capsys):
 
 
 @pytest.mark.parametrize(("explanation", "leak"), [
-    ("ans 0 1 so well", True), ("ans 0 1", True), ("0 1", True),
+    ("ans 0 1 so well", True), ("ans 0 1 so", True), ("ans 0 1", True), ("0 1", True),
+    ("s1 swap 3 7 s2 x*=3 0 1 s3 y*=7 0 1", False),  # it arrives early and stays there
     ("s1 swap 3 7 s2 x+=1 4 7 s3 swap 7 4 s4 x*=3 0 1", False), ("s1 swap 3 7", False), ("", False),
     ("x 0 12 and more of it", False),
 ])
