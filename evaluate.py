@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: MIT
+"""
+Sample answers from one or several models, grade them, and compare.
+
+A model sees the question alone and thinks in its tags; what it says after its thought is graded. With
+--samples n the table has pass@k too, the chance that one of k answers is right, estimated without bias
+(arXiv 2107.03374). Every sample is kept beside the model, so that any number can be looked into.
+
+    toy              the text between the solution tags, word for word
+    gsm8k            the last \\boxed{}, else the number after "####", else the last number; by math-verify
+    math500, aime24  the last \\boxed{}; by math-verify, whose verdicts are its own: 50% is .5, (1,2) is {1,2}
+    countdown        the last \\boxed{}, else the solution block: + - * /, each number once, exact fractions
+
+    laptop, 20 seconds    python evaluate.py
+    a benchmark           python evaluate.py --task math500 --data math500.jsonl --model org/model --bits 16
+"""
+
+import ast
+import json
+import logging
+import math
+import operator
+import re
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from pathlib import Path
+
+from prompts import SOLUTION, THOUGHT
+
+GOLD = {  # the columns of a row that its answers are graded by
+    "toy": ["solution"],
+    "gsm8k": ["answer"],
+    "math500": ["answer"],
+    "aime24": ["answer"],
+    "countdown": ["nums", "target"],
+}
+
+
+def grade(task, output, row):
+    """Whether a model's output, its whole turn as text, answers the row.
+
+    Raises ValueError where the row's own answer is missing or unreadable: that is no verdict on the output.
+    math-verify takes forever on some outputs: grade_all is the one with a time limit.
+    """
+    gold, answer = _gold(task, row), answer_of(task, output)
+    if answer is None:
+        return False
+    if task == "toy":
+        return answer.split() == gold.split()
+    if task == "countdown":
+        return _reaches(answer, **gold)
+    return _equivalent(gold, answer)
+
+
+def answer_of(task, output):
+    """The answer that an output gives, as text, or None. An output that is still thinking gives none."""
+    opened, closed = (output.rfind(tag) for tag in THOUGHT)
+    if opened > closed:
+        return None
+    said = output[closed + len(THOUGHT[1]) :] if closed >= 0 else output
+    opening, closing = SOLUTION
+    _, *blocks = said.split(opening)
+    block = blocks[0].partition(closing)[0].strip() if len(blocks) == 1 and closing in blocks[0] else None
+    if task == "toy":
+        return block
+    _, *boxes = re.split(r"\\boxed\s*\{", said)
+    if boxes:
+        return _until_closed(boxes[-1])
+    if task == "gsm8k":
+        _, mark, rest = said.rpartition("####")
+        numbers = re.findall(r"(?<!\d)-?\d+(?:,\d{3})*(?:\.\d+)?", rest)
+        return numbers[0 if mark else -1] if numbers else None
+    return block if task == "countdown" else None
+
+
+def gradable(task, rows):
+    """The rows whose own answer the grader can read; the number of the others is printed."""
+    kept = []
+    for row in rows:
+        gold = _gold(task, row)
+        try:
+            if task in ("toy", "countdown") or _equivalent(gold, gold):
+                kept.append(row)
+        except ValueError:
+            pass
+    if not kept:
+        raise ValueError(f"no row has an answer that --task {task} can grade: is it the task of --data?")
+    if len(kept) < len(rows):
+        print(f"{len(rows) - len(kept)} of {len(rows)} rows have an answer the grader can't read: left out")
+    return kept
+
+
+def grade_all(task, outputs, rows, *, seconds=5.0, workers=2):
+    """grade() of each output with its row, in processes with a time limit -> list of True, False or None.
+
+    None counts as wrong: grading took more than `seconds`, or its process was killed, say for its memory.
+    """
+    rows = [{column: row.get(column) for column in [*GOLD[task], "where"]} for row in rows]
+    pairs = list(zip(outputs, rows, strict=True))
+    grades = [None] * len(pairs)
+    with ThreadPoolExecutor(workers) as pool:
+        shards = pool.map(lambda at: _grade_in_process(task, pairs[at::workers], seconds), range(workers))
+        for at, shard in enumerate(shards):
+            grades[at::workers] = shard
+    return grades
+
+
+def pass_at_k(n, c, k):
+    """Chance that one of k samples is right, when they are drawn from n samples of which c are right.
+
+    1 - C(n - c, k) / C(n, k) is an unbiased estimate of pass@k; 1 - (1 - c / n)^k is not.
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass@k of n={n}, c={c}, k={k}: expected 0 <= c <= n and 1 <= k <= n.")
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def over_questions(values):
+    """Mean of one value per question, and its standard error (None where there is one question)."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "standard_error": error}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# how it is graded
+
+
+def _gold(task, row):
+    if task not in GOLD:
+        raise ValueError(f"task {task!r}: expected one of {', '.join(GOLD)}.")
+    gold = {column: row.get(column) for column in GOLD[task]}
+    if None in gold.values():
+        raise ValueError(f"{row['where']} has no {' and '.join(gold)}, which --task {task} is graded by.")
+    if task == "countdown":
+        if any(type(number) is not int for number in (*gold["nums"], gold["target"])):
+            raise ValueError(f"{row['where']} has {gold}: expected whole numbers.")
+        return gold
+    (answer,) = gold.values()
+    return answer.rpartition("####")[2].strip() if task == "gsm8k" else str(answer)
+
+
+def _until_closed(text):
+    """The text up to the brace that closes it; None if that is nothing, or the brace never comes."""
+    depth = 1
+    for brace in re.finditer(r"\\.|[{}]", text, re.DOTALL):  # an escaped brace, \{, opens nothing
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return text[: brace.start()].strip() or None
+
+
+def _equivalent(gold, answer):
+    from math_verify import parse, verify
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # at each call it warns that its alarm is off
+    expected, got = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (gold, answer))
+    if not expected:
+        raise ValueError(f"math-verify can't read the row's own answer {gold!r}: leave that row out.")
+    return verify(expected, got, timeout_seconds=None)  # it is not symmetric: gold goes first
+
+
+OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+SYMBOLS = {"\\times": "*", "\\cdot": "*", "×": "*", "\\div": "/", "÷": "/", "−": "-",
+           "\\left": "", "\\right": ""}
+FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+
+
+def _reaches(expression, nums, target):
+    """Whether the expression has each of the numbers exactly once, no other, and the target as its value."""
+    if len(expression) > 200:
+        return False
+    for symbol, sign in SYMBOLS.items():
+        expression = expression.replace(symbol, sign)
+    while (plain := FRACTION.sub(r"((\1)/(\2))", expression)) != expression:
+        expression = plain
+    expression = expression.partition("=")[0].strip()  # "(3 + 4) * 2 = 14" says no more than its left side
+    if not re.fullmatch(r"[0-9+\-*/() ]+", expression):
+        return False
+    used = []
+
+    def value(node):
+        match node:
+            case ast.BinOp(left, op, right) if type(op) in OPERATIONS:  # no powers: nothing grows huge
+                return OPERATIONS[type(op)](value(left), value(right))
+            case ast.UnaryOp(ast.USub(), operand):
+                return -value(operand)
+            case ast.Constant(number):
+                used.append(number)
+                return Fraction(number)
+        raise ValueError("more than + - * / of whole numbers")
+
+    try:
+        return value(ast.parse(expression, mode="eval").body) == target and sorted(used) == sorted(nums)
+    except (SyntaxError, ValueError, ZeroDivisionError):
+        return False
+
+
+def _grade_in_process(task, pairs, seconds):
+    """Grades of one answer after the other, by a process that is killed where it hangs, and replaced."""
+    grades = []
+    command = [sys.executable, "-c", f"import evaluate; evaluate._serve({task!r})"]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    here = Path(__file__).resolve().parent
+    while len(grades) < len(pairs):
+        with subprocess.Popen(command, cwd=here, **pipes) as worker, ThreadPoolExecutor(1) as reader:
+            try:
+                if not worker.stdout.readline():  # ready: the limit is for an answer, not for the imports
+                    raise RuntimeError("the grading process did not start: its own message stands above")
+                reply = True
+                while reply and len(grades) < len(pairs):
+                    worker.stdin.write(json.dumps(pairs[len(grades)]) + "\n")
+                    worker.stdin.flush()
+                    try:
+                        reply = reader.submit(worker.stdout.readline).result(timeout=seconds)
+                    except TimeoutError:
+                        worker.kill()
+                        reply = None
+                    if not reply and worker.wait() > 0:  # less than 0: killed by a signal
+                        raise RuntimeError("the grading process failed: its traceback stands above")
+                    verdict = json.loads(reply) if reply else None
+                    if isinstance(verdict, str):
+                        raise ValueError(verdict)
+                    grades.append(verdict)
+            finally:
+                worker.kill()
+    return grades
+
+
+def _serve(task):
+    """The grading process: [output, row] on each line of stdin, on stdout the verdict or an error's text."""
+    replies, sys.stdout = sys.stdout, sys.stderr  # nothing that a library prints may pass for a verdict
+    if task not in ("toy", "countdown"):
+        _equivalent("1", "1")  # imports that take seconds
+    print("ready", file=replies, flush=True)
+    for line in sys.stdin:
+        try:
+            verdict = grade(task, *json.loads(line))
+        except ValueError as error:
+            verdict = str(error)
+        print(json.dumps(verdict), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    import hashlib
+    from importlib.metadata import version
+
+    from tqdm import tqdm
+
+    import models
+    import runs
+    from prompts import Prompts, load_rows
+    from runs import number, seed_for
+
+    # -----------------------------------------------------------------------------------------------------
+    parser = runs.flags(__doc__)
+    parser.add_argument("--task", choices=GOLD, default="toy", help="what is asked, and how it is graded")
+    parser.add_argument("--model", nargs="+", default=["toy", "runs/student"], help="run folders, folders, "
+                        "hub ids, toy")
+    parser.add_argument("--bits", type=int, choices=(4, 16, 32), default=32, help="bits of the models' bases")
+    parser.add_argument("--data", default=None, help="rows: file or hub id; None: the toy's test rows")
+    parser.add_argument("--limit", type=number(int, 1), default=None, help="use the first rows only")
+    # answers
+    parser.add_argument("--samples", type=number(int, 1), default=1, help="answers a question")
+    parser.add_argument("--temperature", type=number(float, 0), default=0.0, help="of sampling; 0: greedy")
+    parser.add_argument("--max-new-tokens", type=number(int, 1), default=None, help="limit of an answer; "
+                        "None: 64 for the toy, 4096 elsewhere")
+    # system
+    parser.add_argument("--batch-size", type=number(int, 1), default=128, help="answers sampled side by side")
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="of every draw")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
+    parser.add_argument("--out", default=None, help="folder with a folder of results for each model; "
+                        "None: beside the model, or in runs/ for a hub id")
+    args = parser.parse_args()
+    if args.samples > 1 and args.temperature == 0:
+        parser.error(f"--samples {args.samples} at --temperature 0 are all the same: pass 0.6, say")
+    if args.data is None and args.task != "toy":
+        columns = " and ".join(GOLD[args.task])
+        parser.error(f"--task {args.task} needs --data, rows with {columns}: see data/README.md")
+    args.max_new_tokens = args.max_new_tokens or (64 if args.task == "toy" else 4096)
+    # -----------------------------------------------------------------------------------------------------
+
+    device = models.pick_device(args.device)
+    folders = {name: Path(models.resolve(name)) for name in args.model}  # all of them, before any is run
+    source = models.rows_of(args.data or "toy", "test")
+    rows = gradable(args.task, load_rows(source, limit=args.limit, solved=args.task != "countdown"))
+    asked = [row for row in rows for _ in range(args.samples)]  # question i // samples
+    grader = {"toy": "exact match", "countdown": "exact fractions"}.get(args.task)
+    grader = grader or f"math-verify {version('math-verify')}"
+    results = []
+    for name in args.model:
+        tokenizer = models.load_tokenizer(name)
+        prompts = Prompts(tokenizer)
+        model = models.load_model(name, bits=args.bits, device=device)
+        questions = [prompts.question(row) for row in asked]
+        longest, context = max(map(len, questions)), model.config.max_position_embeddings
+        if longest + args.max_new_tokens > context:
+            raise ValueError(f"{name} has a context of {context} tokens, the longest question has {longest}, "
+                             f"--max-new-tokens is {args.max_new_tokens}: lower it, or leave the row out.")
+
+        # 1. sample
+        completions = []
+        for at in tqdm(range(0, len(asked), args.batch_size), desc=name, unit="batch", dynamic_ncols=True):
+            completions += models.generate(
+                model, tokenizer, questions[at : at + args.batch_size], max_new_tokens=args.max_new_tokens,
+                temperature=args.temperature, seed=seed_for(args.seed, "evaluate", at))
+        outputs = [tokenizer.decode(c.ids[:-1] if c.finished else c.ids) for c in completions]
+        del model  # before the next one is loaded
+
+        # 2. grade, and count by question
+        grades = grade_all(args.task, outputs, asked)
+        right = [sum(map(bool, grades[at : at + args.samples])) for at in range(0, len(asked), args.samples)]
+        results.append({
+            "model": name,
+            "task": args.task,
+            "grader": grader,
+            "questions": len(rows),
+            "exact_match": over_questions([c / args.samples for c in right]),
+            "pass_at": {k: over_questions([pass_at_k(args.samples, c, k) for c in right])
+                        for k in (2**i for i in range(args.samples.bit_length()))},
+            "truncated": statistics.fmean(not c.finished for c in completions),
+            "length": statistics.fmean(len(c.ids) for c in completions),
+            "timeouts": grades.count(None),
+            "prompt_hash": hashlib.sha256(repr(prompts.question({"question": ""})).encode()).hexdigest()[:8],
+        })
+
+        # 3. keep every sample
+        folder = folders[name].parent if folders[name].name == "final" else folders[name]
+        if args.out or not folder.is_dir():
+            folder = Path(args.out or "runs") / name.strip("/").replace("/", "_")
+            folder.mkdir(parents=True, exist_ok=True)
+        kept = [{"where": row["where"], "question": row["question"], "gold": _gold(args.task, row),
+                 "output": output, "answer": answer_of(args.task, output), "grade": verdict,
+                 "finished": c.finished, "length": len(c.ids)}
+                for row, output, verdict, c in zip(asked, outputs, grades, completions, strict=True)]
+        summary = json.dumps(results[-1] | {"device": str(device)} | runs.describe(args), indent=2)
+        runs.write_atomically(folder / f"eval_{args.task}.json", summary + "\n")
+        runs.write_atomically(folder / f"eval_{args.task}_samples.jsonl",
+                              "".join(json.dumps(sample) + "\n" for sample in kept))
+        print(f"{folder}/eval_{args.task}.json, and every sample in eval_{args.task}_samples.jsonl")
+
+    def percent(share):
+        error = share["standard_error"]
+        return f"{100 * share['mean']:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "") + " %"
+
+    table = [["model", "task", "questions", "exact match",
+              *(f"pass@{k}" for k in results[0]["pass_at"] if k > 1), "truncated", "length", "grader"]]
+    for r in results:
+        table.append([r["model"], r["task"], str(r["questions"]), percent(r["exact_match"]),
+                      *(percent(share) for k, share in r["pass_at"].items() if k > 1),
+                      f"{100 * r['truncated']:.1f} %", f"{r['length']:.1f}", r["grader"]])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    print()
+    for line in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    print(f"samples {args.samples} | temperature {args.temperature:g} | top_p 1 | seed {args.seed} | "
+          f"max new tokens {args.max_new_tokens} | bits {args.bits} | prompt {results[0]['prompt_hash']}")
+    for r in results:
+        if r["timeouts"]:
+            print(f"{r['model']}: the grader ran out of time on {r['timeouts']} answers: counted as wrong")
