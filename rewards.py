@@ -34,6 +34,8 @@ try:
 except ImportError:  # no GPU build of torch comes without it; see `implementation`
     triton = None
 
+FLOOR = -1e4  # of centred log-weights: its exponential is 0, and 0 * FLOOR is 0, where 0 * -inf is NaN
+
 
 class TokenStats(NamedTuple):
     kl: Tensor
@@ -163,7 +165,7 @@ def _checked(logits, token_ids, temperature, vocab):
 
 def _blocks(*tensors):
     """A few rows at a time, so that temporaries stay small beside the logits."""
-    rows = max(1, 2**20 // tensors[0].shape[1])
+    rows = max(1, (2**26 if tensors[0].is_cuda else 2**18) // tensors[0].shape[1])
     return zip(*(x.split(rows) for x in tensors), strict=True)
 
 
@@ -179,30 +181,27 @@ def _at(z, token_ids):
     return torch.where(known, z.gather(1, token_ids.where(known, 0)[:, None])[:, 0], -torch.inf)
 
 
-def _expect(p, x):
-    """sum p * x over the columns where p > 0, so that 0 * inf is nothing."""
-    return torch.where(p > 0, p * x, 0).sum(1)
-
-
 def _token_logprobs_torch(logits, token_ids, temperature):
     z = _centred(logits, temperature)
     p = z.exp()
     total = p.sum(1)
-    return _at(z, token_ids) - total.log(), total.log() - _expect(p, z) / total
+    return _at(z, token_ids) - total.log(), total.log() - (p * z.clamp(min=FLOOR)).sum(1) / total
 
 
 def _token_stats_torch(teacher, student, token_ids, teacher_temperature, student_temperature):
-    # With t and s centred and Z = sum exp,  kl = sum p (t - s) - log Z_t + log Z_s.  The difference is taken before
-    # the sum, the ratio before the logarithm: nearly equal models lose no digits to cancellation.
+    # With t and s centred and Z = sum exp,  kl = sum p (t - s) - log Z_t + log Z_s.  The difference is taken
+    # before the sum, the ratio before the logarithm: nearly equal models lose no digits to cancellation.
     t, s = _centred(teacher, teacher_temperature), _centred(student, student_temperature)
     width = max(t.shape[1], s.shape[1])
     t, s = (F.pad(z, (0, width - z.shape[1]), value=-torch.inf) for z in (t, s))
     p = t.exp()
     total_t, total_s = p.sum(1), s.exp().sum(1)
-    kl = _expect(p, t - s) / total_t + (total_s / total_t).log()
-    impossible = ((t > -torch.inf) & (s == -torch.inf)).any(1)
-    return (kl.masked_fill(impossible, torch.inf), _at(t, token_ids) - total_t.log(),
-            _at(s, token_ids) - total_s.log(), total_t.log() - _expect(p, t) / total_t)
+    # Where the teacher has -inf, t - s is -inf or NaN and p is 0: FLOOR, and p removes it. It is +inf only where
+    # the teacher has more than -inf and the student has not.
+    difference = torch.fmax(t - s, t.new_tensor(FLOOR))
+    total_d = (p * difference).sum(1).masked_fill(difference.amax(1) == torch.inf, torch.inf)
+    return (total_d / total_t + (total_s / total_t).log(), _at(t, token_ids) - total_t.log(),
+            _at(s, token_ids) - total_s.log(), total_t.log() - (p * t.clamp(min=FLOOR)).sum(1) / total_t)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -224,8 +223,7 @@ def _token_stats_torch(teacher, student, token_ids, teacher_temperature, student
 # traffic   reads (V_t + V_s) * itemsize bytes a token, writes 16
 
 if triton is not None:
-    FLOOR = tl.constexpr(-1e4)  # 2^-10000 is 0
-    LN2 = tl.constexpr(math.log(2))
+    LOW, LN2 = tl.constexpr(FLOOR), tl.constexpr(math.log(2))
 
     @triton.jit
     def _tile(ROWS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
@@ -250,7 +248,7 @@ if triton is not None:
         new = tl.maximum(m, _lane_max(x))
         return new, (m - new) * scale, (x - new[None, :, None]) * scale
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["N"])
     def _token_stats_kernel(out, ids, N, teacher, t_stride, t_scale, student, s_stride, s_scale,
                             VT: tl.constexpr, VS: tl.constexpr,
                             ROWS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
@@ -264,16 +262,16 @@ if triton is not None:
         Z_s = tl.zeros([LANES], tl.float32)
         D = tl.zeros([LANES], tl.float32)
         E = tl.zeros([LANES], tl.float32)
-        worst = tl.full([LANES], FLOOR, tl.float32)
+        worst = tl.full([LANES], LOW, tl.float32)
 
         for start in range(0, max(VT, VS), ROWS * LANES * WIDTH):
             m_t, dt, t = _recentre(_load(teacher, start + tile, VT), m_t, t_scale)
             m_s, ds, s = _recentre(_load(student, start + tile, VS), m_s, s_scale)
             p, keep = tl.exp2(t), tl.exp2(dt)
-            difference = tl.where(t - s > FLOOR, t - s, FLOOR)  # not tl.maximum: NaN must lose
+            difference = tl.where(t - s > LOW, t - s, LOW)  # not tl.maximum: NaN must lose
             worst = tl.maximum(worst, _lane_max(difference))
             D = keep * (D + Z_t * (dt - ds)) + _lane_sum(p * difference)
-            E = keep * (E + Z_t * dt) + _lane_sum(p * tl.maximum(t, FLOOR))
+            E = keep * (E + Z_t * dt) + _lane_sum(p * tl.maximum(t, LOW))
             Z_t = keep * Z_t + _lane_sum(p)
             Z_s = tl.exp2(ds) * Z_s + _lane_sum(tl.exp2(s))
 
@@ -286,13 +284,13 @@ if triton is not None:
         Z_s = tl.sum(tl.exp2(ds) * Z_s, 0)
         id = tl.load(ids + row)
         t, s = (_load(teacher, id, VT) - max_t) * t_scale, (_load(student, id, VS) - max_s) * s_scale
-        kl = tl.where(tl.max(worst, 0) == float("inf"), float("inf"), D / Z_t + tl.log2(Z_s / Z_t))
-        tl.store(out + row, kl * LN2)
+        D = tl.where(tl.max(worst, 0) == float("inf"), float("inf"), D)
+        tl.store(out + row, (D / Z_t + tl.log2(Z_s / Z_t)) * LN2)
         tl.store(out + N + row, (t - tl.log2(Z_t)) * LN2)
         tl.store(out + 2 * N + row, (s - tl.log2(Z_s)) * LN2)
         tl.store(out + 3 * N + row, (tl.log2(Z_t) - E / Z_t) * LN2)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["N"])
     def _token_logprobs_kernel(out, ids, N, logits, stride, scale, V: tl.constexpr,
                                ROWS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
@@ -304,7 +302,7 @@ if triton is not None:
         for start in range(0, V, ROWS * LANES * WIDTH):
             m, dz, z = _recentre(_load(logits, start + tile, V), m, scale)
             p, keep = tl.exp2(z), tl.exp2(dz)
-            E = keep * (E + Z * dz) + _lane_sum(p * tl.maximum(z, FLOOR))
+            E = keep * (E + Z * dz) + _lane_sum(p * tl.maximum(z, LOW))
             Z = keep * Z + _lane_sum(p)
         top = tl.max(m, 0)
         dz = (m - top) * scale
@@ -314,7 +312,7 @@ if triton is not None:
         tl.store(out + row, (z - tl.log2(Z)) * LN2)
         tl.store(out + N + row, (tl.log2(Z) - E / Z) * LN2)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["B"])
     def _segment_stats_kernel(out, position, values, starts, B, LANES: tl.constexpr):
         """out (3, B): mean, min, max. position (2, B): of the min and of the max. starts (B + 1,), int64."""
         row = tl.program_id(0)
