@@ -4,14 +4,14 @@ The toy: a task, its rows, its tokenizer and a base model of half a million para
 
     question     x 3 y 7 s1 x+=y s2 y*=3        two clocks of ten hours, a numbered list of operations
     solution     0 1                            where they stand in the end
-    explanation  s1 x+=y 0 7 s2 y*=3 0 1        as a careful author writes it; others slip, skip, leak or ramble
+    explanation  s1 x+=y 0 7 s2 y*=3 0 1        by a careful author; others slip, skip, leak or ramble
 
-The base model reads explanations of all kinds while it is trained. It learns every single step, and follows a chain
-of them where it stands, but of long problems it has mostly seen bad explanations and writes bad ones itself. So
-everything that the method needs is there: a student that can use a good explanation, a solution that is hard to
-guess, and a teacher whose samples hold a few good explanations among many that give the solution away.
+The base model reads explanations of all kinds while it is trained. It learns every single step and can follow
+a chain of them, but of long problems it has mostly seen bad explanations, and writes bad ones itself. So all
+that the method needs is there: a student that can use a good explanation, a solution that is hard to guess,
+and a teacher whose samples hold a few good explanations among many that give the solution away.
 
-CPU, two minutes:  python data/toy.py            makes runs/toy: model, tokenizer, rows. Other scripts do it for you
+CPU, two minutes:  python data/toy.py        makes runs/toy; the other scripts call it when they need it
 """
 
 import argparse
@@ -25,12 +25,12 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # prompts.py: base and pipeline share one code path, so they can't disagree on a format
+sys.path.insert(0, str(ROOT))  # for prompts.py: the base is trained on what the pipeline will show it
 
 REGISTERS = ("x", "y")
 OPERATIONS = (
     *(f"{register}+={n}" for register in REGISTERS for n in range(1, 6)),
-    *(f"{register}*={n}" for register in REGISTERS for n in (3, 7)),  # 3 and 7 have inverses modulo 10: nothing is lost
+    *(f"{register}*={n}" for register in REGISTERS for n in (3, 7)),  # 3 and 7 have inverses modulo 10
     "x+=y",
     "y+=x",
     "swap",
@@ -40,11 +40,13 @@ MAX_STEPS = 9
 
 # Who explains: shares of the authors by what the document is for.
 AUTHORS = ("careful", "sloppy", "skipping", "leaking", "rambling")
-SHORT = (0.50, 0.05, 0.15, 0.20, 0.10)  # pretraining, up to 3 steps: how the base learns what a step is
+SINGLE = (1, 0, 0, 0, 0)  # pretraining, one step: how the base learns what a step is
+SHORT = (0.50, 0.05, 0.15, 0.20, 0.10)  # pretraining, 2 and 3 steps: how it learns to go on from a step
 LONG = (0.08, 0.05, 0.25, 0.30, 0.32)  # pretraining, 4 steps and more: why it explains long problems badly
 ROWS = (0.20, 0.05, 0.20, 0.27, 0.28)  # the rows' explanations, on which the teacher is warmed up
 
-SPLITS = {"train": (3000, (4, 5)), "val": (400, (4, 5)), "test": (800, (4, 5)), "long": (400, (6,))}  # rows, steps
+# split: (rows, numbers of steps)
+SPLITS = {"train": (3000, (4, 5)), "val": (400, (4, 5)), "test": (800, (4, 5)), "long": (400, (6,))}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -52,9 +54,9 @@ SPLITS = {"train": (3000, (4, 5)), "val": (400, (4, 5)), "test": (800, (4, 5)), 
 
 
 def steps(question, slips=0.0, rng=None):
-    """The question worked out: one "s1 x+=y 0 7" per operation, that is its number, itself, and the state after it.
+    """The question worked out, one "s1 x+=y 0 7" per operation: its number, itself, the state after it.
 
-    slips: probability of a wrong state in each step, drawn from rng. Who slips goes on from there.
+    slips: probability that a step's state goes wrong, drawn from rng. Who slips goes on from there.
     Raises ValueError on anything but a toy question.
     """
     words = question.split()
@@ -97,8 +99,11 @@ def is_full_chain(question, explanation):
     return f" {chain(question)} " in f" {' '.join(explanation.split())} "
 
 
-def leaks(question, explanation):
-    """Whether the explanation states the solution in any other way than as the state after one of its right steps."""
+def gives_away(question, explanation):
+    """Whether the explanation states the solution other than as the state after one of its right steps.
+
+    Exact where prompts.leaks, which knows no chain, goes by the place.
+    """
     text = f" {' '.join(explanation.split())} "
     for step in steps(question):
         text = text.replace(f" {step} ", " | ")
@@ -122,7 +127,7 @@ def explain(question, author, rng):
 
 
 def draw_row(rng, n_steps, shares):
-    """A row of the task: question, solution, an explanation by an author drawn by shares, and the right chain."""
+    """A row: question, solution, an explanation by an author drawn by shares, and the right chain."""
     operations = " ".join(f"s{n} {rng.choice(OPERATIONS)}" for n in range(1, n_steps + 1))
     question = f"x {rng.randrange(10)} y {rng.randrange(10)} {operations}"
     author = rng.choices(AUTHORS, shares)[0]
@@ -151,10 +156,10 @@ def make_rows():
 
 
 def draw_documents(rng, held_out):
-    """Rows to pretrain on, without end: mostly short problems explained well and long ones explained badly."""
+    """Rows to pretrain on, without end: short problems mostly explained well, long ones mostly badly."""
     while True:
         n_steps = rng.choice((1, 1, 2, 2, 3, 4, 5, 6))
-        row = draw_row(rng, n_steps, SHORT if n_steps < 4 else LONG)
+        row = draw_row(rng, n_steps, SINGLE if n_steps == 1 else SHORT if n_steps < 4 else LONG)
         if row["question"] not in held_out:
             yield row
 
@@ -164,9 +169,9 @@ def draw_documents(rng, held_out):
 
 
 def make_tokenizer():
-    """One token a word; blanks and newlines separate words and vanish. A word it doesn't know raises an exception.
+    """One token a word; blanks and newlines separate words and vanish. An unknown word raises an exception.
 
-    The tags of the explanation are written as the thought's, so that teacher and student share their tokens.
+    The tags of the explanation become those of the thought, so that teacher and student share their tokens.
     """
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -292,9 +297,9 @@ if __name__ == "__main__":
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "toy", help="folder to make")
-    parser.add_argument("--seed", type=int, default=0, help="of the model and its documents; the rows are always the same")
-    parser.add_argument("--steps", type=int, default=2000, help="pretraining steps of 64 documents; 0 = a random model")
+    parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="folder to make")
+    parser.add_argument("--seed", type=int, default=0, help="of the base model; the rows are always the same")
+    parser.add_argument("--steps", type=int, default=2000, help="of 64 documents; 0 = an untrained base")
     args = parser.parse_args()
     if args.out.exists():
         parser.error(f"{args.out} exists already: delete it, or choose another --out.")
@@ -304,5 +309,5 @@ if __name__ == "__main__":
     print(f"Making the toy in {args.out}: base model, tokenizer, rows; about two minutes on two cores, once.")
     started = time.time()
     make(args.out, args.seed, args.steps)
-    sizes = ", ".join(f"{split} {size}" for split, (size, _) in SPLITS.items())
-    print(f"{args.out}: a Qwen2 of half a million parameters and rows ({sizes}), {time.time() - started:.0f} s.")
+    rows = ", ".join(f"{size} {split}" for split, (size, _) in SPLITS.items())
+    print(f"{args.out} holds a Qwen2 of 0.5 M parameters and rows ({rows}); {time.time() - started:.0f} s.")

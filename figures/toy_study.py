@@ -85,7 +85,7 @@ def student_of(folder, arm, seed, commands):
         rows = read_jsonl(folder / data)
         mean = lambda key: sum(row[key] for row in rows) / len(rows)  # noqa: E731
         facts["explanations"] = {key: mean(key) for key in ("reward", "score", "kl", "length", "closed")} | {
-            "leak": sum(toy.leaks(row["question"], row["explanation"]) for row in rows) / len(rows),
+            "leak": sum(toy.gives_away(row["question"], row["explanation"]) for row in rows) / len(rows),
             "full_chain": sum(toy.is_full_chain(row["question"], row["explanation"]) for row in rows) / len(rows),
             "count": len(rows),
         }
