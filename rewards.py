@@ -10,8 +10,8 @@ thought, says how likely the solution is now, and how natural the thought itself
     kl     = mean + alpha * max  over thought tokens   of  KL(p_teacher || p_student)     equation (4)
     reward = score - lambda * kl                                                          equation (5)
 
-`token_stats` and `token_logprobs` reduce logits to a number a token, `segment_stats` and `rlt_reward` reduce
-tokens to a number a sequence. `score_explanations` does it all, from two models and token ids;
+`token_stats` and `token_logprobs` reduce logits to numbers a token, `segment_stats` and `rlt_reward` reduce
+tokens to numbers a sequence. `score_explanations` does it all, from two models and token ids, and
 `completion_logprobs` is the policy pass, with a gradient. Logits exist for `head_chunk` tokens at a time.
 
     python rewards.py            an example computed by hand
@@ -22,6 +22,7 @@ import functools
 import math
 import os
 import sys
+from collections import namedtuple
 from typing import NamedTuple
 
 import torch
@@ -34,32 +35,10 @@ try:
 except ImportError:  # no GPU build of torch comes without it; see `implementation`
     triton = None
 
-FLOOR = -1e4  # of centred log-weights: its exponential is 0, and 0 * FLOOR is 0, where 0 * -inf is NaN
-
-
-class TokenStats(NamedTuple):
-    kl: Tensor
-    teacher_logprob: Tensor
-    student_logprob: Tensor
-    teacher_entropy: Tensor
-
-
-class SegmentStats(NamedTuple):
-    mean: Tensor
-    min: Tensor
-    max: Tensor
-    argmin: Tensor
-    argmax: Tensor
-
-
-class RLTReward(NamedTuple):
-    reward: Tensor
-    score: Tensor
-    kl: Tensor
-    score_mean: Tensor
-    score_min: Tensor
-    kl_mean: Tensor
-    kl_max: Tensor
+TokenStats = namedtuple("TokenStats", "kl teacher_logprob student_logprob teacher_entropy")
+SegmentStats = namedtuple("SegmentStats", "mean min max argmin argmax")
+RLTReward = namedtuple("RLTReward", "reward score kl score_mean score_min kl_mean kl_max")
+FLOOR = -1e4  # for centred log-weights: its exponential is 0, and 0 * FLOOR is 0 where 0 * -inf is NaN
 
 
 class Row(NamedTuple):
@@ -94,7 +73,7 @@ class Scored(NamedTuple):
 def implementation(impl, device_type):
     """What `impl` means on a type of device: "triton" or "torch".
 
-    "auto" is Triton on a GPU and torch elsewhere, and says so once. A GPU without Triton is an error, not a detour.
+    "auto" is Triton on a GPU and torch elsewhere, and says so once. A GPU without Triton raises.
     """
     if impl not in ("auto", "torch", "triton"):
         raise ValueError(f"impl is {impl!r}, expected 'auto', 'torch' or 'triton'")
@@ -102,8 +81,8 @@ def implementation(impl, device_type):
     if chosen == "triton" and triton is None:
         raise RuntimeError("Triton is not installed: pip install triton, or pass impl='torch'")
     if chosen == "triton" and device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError(f"impl='triton' needs a GPU, not {device_type}: pass impl='torch', or start Python with "
-                           "TRITON_INTERPRET=1 to interpret the kernels")
+        raise RuntimeError(f"impl='triton' needs a GPU, not {device_type}: pass impl='torch', or start "
+                           "Python with TRITON_INTERPRET=1 to interpret the kernels")
     if impl == "auto":
         print(f"rewards.py: {chosen} on {device_type}", file=sys.stderr)
     return chosen
@@ -124,9 +103,9 @@ def token_stats(teacher_logits, student_logits, token_ids, *, teacher_temperatur
         teacher_entropy  of p_teacher
 
     vocab: columns from there on are ignored on both sides. None: all count, and one that a side lacks is -inf
-    there, for token_ids too. A teacher's logit above -inf where the student's is -inf gives kl = +inf. A row that
-    is -inf throughout is no distribution and gives NaN.
-    impl: "torch" carries gradients and keeps float64, "triton" does neither. See `implementation` for "auto".
+    there, for token_ids too. A teacher's logit above -inf where the student's is -inf gives kl = +inf. A row
+    that is -inf throughout is no distribution and gives NaN.
+    impl: "torch" carries gradients and keeps float64, "triton" does neither; "auto": see `implementation`.
     """
     teacher, student = (_checked(x, token_ids, temperature, vocab) for x, temperature in (
         (teacher_logits, teacher_temperature), (student_logits, student_temperature)))
@@ -196,8 +175,8 @@ def _token_stats_torch(teacher, student, token_ids, teacher_temperature, student
     t, s = (F.pad(z, (0, width - z.shape[1]), value=-torch.inf) for z in (t, s))
     p = t.exp()
     total_t, total_s = p.sum(1), s.exp().sum(1)
-    # Where the teacher has -inf, t - s is -inf or NaN and p is 0: FLOOR, and p removes it. It is +inf only where
-    # the teacher has more than -inf and the student has not.
+    # Where the teacher has -inf, t - s is -inf or NaN and p is 0: at FLOOR, p removes it. It is +inf only
+    # where the teacher has more than -inf and the student has not.
     difference = torch.fmax(t - s, t.new_tensor(FLOOR))
     total_d = (p * difference).sum(1).masked_fill(difference.amax(1) == torch.inf, torch.inf)
     return (total_d / total_t + (total_s / total_t).log(), _at(t, token_ids) - total_t.log(),
@@ -209,17 +188,17 @@ def _token_stats_torch(teacher, student, token_ids, teacher_temperature, student
 #
 # spec      kl = sum p (t - s) - log Z_t + log Z_s    entropy = log Z_t - sum p t    logprob = z[id] - log Z
 #           with t, s = (logits - maximum) / temperature, in base 2,  Z = sum 2^z,  p = 2^t / Z_t
-# online    m is the maximum so far; Z = sum 2^z, D = sum 2^t (t - s), E = sum 2^t t are relative to it.
-#           When m moves, the old t all move by dt = (old m - new m) / temperature, the old s by ds, and so
-#               D <- 2^dt (D + Z_t (dt - ds)) + new terms    E <- 2^dt (E + Z_t dt) + ...    Z <- 2^dt Z + ...
-#           Centred like this the sums are no larger than the results, and fp32 holds 1e-6.
-# layout    A program owns a row and each thread a lane: it reads WIDTH neighbours in one 16-byte load, ROWS loads
-#           a step, and keeps its own m, Z, D, E. So the loop has no barrier and no shuffle; lanes are merged once,
-#           after it, by the same rule.
+# online    m is the maximum so far, and Z = sum 2^z, D = sum 2^t (t - s), E = sum 2^t t are relative to it.
+#           When m moves, all old t move by dt = (old m - new m) / temperature, all old s by ds, and so
+#               D <- 2^dt (D + Z_t (dt - ds)) + new      E <- 2^dt (E + Z_t dt) + new      Z <- 2^dt Z + new
+#           Centred like this, the sums are no larger than the results, and float32 holds 1e-6.
+# layout    A program owns a row, and each thread a lane: it reads WIDTH neighbours in one 16-byte load, ROWS
+#           loads a step, and keeps an m, Z, D, E of its own. The loop has no barrier and no shuffle; lanes
+#           are merged once, after it, by the same rule.
 # -inf      m starts at -1e30, where -inf would breed NaN: 0 * -1e30 is 0, and -inf - -1e30 is still -inf.
-#           Where the teacher has -inf, t - s is -inf or NaN and p is 0: t - s is raised to FLOOR, and p removes it.
-#           t - s is +inf only where the teacher has more than -inf and the student has not: then kl is +inf, which
-#           `worst` remembers whatever p * inf made of D.
+#           Where the teacher has -inf, t - s is -inf or NaN and p is 0: at FLOOR, p removes it. It is +inf
+#           only where the teacher has more than -inf and the student has not: then kl is +inf, which `worst`
+#           remembers whatever p * inf has made of D.
 # traffic   reads (V_t + V_s) * itemsize bytes a token, writes 16
 
 if triton is not None:
@@ -256,14 +235,8 @@ if triton is not None:
         teacher += row * t_stride
         student += row * s_stride
         tile = _tile(ROWS, LANES, WIDTH)
-        m_t = tl.full([LANES], -1e30, tl.float32)
-        m_s = tl.full([LANES], -1e30, tl.float32)
-        Z_t = tl.zeros([LANES], tl.float32)
-        Z_s = tl.zeros([LANES], tl.float32)
-        D = tl.zeros([LANES], tl.float32)
-        E = tl.zeros([LANES], tl.float32)
-        worst = tl.full([LANES], LOW, tl.float32)
-
+        nothing, low = tl.zeros([LANES], tl.float32), tl.full([LANES], -1e30, tl.float32)
+        m_t, m_s, Z_t, Z_s, D, E, worst = low, low, nothing, nothing, nothing, nothing, low
         for start in range(0, max(VT, VS), ROWS * LANES * WIDTH):
             m_t, dt, t = _recentre(_load(teacher, start + tile, VT), m_t, t_scale)
             m_s, ds, s = _recentre(_load(student, start + tile, VS), m_s, s_scale)
@@ -275,16 +248,17 @@ if triton is not None:
             Z_t = keep * Z_t + _lane_sum(p)
             Z_s = tl.exp2(ds) * Z_s + _lane_sum(tl.exp2(s))
 
-        max_t, max_s = tl.max(m_t, 0), tl.max(m_s, 0)  # merge the lanes: their own maxima move to the row's
+        max_t, max_s = tl.max(m_t, 0), tl.max(m_s, 0)  # the lanes' maxima move to the row's
         dt, ds = (m_t - max_t) * t_scale, (m_s - max_s) * s_scale
         keep = tl.exp2(dt)
         D = tl.sum(keep * (D + Z_t * (dt - ds)), 0)
         E = tl.sum(keep * (E + Z_t * dt), 0)
         Z_t = tl.sum(keep * Z_t, 0)
         Z_s = tl.sum(tl.exp2(ds) * Z_s, 0)
-        id = tl.load(ids + row)
-        t, s = (_load(teacher, id, VT) - max_t) * t_scale, (_load(student, id, VS) - max_s) * s_scale
         D = tl.where(tl.max(worst, 0) == float("inf"), float("inf"), D)
+        token = tl.load(ids + row)
+        t = (_load(teacher, token, VT) - max_t) * t_scale
+        s = (_load(student, token, VS) - max_s) * s_scale
         tl.store(out + row, (D / Z_t + tl.log2(Z_s / Z_t)) * LN2)
         tl.store(out + N + row, (t - tl.log2(Z_t)) * LN2)
         tl.store(out + 2 * N + row, (s - tl.log2(Z_s)) * LN2)
@@ -296,9 +270,8 @@ if triton is not None:
         row = tl.program_id(0).to(tl.int64)
         logits += row * stride
         tile = _tile(ROWS, LANES, WIDTH)
-        m = tl.full([LANES], -1e30, tl.float32)
-        Z = tl.zeros([LANES], tl.float32)
-        E = tl.zeros([LANES], tl.float32)
+        nothing = tl.zeros([LANES], tl.float32)
+        m, Z, E = tl.full([LANES], -1e30, tl.float32), nothing, nothing
         for start in range(0, V, ROWS * LANES * WIDTH):
             m, dz, z = _recentre(_load(logits, start + tile, V), m, scale)
             p, keep = tl.exp2(z), tl.exp2(dz)
@@ -337,25 +310,25 @@ if triton is not None:
 
 
 def _launch(kernel, out, token_ids, *sides):
-    """Run a row kernel over the (logits, temperature) of one model or two."""
-    for logits, _ in sides:
+    """Run a row kernel over the (logits, temperature) of one model or of two."""
+    arguments, widths = [], []
+    for logits, temperature in sides:
         if logits.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise ValueError(f"the kernels read bfloat16, float16 and float32, not {logits.dtype}: "
                              "pass impl='torch'")
         if torch.is_grad_enabled() and logits.requires_grad:
             raise ValueError("the kernels have no backward: call under torch.no_grad(), or pass impl='torch'")
-    args = []
-    for logits, temperature in sides:
         logits = logits if logits.stride(1) == 1 else logits.contiguous()
-        args += [logits, logits.stride(0), math.log2(math.e) / temperature]
+        arguments += [logits, logits.stride(0), math.log2(math.e) / temperature]
+        widths.append(logits.shape[1])
+    tokens, itemsize = out.shape[1], max(logits.itemsize for logits, _ in sides)
     with torch.cuda.device_of(out):
-        kernel[(out.shape[1],)](out, token_ids.contiguous(), out.shape[1], *args,
-                                *(logits.shape[1] for logits, _ in sides),
-                                **meta_parameters(max(logits.itemsize for logits, _ in sides)))
+        kernel[(tokens,)](out, token_ids.contiguous(), tokens, *arguments, *widths,
+                          **meta_parameters(itemsize))
 
 
 def meta_parameters(itemsize, num_warps=4, rows=2):
-    """The row kernels' tile: a lane a thread, 16 bytes a load. Found by tests/bench_rewards.py on an H200."""
+    """The row kernels' tile: a lane a thread, 16 bytes a load. tests/bench_rewards.py times others."""
     return dict(ROWS=rows, LANES=32 * num_warps, WIDTH=16 // itemsize, num_warps=num_warps)
 
 
@@ -366,7 +339,7 @@ def meta_parameters(itemsize, num_warps=4, rows=2):
 def segment_stats(values, lengths, *, impl="auto"):
     """values (N,) of B sequences laid end to end, lengths (B,) on the host -> SegmentStats, each (B,).
 
-    argmin and argmax are the first position of the extreme within its own sequence: the argmin of a solution's
+    argmin and argmax are the first position of the extreme in its own sequence: the argmin of a solution's
     log-probs is its hardest leap. An empty sequence raises ValueError. On a GPU nothing is sent to the host.
     """
     lengths = _lengths("values", values, lengths)
@@ -400,8 +373,8 @@ def rlt_reward(solution_logprobs, solution_lengths, token_kl, thought_lengths, *
                impl="auto"):
     """Equations (3), (4) and (5) of arXiv 2506.08388. Packed tokens of B rows -> RLTReward, each (B,).
 
-    solution_logprobs: the student's, in nats; token_kl: in nats; the lengths of both (B,) live on the host. lam
-    and alpha default to the paper's. An empty thought or solution raises ValueError naming the row.
+    solution_logprobs: the student's, in nats; token_kl: in nats; the lengths of both (B,) live on the host.
+    lam and alpha default to the paper's. An empty thought or solution raises ValueError naming the row.
     """
     s = segment_stats(solution_logprobs, _lengths("solution", solution_logprobs, solution_lengths), impl=impl)
     k = segment_stats(token_kl, _lengths("thought", token_kl, thought_lengths), impl=impl)
@@ -422,12 +395,12 @@ def score_explanations(teacher, student, rows, *, lam=3.0, alpha=0.01, kl="exact
 
     teacher, student    Hugging Face causal LMs, a PeftModel too, in the mode (train or eval) they are in
     rows                B times the six fields of `Row`
-    kl                  "exact" over the vocabulary; "sampled": log p_teacher - log p_student of the sampled token,
-                        as in the released code
+    kl                  "exact" over the vocabulary, or "sampled": log p_teacher - log p_student of the
+                        sampled token, as in the released code
     temperature         divides both models' logits in score and kl
     policy_temperature  divides the teacher's in old log-probs and entropies; None: the same
     vocab               len(tokenizer): the head's columns beyond it are never computed
-    head_chunk          tokens whose logits exist at a time, in logits_dtype
+    head_chunk          tokens whose logits exist at a time, in logits_dtype or the head's if that is wider
     micro_batch_tokens  tokens of one forward pass, padding included; a longer row goes alone
 
     A thought without tokens counts as 1 in the mean and in the max of kl, as in the released code. An empty
@@ -436,60 +409,62 @@ def score_explanations(teacher, student, rows, *, lam=3.0, alpha=0.01, kl="exact
     if kl not in ("exact", "sampled"):
         raise ValueError(f"kl is {kl!r}, expected 'exact' or 'sampled'")
     rows = [Row(*map(list, row)) for row in rows]
-    lengths = torch.tensor([[len(ids) for ids in row] for row in rows]).view(-1, 6)
+    lengths = torch.tensor([[len(ids) for ids in row] for row in rows])  # (B, 6), on the host
     thought, completion, solution = lengths[:, 1], lengths[:, 1] + lengths[:, 2], lengths[:, 5]
     if 0 in solution:
-        raise ValueError(f"row {solution.tolist().index(0)} has an empty solution, expected at least one token: "
-                         "drop the row, there is nothing to score")
-    policy_temperature = policy_temperature or temperature
+        raise ValueError(f"row {solution.tolist().index(0)} has an empty solution, expected at least one "
+                         "token: there is nothing to score, drop the row")
+    policy_temperature = temperature if policy_temperature is None else policy_temperature
     head_t, head_s = _head(teacher, vocab), _head(student, vocab)
     device = head_t[0].device
-    buffer_t, buffer_s = (_buffer(head, lengths.sum(), head_chunk, logits_dtype) for head in (head_t, head_s))
 
-    token_kl = torch.empty(int(thought.sum()), device=device)
-    old_logprobs, entropies = torch.empty(2, int(completion.sum()), device=device)
-    solution_logprobs = torch.empty(int(solution.sum()), device=device)
-    thought_at, completion_at, solution_at = (n.cumsum(0) - n for n in (thought, completion, solution))
-
-    width = torch.maximum(lengths[:, :3].sum(1), lengths[:, [3, 1, 4, 5]].sum(1))
-    for b in micro_batches(width.tolist(), micro_batch_tokens):
-        batch = [rows[i] for i in b]
-        tp, th, te, sp, br, so = lengths[b].unbind(1)
-
+    def score(batch, tp, th, te, sp, br, so):
+        """One micro-batch, packed: kl, old log-probs and entropies of thoughts, of ends, solution log-probs."""
         # 1. the states that predict thought and end under the teacher, thought and solution under the student
         states_t, states_end = _hidden(
             teacher, [r.teacher_prompt + r.thought + r.teacher_end for r in batch], (tp, th), (tp + th, te))
         states_s, states_solution = _hidden(
             student, [r.student_prompt + r.thought + r.bridge + r.solution for r in batch],
             (sp, th), (sp + th + br, so))
+        buffer_t, buffer_s = (_buffer(head, head_chunk, logits_dtype) for head in (head_t, head_s))
 
-        # 2. thoughts: a chunk of logits from each model, reduced together; the old log-probs come along
-        ids = _ids([r.thought for r in batch], head_t)
-        kl_at, old_at = _ranges(device, thought_at[b], th), _ranges(device, completion_at[b], th)
+        # 2. thoughts: a chunk of logits of each model, reduced together
+        ids, token_kl, old = _ids([r.thought for r in batch], head_t), [], []
         for c in _chunks(len(ids), head_chunk):
             logits_t = _logits(states_t[c], head_t, buffer_t)
             logits_s = _logits(states_s[c], head_s, buffer_s).to(device)
             stats = token_stats(logits_t, logits_s, ids[c], teacher_temperature=temperature,
                                 student_temperature=temperature, impl=impl)
-            old = stats.teacher_logprob, stats.teacher_entropy
-            if policy_temperature != temperature:
-                old = token_logprobs(logits_t, ids[c], temperature=policy_temperature, impl=impl)
-            token_kl[kl_at[c]] = stats.kl if kl == "exact" else stats.teacher_logprob - stats.student_logprob
-            old_logprobs[old_at[c]], entropies[old_at[c]] = old
+            token_kl.append(stats.kl if kl == "exact" else stats.teacher_logprob - stats.student_logprob)
+            old.append(torch.stack(
+                (stats.teacher_logprob, stats.teacher_entropy) if policy_temperature == temperature
+                else token_logprobs(logits_t, ids[c], temperature=policy_temperature, impl=impl)))
 
         # 3. the teacher's end tokens, the student's solutions
-        at = _ranges(device, completion_at[b] + th, te)
-        old_logprobs[at], entropies[at] = _head_logprobs(
-            states_end, head_t, _ids([r.teacher_end for r in batch], head_t), policy_temperature, buffer_t, impl)
-        logprobs, _ = _head_logprobs(
-            states_solution, head_s, _ids([r.solution for r in batch], head_s), temperature, buffer_s, impl)
-        solution_logprobs[_ranges(device, solution_at[b], so)] = logprobs.to(device)
+        end = _head_logprobs(states_end, head_t, _ids([r.teacher_end for r in batch], head_t),
+                             policy_temperature, buffer_t, impl)
+        logprobs, _ = _head_logprobs(states_solution, head_s, _ids([r.solution for r in batch], head_s),
+                                     temperature, buffer_s, impl)
+        return torch.cat(token_kl), torch.cat(old, 1), torch.stack(end), logprobs.to(device)
+
+    token_kl = torch.empty(int(thought.sum()), device=device)
+    old = torch.empty(2, int(completion.sum()), device=device)
+    solution_logprobs = torch.empty(int(solution.sum()), device=device)
+    thought_at, completion_at, solution_at = (n.cumsum(0) - n for n in (thought, completion, solution))
+    width = torch.maximum(lengths[:, :3].sum(1), lengths[:, [3, 1, 4, 5]].sum(1))
+    for b in micro_batches(width.tolist(), micro_batch_tokens):
+        _, th, te, _, _, so = spans = lengths[b].unbind(1)
+        kl_values, old_thought, old_end, logprobs = score([rows[i] for i in b], *spans)
+        token_kl[_ranges(device, thought_at[b], th)] = kl_values
+        old[:, _ranges(device, completion_at[b], th)] = old_thought
+        old[:, _ranges(device, completion_at[b] + th, te)] = old_end
+        solution_logprobs[_ranges(device, solution_at[b], so)] = logprobs
 
     counted = thought.clamp(min=1)  # an empty thought counts as one token of kl 1
     values = torch.ones(int(counted.sum()), device=device)
     values[_ranges(device, counted.cumsum(0) - counted, thought)] = token_kl
     reward = rlt_reward(solution_logprobs, solution, values, counted, lam=lam, alpha=alpha, impl=impl)
-    return Scored(reward, token_kl, old_logprobs, entropies, solution_logprobs,
+    return Scored(reward, token_kl, *old, solution_logprobs,
                   thought.tolist(), completion.tolist(), solution.tolist())
 
 
@@ -497,9 +472,10 @@ def completion_logprobs(model, prompts, completions, *, temperature=1.0, vocab=N
                         impl="auto"):
     """Log-probs and entropies of B completions (lists of ids) after their prompts: packed, (N,) float32 each.
 
-    One forward pass, one micro-batch: the caller splits, see `micro_batches`. Where grad is enabled the log-probs
-    carry it, and memory still does not depend on the vocabulary: the backward computes each chunk's logits again.
-    A frozen head gets no gradient buffer. Entropies carry no gradient. With grad or without, the same bits.
+    One forward pass, one micro-batch: the caller splits, see `micro_batches`. Where grad is enabled the
+    log-probs carry it, and memory still does not depend on the vocabulary: the backward computes each chunk's
+    logits again. A frozen head gets no gradient buffer. Entropies carry no gradient. With grad and without,
+    values are the same bits.
     """
     head = _head(model, vocab)
     pairs = list(zip(prompts, completions, strict=True))
@@ -517,7 +493,7 @@ class _HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states, weight, bias, ids, temperature, head_chunk, impl):
         head = weight, bias
-        buffer = _buffer(head, len(ids), head_chunk)
+        buffer = _buffer(head, min(head_chunk, len(ids)))
         logprobs, entropies = _head_logprobs(states, head, ids, temperature, buffer, impl)
         ctx.save_for_backward(states, weight, bias, ids)
         ctx.temperature, ctx.head_chunk = temperature, head_chunk
@@ -528,36 +504,36 @@ class _HeadLogprobs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logprobs, _):
         states, weight, bias, ids = ctx.saved_tensors
-        buffer = _buffer((weight, bias), len(ids), ctx.head_chunk)
+        buffer = _buffer((weight, bias), min(ctx.head_chunk, len(ids)))
         grad_states = torch.empty_like(states)
-        grad_weight, grad_bias = (torch.zeros_like(x, dtype=buffer.dtype) if needed else None for x, needed in (
-            (weight, ctx.needs_input_grad[1]), (bias, ctx.needs_input_grad[2])))
+        _, weight_needed, bias_needed, *_ = ctx.needs_input_grad
+        grad_weight = torch.zeros_like(weight, dtype=buffer.dtype) if weight_needed else None
+        grad_bias = torch.zeros_like(bias, dtype=buffer.dtype) if bias_needed else None
         for c in _chunks(len(ids), ctx.head_chunk):
             g = (grad_logprobs[c] / ctx.temperature)[:, None]
-            z = _logits(states[c], (weight, bias), buffer)  # and all that follows in place, in this one buffer
+            z = _logits(states[c], (weight, bias), buffer)  # and what follows in place, in this buffer
             z.sub_(z.amax(1, keepdim=True)).div_(ctx.temperature).exp_()
             z.mul_(-g / z.sum(1, keepdim=True)).scatter_add_(1, ids[c, None], g)
-            if grad_bias is not None:
+            if bias_needed:
                 grad_bias += z.sum(0)
             z = z.to(weight.dtype)
             grad_states[c] = z @ weight
-            if grad_weight is not None:
+            if weight_needed:
                 grad_weight += z.T @ states[c]
-        grad_weight, grad_bias = (x if x is None else x.to(weight.dtype) for x in (grad_weight, grad_bias))
         return grad_states, grad_weight, grad_bias, None, None, None, None
 
 
 def _head_logprobs(states, head, ids, temperature, buffer, impl):
     chunks = [token_logprobs(_logits(states[c], head, buffer), ids[c], temperature=temperature, impl=impl)
               for c in _chunks(len(ids), len(buffer))]
-    return tuple(map(torch.cat, zip(*chunks, strict=True))) if chunks else (states.new_empty(0, dtype=buffer.dtype),) * 2
+    return tuple(map(torch.cat, zip(*chunks, strict=True)))
 
 
-def _buffer(head, tokens, head_chunk, dtype=torch.float32):
-    """Room for one chunk of logits; float64 weights have float64 logits."""
+def _buffer(head, rows, dtype=torch.float32):
+    """Room for one chunk of logits, no narrower than the head's own."""
     weight, _ = head
-    dtype = torch.promote_types(dtype, weight.dtype) if weight.dtype == torch.float64 else dtype
-    return torch.empty(max(1, min(head_chunk, int(tokens))), len(weight), dtype=dtype, device=weight.device)
+    dtype = torch.promote_types(dtype, weight.dtype)
+    return torch.empty(max(1, rows), len(weight), dtype=dtype, device=weight.device)
 
 
 def _logits(states, head, buffer):
@@ -577,7 +553,7 @@ def _logits(states, head, buffer):
 def _causal_lm(model):
     """The Hugging Face model inside a PeftModel: LoRA lives in its layers, so nothing is lost."""
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise NotImplementedError("prompt-learning adapters are not supported: use one in the layers, as LoRA")
+        raise NotImplementedError("prompt-learning adapters are left out here: use one in the layers, like LoRA")
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -587,8 +563,8 @@ def _head(model, vocab):
     config = model.config.get_text_config()
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, name, None) not in (None, 1):
-            raise NotImplementedError(f"{type(model).__name__} has {name} = {getattr(config, name)} behind its head, "
-                                      "which the chunked head leaves out: use a model without")
+            raise NotImplementedError(f"{type(model).__name__} has {name} = {getattr(config, name)} behind "
+                                      "its head, which the chunked head leaves out: use a model without")
     head = model.get_output_embeddings()
     assert type(head) is torch.nn.Linear, f"the head must be a plain Linear layer, not {type(head).__name__}"
     return head.weight[:vocab], head.bias if head.bias is None else head.bias[:vocab]
@@ -597,8 +573,8 @@ def _head(model, vocab):
 def _hidden(model, sequences, *spans):
     """The states that predict the tokens of each span -> for each span (n, H), sequences laid end to end.
 
-    sequences: B lists of ids; a span: starts (B,) and lengths (B,) of one stretch of every sequence. Padding is
-    on the right and attention causal: no mask is needed, and positions count from 0 by themselves.
+    sequences: B lists of ids; a span: starts (B,) and lengths (B,) of one stretch of every sequence. Padding
+    is on the right and attention causal: no mask is needed, and positions count from 0 by themselves.
     """
     model = _causal_lm(model)
     width = max(map(len, sequences))
@@ -631,8 +607,8 @@ def _ids(lists, head):
     weight, _ = head
     ids = torch.tensor([i for ids in lists for i in ids], dtype=torch.long)
     if len(ids) and not 0 <= ids.min() <= ids.max() < len(weight):
-        raise ValueError(f"token ids run from {ids.min()} to {ids.max()}, expected 0 to {len(weight) - 1}: vocab (or the "
-                         "head) is too small for this tokenizer")
+        raise ValueError(f"token ids run from {ids.min()} to {ids.max()}, expected 0 to {len(weight) - 1}: "
+                         "the tokenizer has more of them than vocab or the head")
     return _on(weight.device, ids)
 
 
@@ -643,7 +619,7 @@ def _on(device, data):
 
 
 def _chunks(n, size):
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)] or [slice(0, 0)]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -657,7 +633,7 @@ def example():
     stats = token_stats(teacher, student, torch.tensor([0], device=device))
     reward = rlt_reward(torch.tensor([1 / 2, 1 / 4], device=device).log(), [2], stats.kl, [1])
     score = -1.5 * math.log(2) + 0.01 * -2 * math.log(2)
-    kl = 1.01 * (math.log(2) - math.log(3) / 2)  # 1/2 log (1/2 : 3/4) + 1/2 log (1/2 : 1/4); mean and max of one
+    kl = 1.01 * (math.log(2) - math.log(3) / 2)  # 1/2 log (1/2 : 3/4) + 1/2 log (1/2 : 1/4), mean and max
     for name, want in (("score", score), ("kl", kl), ("reward", score - 3 * kl)):
         got = getattr(reward, name).item()
         print(f"{name:6} {got:9.6f}   by hand {want:9.6f}")
@@ -665,7 +641,7 @@ def example():
 
 
 def check():
-    """Print the errors of torch and of Triton against float64 -> whether Triton's are as small, or below 1e-6."""
+    """Print the errors of torch and of Triton against float64 -> are Triton's as small, or below 1e-6?"""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print("largest error, in units of max(1, |value|)        torch     triton")
     good = True
@@ -689,6 +665,6 @@ if __name__ == "__main__":
     example()
     if sys.argv[1:]:
         try:
-            sys.exit(None if check() else "Triton is less exact than torch on this machine: see the lines above")
+            sys.exit(None if check() else "Triton is less exact than torch on this machine: see above")
         except RuntimeError as error:
             sys.exit(f"--check compares torch with Triton: {error}")
