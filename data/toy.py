@@ -187,11 +187,11 @@ def make_tokenizer():
     tag = pre_tokenizers.Split(Regex(r"<\|\w+\|>"), "isolated")  # a raw explanation may end right at its tag
     backend.pre_tokenizer = pre_tokenizers.Sequence([tag, pre_tokenizers.WhitespaceSplit()])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token=pad,
-        eos_token=eos,
-        padding_side="left",
+        tokenizer_object=backend, pad_token=pad, eos_token=eos, padding_side="left"
     )
+    # Beside a Qwen2 model AutoTokenizer silently makes a Qwen2 tokenizer of our words, whatever the class we
+    # name; an entry here, even an empty one, has it take tokenizer.json as it is.
+    tokenizer.init_kwargs["auto_map"] = {"AutoTokenizer": [None, None]}
     tokenizer.chat_template = (  # system messages are left out: their words are not the toy's
         "{% for message in messages %}"
         "{% if message.role == 'user' %}<|user|> {{ message.content }} {% endif %}"

@@ -1,0 +1,318 @@
+"""The toy: its arithmetic, authors, rows, tokenizer and packing.   python -m pytest tests/test_toy.py"""
+
+import hashlib
+import json
+import random
+from collections import Counter
+
+import pytest
+import torch
+from conftest import run_script
+from torch.nn.functional import cross_entropy
+
+from data import toy as game  # `toy` is the fixture: a folder that holds runs/toy
+from models import load_tokenizer
+from prompts import EXPLANATION, SOLUTION, THOUGHT, Prompts
+
+QUESTION = "x 3 y 7 s1 x+=y s2 y*=3 s3 swap s4 y+=5"
+CHAIN = "s1 x+=y 0 7 s2 y*=3 0 1 s3 swap 1 0 s4 y+=5 1 5"
+
+
+# -- the task
+
+
+def test_a_chain_by_hand():
+    assert game.chain(QUESTION) == CHAIN
+    assert game.solution(QUESTION) == "1 5"
+
+
+def test_every_operation_on_every_state_is_what_python_makes_of_it():
+    for operation in game.OPERATIONS:
+        for x in range(10):
+            for y in range(10):
+                scope = {"x": x, "y": y}
+                exec("x, y = y, x" if operation == "swap" else operation, {}, scope)
+                want = f"{scope['x'] % 10} {scope['y'] % 10}"
+                assert game.solution(f"x {x} y {y} s1 {operation}") == want, (operation, x, y)
+    assert len(set(game.OPERATIONS)) == 17
+
+
+@pytest.mark.parametrize(
+    "question",
+    ["", "How many?", "x 3 y", "x 3 y 7", "x 3 y 7 s1", "x 3 y 7 s2 swap", "x 3 y 12 s1 swap"]
+    + ["x 3 y 7 s1 x-=y", "y 3 x 7 s1 swap", "x 3 y 7 s1 swap s1 swap", "x 3 y 7 s1 swap s2"],
+)
+def test_what_is_no_toy_question_is_refused(question):
+    with pytest.raises(ValueError, match="no toy question"):
+        game.chain(question)
+
+
+def test_full_chains_and_giving_away():
+    wrong = CHAIN.replace("s2 y*=3 0 1", "s2 y*=3 0 2")
+    for text, full, given in [
+        (CHAIN, True, False),
+        (f"so {CHAIN}\n\n", True, False),
+        (CHAIN.replace(" ", "\n"), True, False),
+        (f"ans 1 5 {CHAIN}", True, True),
+        ("ans 1 5", False, True),
+        ("1 5", False, True),
+        ("hmm 1 5 so", False, True),
+        ("s4 y+=5 1 5", False, False),  # one right step, the last: skipped, not given away
+        ("s3 y+=5 1 5", False, True),  # no step of this question
+        ("ans 5 1", False, False),
+        ("ans 1 51", False, False),
+        (wrong, False, False),
+        (CHAIN.removesuffix(" s4 y+=5 1 5"), False, False),
+        (CHAIN.replace("s2", "so s2"), False, False),
+        ("", False, False),
+    ]:
+        assert (game.is_full_chain(QUESTION, text), game.gives_away(QUESTION, text)) == (full, given), text
+
+
+# -- the authors
+
+
+def explanations(author, n=2000):
+    rng = random.Random(author)
+    return [game.explain(QUESTION, author, rng) for _ in range(n)]
+
+
+def test_authors_do_as_they_are_called():
+    assert set(explanations("careful")) == {CHAIN}
+    right = game.steps(QUESTION)
+    shown = [tuple(step for step in right if step in text) for text in explanations("skipping")]
+    assert [" ".join(steps) for steps in shown] == explanations("skipping")  # right steps only, in order
+    assert all(shown) and Counter(map(len, shown)).keys() == {1, 2, 3, 4}
+    for text in explanations("leaking"):
+        assert text.startswith("ans 1 5") and set(text.split()[3:]) <= set(game.FILLER)
+    for text in explanations("rambling"):
+        assert 2 <= len(text.split()) <= 8 and set(text.split()) <= {*game.FILLER, *QUESTION.split()[5::2]}
+
+
+def test_who_slips_goes_on_from_there():
+    wrong = total = 0
+    for text in explanations("sloppy"):
+        words = text.split()
+        state = "3 7"
+        for number, operation, x, y in zip(*(words[i::4] for i in range(4)), strict=True):
+            before = dict(zip(game.REGISTERS, state.split(), strict=True))
+            right = game.solution(f"x {before['x']} y {before['y']} s1 {operation}")
+            state = f"{x} {y}"
+            wrong, total = wrong + (state != right), total + 1
+            if state != right:  # one register is off, not both
+                assert x == right[0] or y == right[2], (number, text)
+    rate = 0.25 * 0.9  # a slip draws any digit, the right one too
+    assert abs(wrong / total - rate) < 4 * (rate * (1 - rate) / total) ** 0.5
+
+
+def test_long_problems_are_seldom_explained_well_and_short_ones_often():
+    documents = game.draw_documents(random.Random(0), set())
+    full, steps = Counter(), Counter()
+    for _ in range(8000):
+        row = next(documents)
+        length = len(row["question"].split()) // 2 - 2
+        steps[length] += 1
+        full[length] += game.is_full_chain(row["question"], row["explanation"])
+    assert full[1] == steps[1]
+    assert 0.5 < full[2] / steps[2] < 0.7 and 0.45 < full[3] / steps[3] < 0.6
+    for length in (4, 5, 6):
+        assert 0.06 < full[length] / steps[length] < 0.15
+    assert abs(steps[1] / 8000 - 0.25) < 0.02 and abs(steps[6] / 8000 - 0.125) < 0.02
+
+
+# -- the rows
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return game.make_rows()
+
+
+def test_rows_never_change(rows):
+    """Every published number rests on them."""
+    written = "".join(json.dumps(row) for split in ("train", "val", "test", "long") for row in rows[split])
+    assert hashlib.sha256(written.encode()).hexdigest()[:16] == "ec51f3d7cd694672"
+
+
+def test_no_question_is_there_twice(rows):
+    questions = [row["question"] for split in rows.values() for row in split]
+    assert len(set(questions)) == len(questions) == 3000 + 400 + 800 + 400
+    for split, lengths in {"train": {4, 5}, "val": {4, 5}, "test": {4, 5}, "long": {6}}.items():
+        assert {row["chain"].count("s", 0) - row["chain"].count("swap") for row in rows[split]} == lengths
+
+
+def test_rows_are_consistent_and_the_warm_up_mixture_is_theirs(rows):
+    for row in rows["train"]:
+        assert row["chain"] == game.chain(row["question"]) and row["chain"].endswith(row["solution"])
+        assert row["explanation"].strip()
+    n = len(rows["train"])
+    careful = sum(row["explanation"] == row["chain"] for row in rows["train"]) / n
+    leaking = sum(row["explanation"].startswith("ans") for row in rows["train"]) / n
+    assert abs(leaking - 0.27) < 4 * (0.27 * 0.73 / n) ** 0.5
+    assert 0.20 - 0.03 < careful < 0.22 + 0.03  # a sloppy author may get everything right
+
+
+def test_documents_leave_out_what_is_held_out():
+    starts = [f"x {x} y {y}" for x in range(9) for y in range(10)]
+    held_out = {f"{start} s1 {operation}" for start in starts for operation in game.OPERATIONS}
+    documents = game.draw_documents(random.Random(0), held_out)
+    single = [row for row in (next(documents) for _ in range(2000)) if " s2 " not in row["question"]]
+    assert len(single) > 40 and all(row["question"].startswith("x 9") for row in single)
+
+
+# -- the tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(toy):
+    return load_tokenizer(str(toy / "runs/toy"))
+
+
+def test_one_token_a_word_and_back(tokenizer):
+    words = [tokenizer.decode([i]) for i in range(len(tokenizer))]
+    assert len(set(words)) == len(tokenizer) == 55
+    for i, word in enumerate(words):
+        assert tokenizer.encode(word, add_special_tokens=False) == [i]
+        # prompts.py finds each token's bytes by such differences
+        assert tokenizer.decode([9, i]) == f"{words[9]} {word}"
+        assert tokenizer.decode([tokenizer.eos_token_id, i]) == f"{tokenizer.eos_token} {word}"
+    for text in (QUESTION, CHAIN):
+        ids = tokenizer.encode(text.replace(" ", "\n\n "), add_special_tokens=False)
+        assert len(ids) == len(text.split()) and tokenizer.decode(ids) == text
+
+
+def test_auto_tokenizer_takes_it_as_it_is(tokenizer, toy, tmp_path):
+    """Left alone, it silently makes a Qwen2 tokenizer of our words: byte pairs, and nothing to merge."""
+    from transformers import AutoTokenizer
+
+    tokenizer.save_pretrained(tmp_path)  # as the scripts do, beside a model of their own
+    (tmp_path / "config.json").write_text((toy / "runs/toy/config.json").read_text())
+    for folder in (toy / "runs/toy", tmp_path):
+        auto = AutoTokenizer.from_pretrained(folder)
+        assert auto.get_vocab() == tokenizer.get_vocab()
+        assert auto.encode(QUESTION) == tokenizer.encode(QUESTION)
+
+
+def test_a_tag_needs_no_blank_before_it(tokenizer):
+    """Raw explanations end right at their closing tag."""
+    ids = tokenizer.encode(f"s1{EXPLANATION[1]}{SOLUTION[0]}0")
+    assert tokenizer.decode(ids) == f"s1 {THOUGHT[1]} {SOLUTION[0]} 0"
+
+
+def test_the_tags_of_both_roles_are_the_same_tokens(tokenizer):
+    for ours, theirs in zip(EXPLANATION, THOUGHT, strict=True):
+        assert tokenizer.encode(ours) == tokenizer.encode(theirs) and len(tokenizer.encode(ours)) == 1
+    tags = {tokenizer.encode(tag)[0] for tag in (*THOUGHT, *SOLUTION)}
+    assert len(tags) == 4
+
+
+@pytest.mark.parametrize("text", ["x 3 z 7", "10", "s10", "x+=6", "swap.", "<unk>"])
+def test_an_unknown_word_raises(tokenizer, text):
+    with pytest.raises(Exception, match="WordLevel"):
+        tokenizer.encode(text)
+
+
+def test_documents_as_written_by_hand(tokenizer):
+    """Word for word what base, teacher and student read: no system text, and the end of turn once."""
+    prompts = Prompts(tokenizer)
+    row = {"question": "x 3 y 7 s1 x+=y", "solution": "0 7", "explanation": "s1 x+=y 0 7", "where": "here"}
+    asked = "<|user|> x 3 y 7 s1 x+=y <|assistant|>"
+    solved = "<|begin_of_solution|> 0 7 <|end_of_solution|>"
+    explained = "<|begin_of_thought|> s1 x+=y 0 7 <|end_of_thought|>"
+    ids, start = prompts.sft(row, "student")
+    assert tokenizer.decode(ids[:start]) == asked
+    assert tokenizer.decode(ids[start:]) == f"{explained} {solved} <|end_of_turn|>"
+    ids, start = prompts.sft(row, "teacher")
+    assert tokenizer.decode(ids[:start]) == f"{asked} {solved} <|begin_of_thought|>"
+    assert tokenizer.decode(ids[start:]) == "s1 x+=y 0 7 <|end_of_thought|> <|end_of_turn|>"
+    # the chat template alone says the same
+    turns = [("system", "not its words"), ("user", row["question"]), ("assistant", f"{explained} {solved}")]
+    chat = [{"role": role, "content": content} for role, content in turns]
+    whole = tokenizer.apply_chat_template(chat, tokenize=False)
+    assert tokenizer.encode(whole) == prompts.sft(row, "student")[0]
+
+
+# -- the base model
+
+
+def test_packed_documents_do_not_see_each_other(tokenizer):
+    documents = game.draw_documents(random.Random(0), set())
+    batch = [Prompts(tokenizer).sft(next(documents), "student") for _ in range(24)]
+    input_ids, position_ids, labels = game.pack(batch, width=64)
+    model = game.make_model(0).double()
+    torch.nn.init.normal_(model.model.embed_tokens.weight)  # at the start a model hardly looks back at all
+
+    logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+    packed = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    alone, tokens = 0.0, 0
+    for ids, start in batch:
+        logits = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        alone -= sum(logits[i - 1, ids[i]] for i in range(start, len(ids)))
+        tokens += len(ids) - start
+    assert (labels != -100).sum() == tokens
+    assert sum(len(ids) for ids, _ in batch) > 0.75 * input_ids.numel()  # what packing is for
+    torch.testing.assert_close(packed, alone, rtol=1e-10, atol=0)
+
+    with pytest.raises(ValueError, match="does not fit"):
+        game.pack([([0] * 65, 1)], width=64)
+
+
+def test_the_longest_document_fits_into_a_row(tokenizer):
+    question = "x 9 y 9 " + " ".join(f"s{i} swap" for i in range(1, 7))
+    row = {"question": question, "solution": "9 9", "explanation": game.chain(question), "where": "here"}
+    assert len(Prompts(tokenizer).sft(row, "student")[0]) <= 64
+
+
+def test_pretraining_is_seeded_and_learns(tokenizer):
+    def loss(model):
+        documents = game.draw_documents(random.Random("held out"), set())
+        input_ids, position_ids, labels = game.pack(
+            [Prompts(tokenizer).sft(next(documents), "student") for _ in range(64)], width=64
+        )
+        logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+        return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).item()
+
+    def trained(seed):
+        model = game.make_model(seed)
+        game.pretrain(model, tokenizer, seed, 5, held_out=set())
+        return model
+
+    model, again, other = trained(0), trained(0), trained(1)
+    weights, copies, others = (list(m.state_dict().values()) for m in (model, again, other))
+    assert all(torch.equal(a, b) for a, b in zip(weights, copies, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(weights, others, strict=True) if a.dim() == 2)
+    assert loss(model) < loss(game.make_model(0)) - 0.1  # five steps, in the learning rate's warm-up
+
+
+# -- the folder
+
+
+def test_the_folder_holds_what_the_scripts_read(toy):
+    folder = toy / "runs/toy"
+    assert not list((toy / "runs").glob(".toy*"))  # nothing left over
+    names = {path.name for path in folder.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"} <= names
+    rows = game.make_rows()
+    for split, want in rows.items():
+        assert [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()] == want
+
+
+def test_a_run_that_dies_leaves_nothing(tmp_path, monkeypatch):
+    def dies(*_):
+        assert list(tmp_path.glob(".toy-*/toy/*.jsonl"))  # it was at work
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(game, "pretrain", dies)
+    with pytest.raises(KeyboardInterrupt):
+        game.make(tmp_path / "toy", 0, 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_there_is_never_written_over(tmp_path):
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "mine").write_text("mine")
+    done = run_script(tmp_path, "data/toy.py", "--out", "toy", check=False)
+    assert done.returncode == 2 and "toy exists already: delete it, or choose another --out" in done.stderr
+    done = run_script(tmp_path, "data/toy.py", "--steps", "-1", check=False)
+    assert done.returncode == 2 and "--steps -1: expected 0 or more" in done.stderr
+    assert [path.name for path in tmp_path.rglob("*")] == ["toy", "mine"]
