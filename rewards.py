@@ -419,7 +419,7 @@ def score_explanations(teacher, student, rows, *, lam=3.0, alpha=0.01, kl="exact
     device = head_t[0].device
 
     def score(batch, tp, th, te, sp, br, so):
-        """One micro-batch, packed: kl, old log-probs and entropies of thoughts, of ends, solution log-probs."""
+        """Packed numbers of a micro-batch: kl, log-probs and entropies of thoughts and of ends, solutions."""
         # 1. the states that predict thought and end under the teacher, thought and solution under the student
         states_t, states_end = _hidden(
             teacher, [r.teacher_prompt + r.thought + r.teacher_end for r in batch], (tp, th), (tp + th, te))
@@ -553,7 +553,7 @@ def _logits(states, head, buffer):
 def _causal_lm(model):
     """The Hugging Face model inside a PeftModel: LoRA lives in its layers, so nothing is lost."""
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise NotImplementedError("prompt-learning adapters are left out here: use one in the layers, like LoRA")
+        raise NotImplementedError("prompt-learning adapters are not supported: use one in the layers, LoRA")
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

@@ -1,7 +1,7 @@
 """
 Measure the reward on this machine against everything else that computes it. One command, one run:
 
-    python tests/bench_rewards.py                    all parts; on a GPU about 8 minutes, on a CPU 3
+    python tests/bench_rewards.py                    reduce, hidden, scoring (a few minutes on a CPU)
     python tests/bench_rewards.py --parts tiles      only the search for the kernels' tile
 
 Parts    reduce    logits to four numbers a token (`token_stats`), and to two (`token_logprobs`)
@@ -10,7 +10,7 @@ Parts    reduce    logits to four numbers a token (`token_stats`), and to two (`
          tiles     the row kernels' tiles at V = 152,064, for `meta_parameters`
 
 Each measurement is a line of JSON, printed and appended to --out. The rivals are optional packages:
-pip install liger-kernel==0.8.5 trl==1.16.0. What is missing is named, and what runs out of memory is a result.
+pip install liger-kernel==0.8.5 trl==1.16.0. What is missing is named; running out of memory is a result.
 """
 
 import argparse
@@ -76,13 +76,14 @@ def measured(function):
 
 
 def machine():
-    name = torch.cuda.get_device_name() if CUDA else f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    cpu = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
     versions = {}
     for package in ("torch", "triton", "transformers", "liger-kernel", "trl"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
+    name = torch.cuda.get_device_name() if CUDA else cpu
     return {"device": name, **versions, "date": datetime.date.today().isoformat()}
 
 
@@ -94,7 +95,7 @@ def log(**entry):
 
 
 def copy_bandwidth():
-    """GB/s of a copy on the device, read and written bytes counted: what a kernel that only moves bytes reaches."""
+    """GB/s of a copy on the device, read and written bytes counted: the ceiling of a kernel that reads."""
     source = torch.randn((2**31 if CUDA else 2**27) // 4, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * source.nbytes / milliseconds(lambda: target.copy_(source)) / 1e6
@@ -114,8 +115,8 @@ def matmul_rate():
 def eager_stats(teacher, student, ids):
     """The definitions, in float32, as one would write them in torch."""
     t, s = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
-    p = t.exp()
-    return (p * (t - s)).sum(-1), t.gather(1, ids[:, None])[:, 0], s.gather(1, ids[:, None])[:, 0], -(p * t).sum(-1)
+    p, ids = t.exp(), ids[:, None]
+    return (p * (t - s)).sum(-1), t.gather(1, ids)[:, 0], s.gather(1, ids)[:, 0], -(p * t).sum(-1)
 
 
 def eager_logprobs(logits, ids):
@@ -124,7 +125,7 @@ def eager_logprobs(logits, ids):
 
 
 def rivals():
-    """{package: {name: function}} of the optional packages that are there; the others are named and left out."""
+    """{package: {kind: {name: function}}} of the optional packages that are there; the others are named."""
     found = {}
     try:
         from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
@@ -135,7 +136,7 @@ def rivals():
             return kl(student.float().log_softmax(-1), teacher.float().log_softmax(-1)).sum(-1),
 
         def liger_logprobs(logits, ids):  # it skips the last of L + 1 positions: one more row, never read
-            rows = logits.as_strided((1, len(logits) + 1, logits.shape[1]), (logits.numel(), *logits.stride()))
+            rows = logits.as_strided((1, len(logits) + 1, logits.shape[1]), (1, *logits.stride()))
             return fused_selective_log_softmax(rows, ids[None], 1.0)[0],
 
         found["liger-kernel"] = {"stats": {"liger": liger_kl}, "logprobs": {"liger": liger_logprobs}}
@@ -146,7 +147,8 @@ def rivals():
         from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
 
         def trl_hidden(teacher, teacher_head, student, student_head):
-            return ChunkedDivergenceFunction.apply(student, student_head, None, teacher, teacher_head, None, 0.0)[0]
+            models = student, student_head, None, teacher, teacher_head, None
+            return ChunkedDivergenceFunction.apply(*models, 0.0)[0]
 
         def trl_logprobs(logits, ids):
             logprobs, entropy = selective_log_softmax_and_entropy(logits[None], ids[None])
@@ -161,12 +163,13 @@ def rivals():
 
 
 def of_rivals(kind):
-    return {name: f for package in RIVALS.values() for name, f in package.get(kind, {}).items()} if CUDA else {}
+    return {name: f for rival in RIVALS.values() for name, f in rival.get(kind, {}).items()} if CUDA else {}
 
 
 def error(got, want):
     """The largest error over max(1, |value|) and over all numbers that `got` has."""
-    return max(((g.double() - w).abs() / w.abs().clamp(min=1)).max().item() for g, w in zip(got, want, strict=False))
+    errors = ((g.double() - w).abs() / w.abs().clamp(min=1) for g, w in zip(got, want, strict=False))
+    return max(x.max().item() for x in errors)
 
 
 @torch.no_grad()
@@ -178,7 +181,7 @@ def reduce():
 
 
 def reduce_at(tokens, vocab, dtype):
-    padded = torch.randn(2, tokens + 1, vocab, device=DEVICE, dtype=dtype)  # a row more, for Liger's log-prob kernel
+    padded = torch.randn(2, tokens + 1, vocab, device=DEVICE, dtype=dtype)  # a row more, for liger_logprobs
     padded[0].mul_(4)
     padded[1].add_(padded[0])
     teacher, student = padded[:, :tokens]
@@ -199,10 +202,13 @@ def reduce_at(tokens, vocab, dtype):
         moved = sum(x.nbytes for x in inputs)
         for name, function in implementations.items():
             got, ms, peak = measured(lambda f=function, inputs=inputs: f(*inputs))
-            speed = moved / ms / 1e6 if ms else None
-            log(part="reduce", kind=kind, impl=name, tokens=tokens, vocab=vocab, dtype=str(dtype)[6:], ms=ms, gb_s=speed,
-                of_copy=speed / COPY if ms else None, peak_mb=peak,
-                error=error([x[sample] for x in got], want) if ms else None, numbers=len(got) if ms else None)
+            result = {}
+            if ms:
+                speed = moved / ms / 1e6
+                result = dict(gb_s=speed, of_copy=speed / COPY, numbers=len(got),
+                              error=error([x[sample] for x in got], want))
+            log(part="reduce", kind=kind, impl=name, tokens=tokens, vocab=vocab, dtype=str(dtype)[6:], ms=ms,
+                peak_mb=peak, **result)
             del got
 
 
@@ -214,39 +220,40 @@ def reduce_at(tokens, vocab, dtype):
 def hidden():
     dtype = torch.bfloat16 if CUDA else torch.float32
     for vocab in args.vocab:
-        heads = torch.randn(2, vocab, HIDDEN, device=DEVICE, dtype=dtype) / HIDDEN**0.5 * 3
+        head = torch.randn(vocab, HIDDEN, device=DEVICE, dtype=dtype) / HIDDEN**0.5 * 3
         for tokens in args.tokens:
-            states = torch.randn(2, tokens, HIDDEN, device=DEVICE, dtype=dtype)
-            states[1].mul_(0.3).add_(states[0])
-            inputs = states[0], heads[0], states[1], heads[0]  # one head: a KL of about one nat
-            ids = torch.zeros(tokens, dtype=torch.long, device=DEVICE)
+            teacher, student = torch.randn(2, tokens, HIDDEN, device=DEVICE, dtype=dtype)
+            student.mul_(0.3).add_(teacher)  # and the same head: a KL of about one nat
+            inputs = teacher, head, student, head
             sample = torch.randint(tokens, (16,), device=DEVICE)
-            t, w, s, _ = (x.double() for x in (states[0][sample], heads[0], states[1][sample], heads[1][:1]))
-            want = token_stats(t @ w.T, s @ w.T, ids[:16], impl="torch")
-            del w
+            wide = [x[sample].double() @ head.double().T for x in (teacher, student)]
+            want = token_stats(*wide, sample, impl="torch")
             names = {"ours": chunked_head, "ours, bf16 logits": functools.partial(chunked_head, dtype=dtype),
                      **of_rivals("hidden")} if CUDA else {"ours": chunked_head}
             for name, function in {"eager": eager_hidden, **names}.items():
                 got, ms, peak = measured(lambda f=function, x=inputs: f(*x))
-                flops = 4 * tokens * vocab * HIDDEN
-                log(part="hidden", impl=name, tokens=tokens, vocab=vocab, hidden=HIDDEN, dtype=str(dtype)[6:], ms=ms,
-                    of_matmul=flops / ms / 1e9 / MATMUL if ms else None, peak_mb=peak,
-                    error=error([got[sample]], want) if ms else None)
+                result = {}
+                if ms:
+                    result = dict(of_matmul=4 * tokens * vocab * HIDDEN / ms / 1e9 / MATMUL,
+                                  error=error([got[sample]], want))
+                log(part="hidden", impl=name, tokens=tokens, vocab=vocab, hidden=HIDDEN, dtype=str(dtype)[6:],
+                    ms=ms, peak_mb=peak, **result)
                 del got
 
 
 def chunked_head(teacher, teacher_head, student, student_head, dtype=torch.float32, chunk=1024):
     """What score_explanations does between the backbones and the reward."""
-    heads = (teacher_head, None), (student_head, None)
-    buffers = [rewards._buffer(head, len(teacher), chunk, dtype) for head in heads]
+    sides = [(states, (head, None), rewards._buffer((head, None), chunk, dtype))
+             for states, head in ((teacher, teacher_head), (student, student_head))]
     ids = torch.zeros(len(teacher), dtype=torch.long, device=DEVICE)
     return torch.cat([
-        token_stats(rewards._logits(teacher[c], heads[0], buffers[0]), rewards._logits(student[c], heads[1], buffers[1]),
-                    ids[c]).kl for c in rewards._chunks(len(teacher), chunk)])
+        token_stats(*(rewards._logits(states[c], head, buffer) for states, head, buffer in sides), ids[c]).kl
+        for c in rewards._chunks(len(teacher), chunk)])
 
 
 def eager_hidden(teacher, teacher_head, student, student_head):
-    t, s = ((x @ head.T).float().log_softmax(-1) for x, head in ((teacher, teacher_head), (student, student_head)))
+    t = (teacher @ teacher_head.T).float().log_softmax(-1)
+    s = (student @ student_head.T).float().log_softmax(-1)
     return (t.exp() * (t - s)).sum(-1)
 
 
@@ -254,8 +261,8 @@ def eager_hidden(teacher, teacher_head, student, student_head):
 # Two models to rewards
 
 
-def model():
-    """Random weights. On a GPU with Qwen2.5-7B's dimensions in bf16, on a CPU small, but with a vocabulary."""
+def model(seed):
+    """Random weights: on a GPU Qwen2.5-7B's dimensions in bf16, on a CPU small ones."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     sizes = dict(hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28, num_attention_heads=28,
@@ -263,6 +270,7 @@ def model():
     if not CUDA:
         sizes = dict(hidden_size=64, intermediate_size=172, num_hidden_layers=4, num_attention_heads=4,
                      num_key_value_heads=2, vocab_size=32_000)
+    torch.manual_seed(seed)
     torch.set_default_dtype(torch.bfloat16 if CUDA else torch.float32)
     with DEVICE:
         made = Qwen2ForCausalLM(Qwen2Config(**sizes)).eval()
@@ -271,7 +279,7 @@ def model():
 
 
 def scoring_rows(length, count):
-    """Rows whose teacher and student sequences are `length` tokens: five eighths are thought, a quarter solution."""
+    """Rows whose sequences have `length` tokens for both models: five eighths thought, a quarter solution."""
     generator = torch.Generator().manual_seed(0)
 
     def ids(n):
@@ -284,14 +292,14 @@ def scoring_rows(length, count):
 
 @torch.no_grad()
 def released_way(teacher, student, rows, lam=3.0, alpha=0.01, temperature=0.7):
-    """One sequence at a time: the full logits of both models, two log-softmaxes, caches flushed after each."""
+    """One sequence at a time: full logits of both models, two log-softmaxes, caches flushed after each."""
     out = []
     for row in rows:
         p, q, n, m = len(row.teacher_prompt), len(row.student_prompt), len(row.thought), len(row.solution)
         seen = torch.tensor([row.student_prompt + row.thought + row.bridge + row.solution], device=DEVICE)
         told = torch.tensor([row.teacher_prompt + row.thought + row.teacher_end], device=DEVICE)
-        s, t = (torch.log_softmax(model(x).logits[:, :-1].float() / temperature, -1).gather(2, x[:, 1:, None])[0, :, 0]
-                for model, x in ((student, seen), (teacher, told)))
+        s, t = (torch.log_softmax(model(x).logits[:, :-1].float() / temperature, -1)
+                .gather(2, x[:, 1:, None])[0, :, 0] for model, x in ((student, seen), (teacher, told)))
         score = s[-m:].mean() + alpha * s[-m:].min()
         log_ratio = t[p - 1:p - 1 + n] - s[q - 1:q - 1 + n]
         out.append(score - lam * (log_ratio.mean() + alpha * log_ratio.max()))
@@ -302,32 +310,34 @@ def released_way(teacher, student, rows, lam=3.0, alpha=0.01, temperature=0.7):
     return torch.stack(out)
 
 
-def our_way(teacher, student, rows, **options):
-    return score_explanations(teacher, student, rows, temperature=0.7, **options).reward.reward
+def our_way(teacher, student, rows, kl="exact"):
+    return score_explanations(teacher, student, rows, kl=kl, temperature=0.7,
+                              head_chunk=1024 if CUDA else 64).reward.reward
 
 
 WAYS = {"released": released_way, "ours": our_way, "ours, sampled": functools.partial(our_way, kl="sampled")}
 
 
 def flops(config, length, rows):
-    """Of both models for all rows: matrix products and causal attention of the backbone, the head where it is needed."""
+    """Of both models for all rows: the backbones' products and causal attention, the heads where needed."""
     h, layers = config.hidden_size, config.num_hidden_layers
     kv = h * config.num_key_value_heads // config.num_attention_heads
-    backbone = 2 * layers * (2 * h * h + 2 * h * kv + 3 * h * config.intermediate_size) + 2 * layers * h * length
+    layer = 2 * (2 * h * h + 2 * h * kv + 3 * h * config.intermediate_size) + 2 * h * length  # a token
     needed = sum(2 * len(r.thought) + len(r.teacher_end) + len(r.solution) for r in rows)
-    return 2 * backbone * length * len(rows) + 2 * h * config.vocab_size * needed
+    return 2 * layers * layer * length * len(rows) + 2 * h * config.vocab_size * needed
 
 
 def scoring():
-    total, lengths = (16_384, (1024, 4096, 16_384)) if CUDA else (2048, (256, 1024))
+    total, lengths = (16_384, (1024, 4096, 16_384)) if CUDA else (4096, (512, 2048))
     if not CUDA:
         for length in lengths:  # a fresh process for each: the peak of a process can't be taken back
             for way in WAYS:
+                arguments = way, length, total // length, torch.get_num_threads()
                 with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    result = pool.apply(scoring_on_cpu, (way, length, total // length, torch.get_num_threads()))
-                log(part="scoring", impl=way, length=length, rows=total // length, **result)
+                    log(part="scoring", impl=way, length=length, rows=total // length,
+                        **pool.apply(scoring_on_cpu, arguments))
         return
-    teacher, student = model(), model()
+    teacher, student = model(0), model(1)
     for length in lengths:
         rows = scoring_rows(length, total // length)
         for way, function in WAYS.items():
@@ -340,14 +350,15 @@ def scoring():
 
 def scoring_on_cpu(way, length, count, threads):
     torch.set_num_threads(threads)
-    teacher, student, rows = model(), model(), scoring_rows(length, count)
+    teacher, student, rows = model(0), model(1), scoring_rows(length, count)
     WAYS[way](teacher, student, scoring_rows(64, 1))  # imports and pools, before memory is watched
     before, _ = resident()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     reward = WAYS[way](teacher, student, rows)
     _, peak = resident()
     ms = milliseconds(lambda: WAYS[way](teacher, student, rows))
-    return dict(ms=ms, peak_mb=peak - before, tokens_per_s=2 * length * count / ms * 1000, reward=reward.mean().item())
+    return dict(ms=ms, peak_mb=peak - before, tokens_per_s=2 * length * count / ms * 1000,
+                reward=reward.mean().item())
 
 
 def resident():
@@ -374,21 +385,23 @@ def tiles():
                     rewards.meta_parameters = functools.partial(default, num_warps=num_warps, rows=rows)
                     ms = milliseconds(lambda f=function, x=inputs: f(*x))
                     speed = sum(x.nbytes for x in inputs) / ms / 1e6
-                    log(part="tiles", kind=kind, dtype=str(dtype)[6:], num_warps=num_warps, rows=rows, ms=ms, gb_s=speed,
-                        of_copy=speed / COPY)
+                    log(part="tiles", kind=kind, dtype=str(dtype)[6:], num_warps=num_warps, rows=rows, ms=ms,
+                        gb_s=speed, of_copy=speed / COPY)
     rewards.meta_parameters = default
 
 
 PARTS = {"reduce": reduce, "hidden": hidden, "scoring": scoring, "tiles": tiles}
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["reduce", "hidden", "scoring"], help="what to measure")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["reduce", "hidden", "scoring"],
+                        help="what to measure")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1024, 4096, 16_384] if CUDA else [64, 256],
                         help="tokens of reduce and hidden")
     parser.add_argument("--vocab", nargs="+", type=int, help="columns of reduce and hidden",
                         default=[32_000, 128_256, 151_936, 152_064, 256_000] if CUDA else [32_000, 152_064])
-    parser.add_argument("--out", default=str(ROOT / "figures/logs/bench_rewards.jsonl"), help="JSONL to append to")
+    parser.add_argument("--out", default=ROOT / "figures/logs/bench_rewards.jsonl", help="JSONL to append to")
     args = parser.parse_args()
 
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)

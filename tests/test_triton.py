@@ -2,7 +2,7 @@
 The Triton kernels: interpreted, on a GPU where there is one, and compiled for GPUs that are not here.
 
     python -m pytest tests/test_triton.py
-    TRITON_INTERPRET=1 python -m pytest tests/test_triton.py -o python_functions="kernel_*"    only the kernels
+    TRITON_INTERPRET=1 python -m pytest tests/test_triton.py -o python_functions="kernel_*"   the kernels
 """
 
 import functools
@@ -17,7 +17,7 @@ from bench_rewards import eager_stats
 from conftest import ROOT
 
 import rewards
-from rewards import completion_logprobs, rlt_reward, segment_stats, token_logprobs, token_stats
+from rewards import rlt_reward, segment_stats, token_logprobs, token_stats
 
 pytest.importorskip("triton", reason="triton is not installed: on Linux, pip install triton")
 
@@ -32,8 +32,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def run_kernels(interpret):
     environment = {**os.environ, "TRITON_INTERPRET": str(int(interpret)), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", "pytest", __file__, "-o", "python_functions=kernel_*", "-x"],
-                          cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", __file__, "-o", "python_functions=kernel_*", "-x"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
@@ -42,7 +47,9 @@ def test_kernels_in_the_interpreter():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the interpreter runs the same tests")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device: the interpreter runs the same tests"
+)
 def test_kernels_on_the_gpu():
     run_kernels(interpret=False)
 
@@ -67,7 +74,7 @@ for target in (80, 90, 100):
             *((rewards._token_stats_kernel, d, two(d), {"VT": V, "VS": V}) for d in ("bf16", "fp16", "fp32")),
             *((rewards._token_logprobs_kernel, d, one(d), {"V": V}) for d in ("bf16", "fp32")),
             (rewards._segment_stats_kernel, "fp32", segments, {"LANES": 256})):
-        tile = {} if kernel is rewards._segment_stats_kernel else rewards.meta_parameters(4 if dtype == "fp32" else 2)
+        tile = {} if "LANES" in constants else rewards.meta_parameters(4 if dtype == "fp32" else 2)
         warps = tile.pop("num_warps", 4)
         constants = {**constants, **tile}
         signature = {**arguments, **dict.fromkeys(constants, "constexpr")}
@@ -90,10 +97,15 @@ for target in (80, 90, 100):
 
 
 def test_kernels_compile_for_gpus_that_are_not_here(tmp_path):
-    """At the default tile and V = 152,064: no spills, few registers, 16-byte loads, no exchange within the loop."""
+    """Default tile, V = 152,064: no spills, few registers, 16-byte loads, no exchange in loops."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE, str(ROOT)], cwd=tmp_path, capture_output=True, text=True,
-                          env={**environment, "TRITON_CACHE_DIR": str(tmp_path)})
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, str(ROOT)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+    )
     assert done.returncode == 0, done.stderr
     built = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(built) == 18
@@ -118,7 +130,7 @@ def logits(n, v, dtype="float32", noise=1.0, spread=4.0, offset=(0.0, 0.0), seed
 
 
 def assert_exact(got, want, allowed=()):
-    """Errors over max(1, |value|) of at most 1e-6, or eager float32's own; infinities and NaN in the same places."""
+    """Errors over max(1, |value|) up to 1e-6, or eager float32's own; infinities and NaN in their places."""
     for i, (x, y) in enumerate(zip(got, want, strict=True)):
         assert x.dtype == torch.float32 and torch.equal(x.isnan(), y.isnan())
         wrong = torch.where((x == y) | y.isnan(), 0.0, (x - y).abs() / y.abs().clamp(min=1)).max().item()
@@ -133,27 +145,42 @@ def assert_kernel(teacher, student, ids, temperatures=(1.0, 1.0), vocab=None, ea
     allowed = ()
     if eager:
         scaled = [x.float() / t for x, t in zip((teacher, student), temperatures, strict=True)]
-        allowed = [((x - y).abs() / y.abs().clamp(min=1)).max().item()
-                   for x, y in zip(eager_stats(*scaled, ids), want, strict=True)]
+        allowed = [
+            ((x - y).abs() / y.abs().clamp(min=1)).max().item()
+            for x, y in zip(eager_stats(*scaled, ids), want, strict=True)
+        ]
     got = token_stats(teacher, student, ids, **options, impl="triton")
     assert_exact(got, want, allowed)
     for side, columns, temperature in ((0, (1, 3), temperatures[0]), (1, (2,), temperatures[1])):
-        alone = token_logprobs((teacher, student)[side], ids, temperature=temperature, vocab=vocab, impl="triton")
-        assert_exact(alone[: len(columns)], [want[i] for i in columns], [allowed[i] for i in columns] if eager else ())
+        alone = token_logprobs(
+            (teacher, student)[side], ids, temperature=temperature, vocab=vocab, impl="triton"
+        )
+        assert_exact(
+            alone[: len(columns)], [want[i] for i in columns], [allowed[i] for i in columns] if eager else ()
+        )
     return got
 
 
+@pytest.mark.parametrize("n, v", [(1, 1), (1, 7), (2, 50), (1, 1024), (1, 4096), (2, 4099)])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n, v", [(1, 1), (1, 7), (3, 50), (2, 1024), (2, 4099), (5, 2048 * 3)])
 def kernel_is_exact_at_any_shape(n, v, dtype):
     assert_kernel(*logits(n, v, dtype), (0.7, 1.3), eager=True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("noise, spread, offset", [
-    (0.01, 4, (0, 0)), (1, 4, (40, -40)), (1, 4, (1e4, 1e4)), (1, 4, (1e4, -1e4)), (2, 10, (0, 0)), (1, 100, (0, 0))])
+@pytest.mark.parametrize(
+    "noise, spread, offset",
+    [
+        (0.01, 4, (0, 0)),
+        (1, 4, (40, -40)),
+        (1, 4, (1e4, 1e4)),
+        (1, 4, (1e4, -1e4)),
+        (2, 10, (0, 0)),
+        (1, 100, (0, 0)),
+    ],
+)
 def kernel_is_exact_at_any_magnitude(noise, spread, offset, dtype):
-    assert_kernel(*logits(3, 5003, dtype, noise, spread, offset), (0.7, 0.7), eager=True)
+    assert_kernel(*logits(2, 3001, dtype, noise, spread, offset), (0.7, 0.7), eager=True)
 
 
 def kernel_knows_equal_models():
@@ -163,37 +190,39 @@ def kernel_knows_equal_models():
 
 def kernel_moves_its_centre_late():
     """Columns that rise make every step a new maximum, columns that fall none."""
-    teacher, student, ids = logits(2, 9001)
-    ramp = torch.linspace(-300, 300, 9001, device=DEVICE)
+    teacher, student, ids = logits(1, 5001)
+    ramp = torch.linspace(-300, 300, 5001, device=DEVICE)
     assert_kernel(teacher + ramp, student + ramp, ids)
     assert_kernel(teacher - ramp, student - 0.9 * ramp, ids)
     assert_kernel(teacher + ramp, student - ramp, ids)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(10))
 def kernel_takes_any_pattern_of_minus_infinity(seed):
-    """Random masks on either side, from none to all but one column; infinities and NaN fall where they should."""
+    """Random masks on both sides, of no column to nearly all; infinities and NaN fall where they should."""
     teacher, student, ids = logits(4, 2500, spread=3, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     share = torch.tensor([0.0, 0.1, 0.9, 0.9998])[torch.randint(4, (2, 4, 1), generator=generator)]
     masks = (torch.rand(2, 4, 2500, generator=generator) < share).to(DEVICE)
     if seed % 2:
         masks[0] |= masks[1]  # the teacher has nothing where the student has nothing: a finite kl
-    kl = assert_kernel(teacher.masked_fill(masks[0], -torch.inf), student.masked_fill(masks[1], -torch.inf), ids).kl
+    kl = assert_kernel(
+        teacher.masked_fill(masks[0], -torch.inf), student.masked_fill(masks[1], -torch.inf), ids
+    ).kl
     if seed % 2:
         assert (kl.isfinite() | masks[0].all(1)).all()
 
 
 @pytest.mark.parametrize("gap", [0.0, 50.0, 500.0, 1e4])
 def kernel_gives_infinity_where_only_the_student_has_nothing(gap):
-    teacher, student, ids = logits(3, 5000)
+    teacher, student, ids = logits(3, 2500)
     teacher[1, 17], student[1, 17] = teacher[1].max() - gap, -torch.inf
     kl = assert_kernel(teacher, student, ids).kl
     assert kl[1] == torch.inf and kl[[0, 2]].isfinite().all()
 
 
 def kernel_is_infinite_whole_blocks_before_the_teacher_wakes():
-    """All early columns -inf in the student, later ones a thousand nats higher: p * inf has long been scaled to 0."""
+    """The student's early columns are -inf, the teacher's late ones a thousand nats higher: p underflows."""
     teacher, student, ids = logits(2, 9000)
     teacher[:, 8000:] += 1000
     student[0, :4000] = -torch.inf
@@ -205,7 +234,11 @@ def kernel_keeps_nan_in_its_row():
     teacher[1, 5], student[2, 2999], teacher[3] = torch.nan, torch.nan, -torch.inf
     got = token_stats(teacher, student, ids, impl="triton")
     assert got.kl.isnan().tolist() == [False, True, True, True]
-    assert got.teacher_logprob.isnan().tolist() == got.teacher_entropy.isnan().tolist() == [False, True, False, True]
+    assert (
+        got.teacher_logprob.isnan().tolist()
+        == got.teacher_entropy.isnan().tolist()
+        == [False, True, False, True]
+    )
     assert got.student_logprob.isnan().tolist() == [False, False, True, False]
 
 
@@ -254,14 +287,22 @@ def kernel_is_exact_at_full_size(v, vocab, monkeypatch):
 def kernel_reduces_segments(lengths):
     values = torch.randn(sum(lengths), device=DEVICE).round(decimals=1)  # with ties: the first one counts
     got, want = (segment_stats(values, lengths, impl=impl) for impl in ("triton", "torch"))
-    torch.testing.assert_close(got.mean.double(), segment_stats(values.double(), lengths, impl="torch").mean, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        got.mean.double(), segment_stats(values.double(), lengths, impl="torch").mean, rtol=0, atol=1e-6
+    )
     assert all(torch.equal(x, y) for x, y in zip(got[1:], want[1:], strict=True))
 
 
 def kernel_reduces_infinities():
-    got = segment_stats(torch.tensor([torch.inf, torch.inf, 1.0, torch.inf, 2.0], device=DEVICE), [2, 3], impl="triton")
+    got = segment_stats(
+        torch.tensor([torch.inf, torch.inf, 1.0, torch.inf, 2.0], device=DEVICE), [2, 3], impl="triton"
+    )
     assert got.mean.tolist() == [torch.inf] * 2 and got.max.tolist() == [torch.inf] * 2
-    assert got.min.tolist() == [torch.inf, 1.0] and got.argmin.tolist() == [0, 0] and got.argmax.tolist() == [0, 1]
+    assert (
+        got.min.tolist() == [torch.inf, 1.0]
+        and got.argmin.tolist() == [0, 0]
+        and got.argmax.tolist() == [0, 1]
+    )
 
 
 def kernel_rewards_are_torchs():
@@ -271,17 +312,14 @@ def kernel_rewards_are_torchs():
 
 
 def kernel_serves_the_policy_pass():
-    """The same log-probs and gradients through the chunked head, whichever implementation reduces the logits."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-                                         num_attention_heads=4, num_key_value_heads=2)).to(DEVICE)
+    """The same log-probs and gradients through the chunked head, whatever reduces the logits."""
+    states, weight = torch.randn(9, 16, device=DEVICE), torch.randn(300, 16, device=DEVICE)
+    ids = torch.randint(300, (9,), device=DEVICE)
+    inputs = states.requires_grad_(), weight.requires_grad_()
     results = []
     for impl in ("torch", "triton"):
-        logprobs, entropies = completion_logprobs(model, [[1, 2], [3]], [[4, 5, 6], [7, 8, 9, 10]], temperature=0.7,
-                                                  vocab=290, head_chunk=4, impl=impl)
-        results.append((logprobs, entropies, *torch.autograd.grad(logprobs.sum(), list(model.parameters()))))
+        logprobs, entropies = rewards._HeadLogprobs.apply(*inputs, None, ids, 0.7, 4, impl)
+        results.append((logprobs, entropies, *torch.autograd.grad(logprobs.sum(), inputs)))
     for x, y in zip(*results, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
@@ -304,7 +342,10 @@ def kernel_offsets_pass_two_to_the_31():
     teacher[-1], student[-1] = torch.randn(2, 152_064, device="cuda", dtype=torch.bfloat16)
     ids = torch.full((14_200,), 152_063, device="cuda")
     got = token_stats(teacher, student, ids, impl="triton")
-    assert_exact([x[-1:] for x in got], token_stats(teacher[-1:].double(), student[-1:].double(), ids[-1:], impl="torch"))
+    assert_exact(
+        [x[-1:] for x in got],
+        token_stats(teacher[-1:].double(), student[-1:].double(), ids[-1:], impl="torch"),
+    )
     assert (got.kl[:-1] == 0).all()
 
 
@@ -321,7 +362,9 @@ def kernel_rewards_leave_the_host_alone():
 
 @gpu_only
 def kernel_memory_is_the_outputs():
-    teacher, student, ids = (x.repeat(128, 1) if x.dim() == 2 else x.repeat(128) for x in logits(8, 152_064, "bfloat16"))
+    teacher, student, ids = (
+        x.repeat(128, 1) if x.dim() == 2 else x.repeat(128) for x in logits(8, 152_064, "bfloat16")
+    )
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
