@@ -21,6 +21,7 @@ import logging
 import math
 import operator
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -198,47 +199,40 @@ def _reaches(expression, nums, target):
 
 
 def _grade_in_process(task, pairs, seconds):
-    """Grades of one answer after the other, by a process that is killed where it hangs, and replaced."""
+    """Grades of one answer after the other, by a process that dies of one that takes too long."""
     grades = []
-    command = [sys.executable, "-c", f"import evaluate; evaluate._serve({task!r})"]
+    command = [sys.executable, "-c", f"import evaluate; evaluate._serve({task!r}, {seconds})"]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    here = Path(__file__).resolve().parent
     while len(grades) < len(pairs):
-        with subprocess.Popen(command, cwd=here, **pipes) as worker, ThreadPoolExecutor(1) as reader:
-            try:
-                if not worker.stdout.readline():  # ready: the limit is for an answer, not for the imports
-                    raise RuntimeError("the grading process did not start: its own message stands above")
-                reply = True
-                while reply and len(grades) < len(pairs):
-                    worker.stdin.write(json.dumps(pairs[len(grades)]) + "\n")
-                    worker.stdin.flush()
-                    try:
-                        reply = reader.submit(worker.stdout.readline).result(timeout=seconds)
-                    except TimeoutError:
-                        worker.kill()
-                        reply = None
-                    if not reply and worker.wait() > 0:  # less than 0: killed by a signal
-                        raise RuntimeError("the grading process failed: its traceback stands above")
-                    verdict = json.loads(reply) if reply else None
-                    if isinstance(verdict, str):
-                        raise ValueError(verdict)
-                    grades.append(verdict)
-            finally:
-                worker.kill()
+        with subprocess.Popen(command, cwd=Path(__file__).resolve().parent, **pipes) as worker:
+            for pair in pairs[len(grades) :]:
+                worker.stdin.write(json.dumps(pair) + "\n")
+                worker.stdin.flush()
+                reply = worker.stdout.readline()
+                if not reply and worker.wait() > 0:  # below 0 a signal ended it
+                    raise RuntimeError("a grading process failed: its traceback stands above")
+                verdict = json.loads(reply) if reply else None
+                if isinstance(verdict, str):
+                    raise ValueError(verdict)
+                grades.append(verdict)
+                if not reply:
+                    break
     return grades
 
 
-def _serve(task):
-    """The grading process: [output, row] on each line of stdin, on stdout the verdict or an error's text."""
+def _serve(task, seconds):
+    """A grading process: [output, row] on each line of stdin; on stdout the verdict, or an error's text."""
     replies, sys.stdout = sys.stdout, sys.stderr  # nothing that a library prints may pass for a verdict
     if task not in ("toy", "countdown"):
         _equivalent("1", "1")  # imports that take seconds
-    print("ready", file=replies, flush=True)
     for line in sys.stdin:
+        # unhandled, so that it ends the process even inside one long multiplication, where no handler runs
+        signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
             verdict = grade(task, *json.loads(line))
         except ValueError as error:
             verdict = str(error)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(verdict), file=replies, flush=True)
 
 

@@ -147,11 +147,9 @@ def test_grading_another_task_is_an_error():
 @pytest.mark.parametrize("gold", ["", " ", r"\text{}"])
 def test_a_gold_answer_that_cannot_be_read_is_never_right(gold, capsys):
     bad, good = row(answer=gold), row(answer="5")
-    for output in (rf"\boxed{{{gold}}}", r"\boxed{\text{}}", r"\boxed{5}"):
-        try:
-            assert grade("math500", output, bad) is False
-        except ValueError as error:
-            assert "leave that row out" in str(error)
+    for output in (r"\boxed{\text{}}", r"\boxed{5}"):
+        with pytest.raises(ValueError, match="leave that row out"):
+            grade("math500", output, bad)
     assert gradable("math500", [bad, good, bad]) == [good]
     assert "2 of 3 rows" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no row has an answer that --task math500 can grade"):
@@ -165,13 +163,13 @@ def test_a_gold_answer_that_cannot_be_read_is_never_right(gold, capsys):
     (r"\boxed{(3+4) \cdot 2}", True),
     (r"\boxed{-(-(3 + 4) * 2)}", True),
     (f"{OPEN} ( 3 + 4 ) * 2 {CLOSE}", True),
+    (r"\boxed{3 + 4 * 2}", False),           # the right numbers, another value
     (r"\boxed{14}", False),                  # the target itself is none of the numbers
     (r"\boxed{(3 + 4) * 2 * 1}", False),     # a number that was not given
     (r"\boxed{3 + 4 + 3 + 4}", False),       # used twice, and one not at all
     (r"\boxed{2 * 7}", False),
     (r"\boxed{(3 + 4) * 2 - 0}", False),
     (r"\boxed{34 + 2}", False),
-    (r"\boxed{(3 + 4) // (1 / 2)}", False),
     (r"\boxed{2 ** 3 + 4}", False),
     (r"\boxed{(3 + 4) * 2.0}", False),
     (r"\boxed{(3 + 4) * 0x2}", False),
@@ -187,6 +185,7 @@ def test_a_gold_answer_that_cannot_be_read_is_never_right(gold, capsys):
     (r"\boxed{٣ + 4 * 2}", False),           # digits of other scripts are none here
     (rf"\boxed{{{'(' * 90}3{')' * 90}}}", False),
     (rf"\boxed{{{'-' * 190}3}}", False),
+    (rf"\boxed{{{'-' * 10**4}3}}", False),
     (rf"\boxed{{{'9' * 10**5}}}", False),
     (r"\boxed{9**9**9**9**9}", False),
     ("(3 + 4) * 2", False),
@@ -200,6 +199,7 @@ def test_countdown_is_exact():
     assert grade("countdown", r"\boxed{8 / (3 - 8 / 3)}", row(nums=[3, 3, 8, 8], target=24))
     assert not grade("countdown", r"\boxed{7 * (1 / 7)}", row(nums=[1, 7], target=1))  # 7 twice
     assert grade("countdown", r"\boxed{(1 / 49) * 49}", row(nums=[49, 1, 49], target=1))  # not so in floats
+    assert not grade("countdown", r"\boxed{7 // 2}", row(nums=[2, 7], target=3))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -342,3 +342,15 @@ def test_script_refuses(toy, capsys, flags, complaint):
     with pytest.raises((SystemExit, ValueError, FileNotFoundError)) as error:
         call(toy, "evaluate.py", *flags)
     assert complaint in f"{error.value} {capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("task, file, grader", [
+    ("gsm8k", "gsm8k_train_1k.jsonl", "math-verify"), ("countdown", "countdown_sample.jsonl", "fractions")])
+def test_script_on_public_rows(tmp_path, capsys, tiny_model, qwen_tokenizer, task, file, grader):
+    tiny_model(len(qwen_tokenizer)).save_pretrained(tmp_path / "model")
+    qwen_tokenizer.save_pretrained(tmp_path / "model")
+    call(tmp_path, "evaluate.py", "--task", task, "--data", data_file(file), "--model", tmp_path / "model",
+         "--limit", 3, "--max-new-tokens", 8)
+    result = json.loads((tmp_path / f"model/eval_{task}.json").read_text())
+    assert grader in result["grader"] and grader in capsys.readouterr().out
+    assert result["questions"] == 3 and result["truncated"] == 1.0 and result["length"] == 8
