@@ -235,8 +235,14 @@ class Prompts:
         """Ids of the student's prompt: system, question, and the start of an empty assistant turn."""
         return self._turn(STUDENT_SYSTEM, row["question"])
 
+    def hinted(self, row):
+        """The student's prompt with the row's `hint` after the question (Guide-GRPO)."""
+        if not isinstance(row.get("hint"), str):
+            raise ValueError(f'{row["where"]} has no "hint"; columns found: {", ".join(row)}.')
+        return self._turn(STUDENT_SYSTEM, f"{row['question']}\n\n{row['hint']}")
+
     def student(self, row):
-        """The same with the thought opened: what stands before an explanation when the student scores it."""
+        """The plain prompt with the thought opened: what stands before an explanation when the student scores it."""
         return self.question(row) + self.encode(f"{THOUGHT[0]}\n\n")
 
     def teacher(self, row):

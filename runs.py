@@ -208,7 +208,8 @@ class Run:
     def log(self, entry):
         """One step into metrics.jsonl; returns the line for the console."""
         _append(self.metrics, [entry])
-        shown = ("reward", "score", "kl", "closed", "leak", "kl_ref", "length", "eval_reward", "loss", "val_loss")
+        shown = ("reward", "score", "kl", "solved", "hinted", "closed", "leak", "kl_ref", "length", "eval_reward",
+                 "eval_solved", "loss", "val_loss")
         words = [f"{key} {entry[key]:.4g}" for key in shown if entry.get(key) is not None]
         seconds = sum(value for key, value in entry.items() if key.startswith("t_"))
         return " | ".join([f"step {entry['step'] + 1}", *words, f"{seconds:.1f}s"])

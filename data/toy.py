@@ -127,7 +127,7 @@ def explain(question, author, rng):
 
 
 def draw_row(rng, n_steps, shares):
-    """A row: question, solution, an explanation by an author drawn by shares, and the right chain."""
+    """A row: question, solution, an explanation by an author drawn by shares, the right chain, half of it as a hint."""
     operations = " ".join(f"s{n} {rng.choice(OPERATIONS)}" for n in range(1, n_steps + 1))
     question = f"x {rng.randrange(10)} y {rng.randrange(10)} {operations}"
     author = rng.choices(AUTHORS, shares)[0]
@@ -136,6 +136,7 @@ def draw_row(rng, n_steps, shares):
         "solution": solution(question),
         "explanation": explain(question, author, rng),
         "chain": chain(question),
+        "hint": " ".join(steps(question)[: n_steps // 2]),
     }
 
 

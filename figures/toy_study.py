@@ -97,6 +97,7 @@ def student_of(folder, arm, seed, commands):
 for seed in args.seeds:
     folder = ROOT / "runs/study" / (f"quick{seed}" if args.quick else f"seed{seed}")
     folder.mkdir(parents=True, exist_ok=True)
+    LOG.parent.mkdir(exist_ok=True)
     made = []
     if not (folder / "runs/toy").exists():
         run(folder, made, "data/toy.py", "--seed", seed, "--out", "runs/toy", *(["--steps", 20] if args.quick else []))

@@ -16,7 +16,7 @@ from conftest import ROOT, call, data_file, run_script
 import models
 import runs
 
-SCRIPTS = ("train_rlt.py", "distill.py", "sft_student.py", "evaluate.py")
+SCRIPTS = ("train_rlt.py", "distill.py", "sft_student.py", "rl_student.py", "evaluate.py")
 TINY = ("--limit", 80, "--prompts-per-step", 2, "--group-size", 4, "--max-new-tokens", 12, "--eval-rows", 4)
 
 

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: MIT
+"""
+Train a student with GRPO on correctness: the baseline that a teacher must beat, and what follows a cold start.
+
+    reward = right 1, wrong -0.5, no answer -1        graded by evaluate.py, so reward and evaluation can't disagree
+
+With --hints it is Guide-GRPO (arXiv 2506.13923): where all of a question's answers fail, the group is drawn again
+with the row's hint in the prompt and takes the plain one's place. Hinted answers are learned without the hint: their
+ratio is the new policy's, which doesn't see it, over the old one's, which did; shaped, not clipped.
+
+    laptop                python rl_student.py
+    after a cold start    python rl_student.py --model runs/student --out runs/cold-start
+    with hints            python rl_student.py --hints --rewards 0 0 1 --out runs/guide
+"""
+
+import time
+
+import torch
+from tqdm import tqdm
+
+import models
+import runs
+from evaluate import answer_of, grade_all
+from grpo import LOSSES, group_advantages, grpo_loss, guided_loss, step_denominator
+from prompts import Prompts, load_rows
+from rewards import completion_logprobs, implementation, micro_batches
+from runs import number, seed_for
+
+# ---------------------------------------------------------------------------------------------------------
+parser = runs.flags(__doc__)
+# model
+parser.add_argument("--model", default="toy", help="student to start from: run folder, folder, hub id")
+parser.add_argument("--bits", type=int, choices=(4, 16, 32), default=32, help="bits of the base")
+parser.add_argument("--lora-rank", type=number(int, 1), default=16, help="rank of the student's adapter")
+parser.add_argument("--lora-alpha", type=number(float, above=0), default=32, help="adapter scale times its rank")
+parser.add_argument("--lora-targets", default="all-linear", help="layers with an adapter, by name, with commas")
+# data
+parser.add_argument("--task", choices=("toy", "gsm8k", "math500", "aime24", "countdown"), default="toy", help="how "
+                    "answers are graded")
+parser.add_argument("--data", default="toy", help="rows with what the task is graded by: file, hub id, or toy")
+parser.add_argument("--limit", type=number(int, 1), default=None, help="use the first rows only")
+parser.add_argument("--skip-bad-rows", action="store_true", help="leave bad and over-long rows out, and count them")
+# reward
+parser.add_argument("--rewards", type=float, nargs=3, default=[-1.0, -0.5, 1.0], metavar=("NONE", "WRONG", "RIGHT"),
+                    help="of no answer, a wrong one, the right one; 0 0 1: binary, which --hints take")
+parser.add_argument("--keep-zero-groups", action="store_true", help="count groups without signal in the loss's "
+                    "denominator, and their KL to the reference; else they are dropped")
+# hints
+parser.add_argument("--hints", action="store_true", help="Guide-GRPO, with the rows' column `hint`")
+parser.add_argument("--hint-ratio", choices=("guide", "naive"), default="guide", help="old log-probs of hinted answers "
+                    "with the hint (guide), or without, as if they had been drawn so (naive)")
+# sampling
+parser.add_argument("--prompts-per-step", type=number(int, 1), default=16, help="questions a step")
+parser.add_argument("--group-size", type=number(int, 2), default=16, help="answers a question")
+parser.add_argument("--temperature", type=number(float, above=0), default=1.0, help="of sampling and log-probs")
+parser.add_argument("--max-new-tokens", type=number(int, 1), default=48, help="length limit of an answer")
+parser.add_argument("--rollout-batch", type=number(int, 1), default=256, help="answers sampled side by side")
+parser.add_argument("--max-sampler-gap", type=number(float, above=0), default=0.1, help="stop when sampler and "
+                    "trainer disagree on the sampled tokens by more than this on average, nats")
+# optimisation
+parser.add_argument("--steps", type=number(int, 1), default=60, help="optimizer steps")
+parser.add_argument("--lr", type=number(float, above=0), default=2e-3, help="peak learning rate (AdamW)")
+parser.add_argument("--warmup-steps", type=number(int, 0), default=5, help="steps in which the rate rises to --lr")
+parser.add_argument("--final-lr", type=number(float, 0, 1), default=0.1, help="the rate falls linearly to this "
+                    "share of --lr; 1: constant, as released")
+parser.add_argument("--max-grad-norm", type=number(float, above=0), default=1.0, help="gradients are clipped to it")
+parser.add_argument("--loss", choices=LOSSES, default="grpo", help="how tokens and sequences are averaged")
+parser.add_argument("--advantage-scale", choices=("std", "none"), default="std", help="divide by the group's std")
+parser.add_argument("--epsilon-low", type=number(float, 0, 0.999), default=0.2, help="ratio clip below 1")
+parser.add_argument("--epsilon-high", type=number(float, 0), default=0.2, help="ratio clip above 1")
+parser.add_argument("--updates-per-batch", type=number(int, 1), default=1, help="optimizer steps on the same "
+                    "answers; the clip acts from the second on")
+parser.add_argument("--beta", type=number(float, 0), default=0.04, help="weight of the KL to the reference adapter; "
+                    "0: no reference pass")
+parser.add_argument("--sync-ref-every", type=number(int, 0), default=32, help="steps after which the reference "
+                    "moves towards the student; 0: never")
+parser.add_argument("--sync-ref-mix", type=number(float, 0, 1), default=0.9, help="share m of the student in the new "
+                    "reference. A and B are averaged each by itself, so the reference's BA differs from the average "
+                    "of both BA by exactly m (1 - m) dB dA times the adapter's scale")
+# system
+parser.add_argument("--micro-batch-tokens", type=number(int, 1), default=8192, help="padded tokens a forward pass")
+parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in the backward "
+                    "pass: less memory, a third more time")
+parser.add_argument("--head-chunk", type=number(int, 1), default=1024, help="rows of logits that exist at a time")
+parser.add_argument("--seed", type=number(int, 0), default=0, help="of every draw")
+parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
+# run folder
+parser.add_argument("--out", default="runs/rl_student", help="run folder")
+parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out, or start")
+parser.add_argument("--save-every", type=number(int, 0), default=20, help="steps between checkpoints; 0: at the end")
+parser.add_argument("--eval-every", type=number(int, 0), default=20, help="steps between held-out success; 0: never")
+parser.add_argument("--eval-rows", type=number(int, 1), default=64, help="rows at the end of --data that are held out")
+args = parser.parse_args()
+if args.hints and args.rewards[:2] != [0, 0]:
+    parser.error(f"--hints with --rewards {args.rewards}: Guide-GRPO takes a binary reward, pass --rewards 0 0 1")
+if args.hints and args.loss == "gspo":
+    parser.error("--hints with --loss gspo: hinted answers have one ratio a token; pass grpo, dapo or dr_grpo")
+if args.hint_ratio != "guide" and not args.hints:
+    parser.error(f"--hint-ratio {args.hint_ratio} does nothing without --hints")
+# ---------------------------------------------------------------------------------------------------------
+
+device = models.pick_device(args.device)
+run = runs.Run(args)
+rows = load_rows(models.rows_of(args.data, "train"), limit=args.limit, skip_bad=args.skip_bad_rows,
+                 solved=args.task != "countdown")
+tokenizer = models.load_tokenizer(args.model)
+prompts, vocab = Prompts(tokenizer), len(tokenizer)
+rows = prompts.fitting(rows, models.context_of(args.model) - args.max_new_tokens, skip=args.skip_bad_rows)
+if args.hints:
+    prompts.hinted(rows[0])  # raises where there is no hint
+held_out = rows[-args.eval_rows :] if args.eval_every else []
+rows = rows[: len(rows) - len(held_out)]
+if len(rows) < args.prompts_per_step:
+    raise ValueError(f"{len(rows)} rows are left to train on, a step takes {args.prompts_per_step}: give more rows, or "
+                     "lower --prompts-per-step, --eval-rows or --eval-every.")
+
+student = models.load_lora(args.model, bits=args.bits, device=device, rank=args.lora_rank, seed=args.seed,
+                           alpha=args.lora_alpha, targets=args.lora_targets, reference=args.beta > 0,
+                           checkpointing=args.gradient_checkpointing)
+parameters = models.adapter_parameters(student)
+optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
+
+if run.checkpoint:
+    models.restore(student, run.checkpoint)
+    optimizer.load_state_dict(torch.load(run.checkpoint / "optimizer.pt", weights_only=True))
+run.start(base_hash=models.fingerprint(student), device=str(device), rows=len(rows))
+print(f"{run.folder}: {sum(p.numel() for p in parameters):,} trained parameters, {len(rows)} rows, {device}, "
+      f"log-probs by {implementation('auto', device.type)}", flush=True)
+
+
+def save(folder):
+    models.save_model(student, tokenizer, folder, adapters=list(student.peft_config))
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+
+
+def sample(asked, *key):
+    """One completion for each prompt, drawn with seeds of this key."""
+    completions = []
+    for at in range(0, len(asked), args.rollout_batch):
+        completions += models.generate(student, tokenizer, asked[at : at + args.rollout_batch],
+                                       max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                                       seed=seed_for(args.seed, *key, at))
+    return completions
+
+
+def judge(rows, completions):
+    """Rewards (B,), which answers are right (B,), and the texts."""
+    texts = [tokenizer.decode(c.ids[:-1] if c.finished else c.ids) for c in completions]
+    right = torch.tensor([bool(verdict) for verdict in grade_all(args.task, texts, rows)], device=device)
+    answered = torch.tensor([answer_of(args.task, text) is not None for text in texts], device=device)
+    none, wrong, good = args.rewards
+    return torch.where(right, good, torch.where(answered, wrong, none)), right, texts
+
+
+def log_probs_of(sides):
+    """Packed log-probs and entropies, under whoever speaks now, of (prompt, completion) pairs of ids."""
+    asked, answered = zip(*sides, strict=True)
+    return completion_logprobs(student, asked, answered, temperature=args.temperature, vocab=vocab,
+                               head_chunk=args.head_chunk)
+
+
+rank, B, G = 0, args.prompts_per_step * args.group_size, args.group_size
+progress = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, unit="step", dynamic_ncols=True)
+for step in progress:
+    clock = [time.perf_counter()]
+
+    # 1. questions, and G answers to each; sampled_from is what an answer was drawn from, asked what it is learned for
+    chosen = [rows[i] for i in runs.pick(len(rows), args.prompts_per_step, step, args.seed)]
+    chosen = [row for row in chosen for _ in range(G)]  # (B,) prompt i // G
+    asked = [prompts.question(row) for row in chosen]
+    sampled_from, completions = list(asked), sample(asked, step, rank)
+    rewards, right, texts = judge(chosen, completions)
+    sampled_tokens = sum(len(c.ids) for c in completions)
+    solved = right.float().mean().item()
+
+    # 2. where all of a group fail: once more, with the hint
+    failed = (~right.view(-1, G).any(1)).repeat_interleave(G) & args.hints
+    again = failed.nonzero().flatten().tolist()
+    hinted_solved = None
+    if again:
+        hinted = sample([prompts.hinted(chosen[i]) for i in again], "hinted", step, rank)
+        rewards[again], right_now, said = judge([chosen[i] for i in again], hinted)
+        hinted_solved = right_now.float().mean().item()
+        sampled_tokens += sum(len(c.ids) for c in hinted)
+        for i, completion, text in zip(again, hinted, said, strict=True):
+            sampled_from[i], completions[i], texts[i] = prompts.hinted(chosen[i]), completion, text
+    clock.append(time.perf_counter())
+
+    # 3. how much better each answer is than the others to its question; groups without signal teach nothing
+    advantages = group_advantages(rewards.view(-1, G), scale=args.advantage_scale).flatten()
+    signal = (rewards.view(-1, G) != rewards.view(-1, G)[:, :1]).any(1)
+    used = signal.repeat_interleave(G) | args.keep_zero_groups
+
+    # 4. log-probs of the policy that sampled, with what it had seen
+    kept = used.nonzero().flatten().tolist()
+    lengths = torch.tensor([len(c.ids) for c in completions])
+    batches = [[kept[i] for i in batch] for batch in micro_batches(
+        [max(len(asked[i]), len(sampled_from[i])) + len(completions[i].ids) for i in kept], args.micro_batch_tokens)]
+    # hinted and plain answers have different losses: no micro-batch holds both
+    batches = [[i for i in batch if failed[i] == side] for batch in batches for side in (False, True)]
+    batches = [batch for batch in batches if batch]
+    old, entropies, gaps = [], [], []
+    with torch.no_grad():
+        for batch in batches:
+            log_probs, entropy = log_probs_of((sampled_from[i], completions[i].ids) for i in batch)
+            gaps.append((log_probs - torch.tensor([p for i in batch for p in completions[i].logprobs],
+                                                  device=device)).abs())
+            if args.hint_ratio == "naive":
+                log_probs, _ = log_probs_of((asked[i], completions[i].ids) for i in batch)
+            old.append(log_probs)
+            entropies.append(entropy)
+    sampler_gap = torch.cat(gaps).mean().item() if kept else 0.0
+    if not sampler_gap <= args.max_sampler_gap:
+        raise ValueError(f"sampler and trainer disagree by {sampler_gap:.3g} nats a token, --max-sampler-gap is "
+                         f"{args.max_sampler_gap}: the gradient would be wrong. Look for a difference in precision or "
+                         "temperature; the last checkpoint is untouched.")
+    clock.append(time.perf_counter())
+
+    # 5. update on what was sampled, in micro-batches that add up to one loss
+    tokens = int(lengths[kept].sum())
+    denominator = step_denominator(args.loss, sequences=len(kept), tokens=tokens, max_new_tokens=args.max_new_tokens)
+    sides = [(asked[i], completions[i].ids) for i in range(B)]
+    reference = [None] * len(batches)
+    if args.beta > 0:
+        with models.using(student, "reference"):
+            reference = [log_probs_of(sides[i] for i in batch)[0] for batch in batches]
+    for group in optimizer.param_groups:
+        group["lr"] = args.lr * runs.schedule(step, args.steps, args.warmup_steps, args.final_lr)
+    student.train()
+    loss, totals, grad_norm = 0.0, {}, 0.0
+    for _ in range(args.updates_per_batch if kept else 0):
+        loss, totals = 0.0, {}
+        for batch, before, ref in zip(batches, old, reference, strict=True):
+            policy, _ = log_probs_of(sides[i] for i in batch)
+            common = dict(denominator=denominator, beta=args.beta, loss=args.loss)
+            if failed[batch[0]]:
+                micro_loss, stats = guided_loss(policy, before, ref, advantages[batch], lengths[batch], **common)
+            else:
+                micro_loss, stats = grpo_loss(policy, before, ref, advantages[batch], lengths[batch],
+                                              epsilon_low=args.epsilon_low, epsilon_high=args.epsilon_high, **common)
+            micro_loss.backward()
+            loss += micro_loss.item()
+            for key, value in stats.items():
+                totals[key] = totals.get(key, 0) + value.item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
+        optimizer.step()
+        optimizer.zero_grad()
+    student.eval()
+    if args.beta > 0 and args.sync_ref_every and (step + 1) % args.sync_ref_every == 0:
+        models.sync_reference(student, args.sync_ref_mix)
+    clock.append(time.perf_counter())
+
+    # 6. measure on held-out rows, log, save
+    eval_solved = None
+    if held_out and (step % args.eval_every == 0 or step + 1 == args.steps):
+        answers = sample([prompts.question(row) for row in held_out], "held out", step, rank)
+        eval_solved = judge(held_out, answers)[1].float().mean().item()
+    guided_tokens = int(lengths[(used & failed).cpu()].sum())
+    entry = {
+        "step": step,
+        "reward": rewards.mean().item(),
+        "solved": solved,
+        "hinted": len(again) / B if args.hints else None,
+        "hinted_solved": hinted_solved,
+        "zero_groups": (~signal).float().mean().item(),
+        "usable_groups": int(signal.sum()),
+        "sampled_tokens": sampled_tokens,
+        "length": lengths.float().mean().item(),
+        "kl_ref": totals["kl_ref"] / tokens if "kl_ref" in totals else None,
+        "entropy": torch.cat(entropies).mean().item() if kept else None,
+        "clip_fraction": totals.get("clip_fraction", 0) / max(1, tokens - guided_tokens),
+        "guided_log_ratio": totals["guided_log_ratio"] / guided_tokens if guided_tokens else None,
+        "sampler_gap": sampler_gap,
+        "loss": loss,
+        "lr": optimizer.param_groups[0]["lr"],
+        "grad_norm": grad_norm,
+        "eval_solved": eval_solved,
+        **{f"t_{phase}": b - a for phase, a, b in zip(("rollout", "score", "update"), clock, clock[1:], strict=False)},
+        "tokens_per_s": sampled_tokens / (clock[-1] - clock[0]),
+    }
+    progress.write(run.log(entry))
+    if step % 10 == 0 or step + 1 == args.steps:
+        run.log_samples([{"step": step, "question": chosen[i]["question"], "solution": chosen[i]["solution"],
+                          "answer": texts[i], "hinted": bool(failed[i]), "reward": rewards[i].item()}
+                         for i in sorted({0, int(rewards.argmax())})])
+    if args.save_every and (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+        run.save(step + 1, save)
+
+final = run.finish(lambda folder: models.save_model(student, tokenizer, folder))
+print(f"The student is in {final}. Next: python evaluate.py --task {args.task} --model {args.model} {args.out}")
