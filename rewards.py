@@ -511,7 +511,7 @@ class _HeadLogprobs(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=buffer.dtype) if bias_needed else None
         for c in _chunks(len(ids), ctx.head_chunk):
             g = (grad_logprobs[c] / ctx.temperature)[:, None]
-            z = _logits(states[c], (weight, bias), buffer)  # and what follows in place, in this buffer
+            z = _logits(states[c], (weight, bias), buffer)[:, : len(weight)]  # and all that follows in place
             z.sub_(z.amax(1, keepdim=True)).div_(ctx.temperature).exp_()
             z.mul_(-g / z.sum(1, keepdim=True)).scatter_add_(1, ids[c, None], g)
             if bias_needed:
@@ -530,16 +530,22 @@ def _head_logprobs(states, head, ids, temperature, buffer, impl):
 
 
 def _buffer(head, rows, dtype=torch.float32):
-    """Room for one chunk of logits, no narrower than the head's own."""
+    """Room for a chunk of logits, no narrower than the head's own.
+
+    Columns are rounded up to 16, with -inf, which counts as absent: the kernels load 16 bytes at a time only
+    where rows are aligned, and a tokenizer is as long as it is (Qwen2.5's has 151,665 ids).
+    """
     weight, _ = head
     dtype = torch.promote_types(dtype, weight.dtype)
-    return torch.empty(max(1, rows), len(weight), dtype=dtype, device=weight.device)
+    buffer = torch.empty(max(1, rows), -(-len(weight) // 16) * 16, dtype=dtype, device=weight.device)
+    buffer[:, len(weight):] = -torch.inf
+    return buffer
 
 
 def _logits(states, head, buffer):
-    """states (n, H) @ weight (V, H).T + bias, in the first n rows of `buffer` and in its dtype."""
+    """states (n, H) @ weight (V, H).T + bias, into n rows and V columns of `buffer` -> those rows of it."""
     weight, bias = head
-    out = buffer[: len(states)]
+    out = buffer[: len(states), : len(weight)]
     if out.dtype == weight.dtype:
         torch.mm(states, weight.T, out=out)
     elif out.is_cuda:
@@ -547,7 +553,9 @@ def _logits(states, head, buffer):
     else:  # a matmul on the CPU can't widen its result: widen a slice of the head at a time
         for v in _chunks(len(weight), 2**14):
             out[:, v] = states.to(out.dtype) @ weight[v].to(out.dtype).T
-    return out if bias is None else out.add_(bias)
+    if bias is not None:
+        out.add_(bias)
+    return buffer[: len(states)]
 
 
 def _causal_lm(model):
