@@ -7,8 +7,14 @@ Each line of --out is a row: question, solution, explanation, reward, score, kl,
 for the student's; nothing is filtered unless asked for. A killed run goes on with --resume: rows that are whole
 stay, the batch that was cut is drawn again, to the same text.
 
+With --score-file nothing is written by the teacher: it scores explanations that are there, anybody's. --partition k
+then splits the rows into k files by reward. With --solver the model is a student that solves the questions by itself,
+and what the grader accepts is kept: the traditional way to make such data.
+
     laptop, 40 seconds    python distill.py
     best of 16            python distill.py --samples 16 --keep best --out runs/best-of-16.jsonl
+    somebody's traces     python distill.py --score-file traces.jsonl --partition 5 --out runs/scored.jsonl
+    an RL student's own   python distill.py --solver --model runs/rl_student --out runs/solved.jsonl
 """
 
 import json
@@ -19,7 +25,8 @@ from tqdm import tqdm
 
 import models
 import runs
-from prompts import Prompts, leaks, load_rows
+from evaluate import GOLD, grade_all
+from prompts import THOUGHT, Prompts, between, leaks, load_rows
 from rewards import score_explanations
 from runs import number, seed_for
 
@@ -38,11 +45,18 @@ parser.add_argument("--limit", type=number(int, 1), default=None, help="use the 
 parser.add_argument("--skip-bad-rows", action="store_true", help="leave bad and over-long rows out, and count them")
 parser.add_argument("--solution-in", choices=("assistant", "user"), default="assistant", help="where the teacher was "
                     "trained to find the solution")
+parser.add_argument("--score-file", default=None, help="score this file's explanations instead of writing any")
+parser.add_argument("--solver", action="store_true", help="the model solves the questions, without the solutions; what "
+                    "--task's grader accepts is kept")
+parser.add_argument("--task", choices=sorted(GOLD), default="toy", help="how --solver's answers are graded")
+parser.add_argument("--keep-wrong", action="store_true", help="with --solver: keep what the grader rejects, too")
 # explanations
 parser.add_argument("--samples", type=number(int, 1), default=1, help="explanations a row")
 parser.add_argument("--keep", choices=("all", "best"), default="all", help="of a row's samples: all, or the one with "
                     "the highest reward")
 parser.add_argument("--drop-unclosed", action="store_true", help="leave explanations out that do not end properly")
+parser.add_argument("--partition", type=number(int, 2), default=None, help="split the rows by reward into this many "
+                    "files, overall and within each question")
 parser.add_argument("--temperature", type=number(float, above=0), default=1.0, help="of sampling")
 parser.add_argument("--max-new-tokens", type=number(int, 1), default=48, help="length limit of an explanation")
 # reward
@@ -63,6 +77,12 @@ parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
 parser.add_argument("--out", default="runs/distilled.jsonl", help="file to write")
 parser.add_argument("--resume", action="store_true", help="go on where a killed run stopped, or start")
 args = parser.parse_args()
+if args.score_file and (args.samples > 1 or args.solver):
+    parser.error("--score-file reads explanations, --samples and --solver make them: pass one or the other")
+if args.solver and (args.keep == "best" or args.partition):
+    parser.error("--solver gives no rewards: --keep best and --partition need them")
+if args.keep_wrong and not args.solver:
+    parser.error("--keep-wrong does nothing without --solver")
 # ---------------------------------------------------------------------------------------------------------
 
 device = models.pick_device(args.device)
@@ -71,70 +91,97 @@ done = 0  # batches that are whole in the file
 if out.exists() and not args.resume:
     raise FileExistsError(f"{out} is there already. Pass --resume to go on, or another --out.")
 if out.exists():
-    then = json.loads(config.read_text())["flags"]
-    runs.check_same_flags(out, then, vars(args))
+    runs.check_same_flags(out, json.loads(config.read_text())["flags"], vars(args))
     written = runs.read_jsonl(out)
     done = written[-1]["batch"] if written else 0  # the last one may be cut short: draw it again
     runs.write_atomically(out, "".join(json.dumps(row) + "\n" for row in written if row["batch"] < done))
 
 student_name = args.student or models.base_of(args.model)
-rows = load_rows(models.rows_of(args.data, "train"), question_column=args.question_column, limit=args.limit,
-                 solution_column=args.solution_column, skip_bad=args.skip_bad_rows)
+rows = load_rows(args.score_file or models.rows_of(args.data, "train"), question_column=args.question_column,
+                 solution_column=args.solution_column, limit=args.limit, skip_bad=args.skip_bad_rows)
 tokenizer = models.load_tokenizer(args.model)
 models.check_same_tokenizer(tokenizer, models.load_tokenizer(student_name))
 prompts, vocab = Prompts(tokenizer, args.solution_in), len(tokenizer)
-room = models.context_of(args.model, student_name) - args.max_new_tokens
-rows = prompts.fitting(rows, room, skip=args.skip_bad_rows)
+room = models.context_of(args.model, student_name) - (0 if args.score_file else args.max_new_tokens)
+rows = prompts.fitting(rows, room, skip=args.skip_bad_rows, written=bool(args.score_file))
 teacher = models.load_model(args.model, bits=args.teacher_bits, device=device)
-student = models.load_model(student_name, bits=args.student_bits, device=device)
+student = None if args.solver else models.load_model(student_name, bits=args.student_bits, device=device)
 out.parent.mkdir(parents=True, exist_ok=True)
 runs.write_atomically(config, json.dumps(runs.describe(args), indent=2) + "\n")
+
+
+def sample(asked, batch):
+    return models.generate(teacher, tokenizer, asked, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                           seed=seed_for(args.seed, "distill", 0, batch))
+
+
+def explain(asked, batch):
+    """One line for each of these rows: its explanation, new or from the file, and what the student makes of it."""
+    if args.score_file:
+        sampled = [prompts.written(row) for row in asked]
+    else:
+        sampled = [(c.ids, c.finished) for c in sample([prompts.teacher(row) for row in asked], batch)]
+    explanations = [prompts.split(ids, finished) for ids, finished in sampled]
+    scored = score_explanations(
+        teacher, student, [prompts.scoring(*pair) for pair in zip(asked, explanations, strict=True)],
+        lam=args.lam, alpha=args.alpha, kl=args.kl, temperature=args.score_temperature or args.temperature,
+        vocab=vocab, head_chunk=args.head_chunk, micro_batch_tokens=args.micro_batch_tokens).reward
+    improper = torch.tensor([not (e.closed and e.thought) for e in explanations], device=device)
+    rewards = scored.reward - args.unclosed_penalty * improper
+    for row, explanation, (ids, _), *numbers in zip(
+            asked, explanations, sampled, rewards.tolist(), scored.score.tolist(), scored.kl.tolist(), strict=True):
+        yield {
+            "batch": batch, "question": row["question"], "solution": row["solution"], "explanation": explanation.text,
+            **dict(zip(("reward", "score", "kl"), numbers, strict=True)), "closed": explanation.closed,
+            "length": len(ids), "leak": leaks(explanation.text, row["solution"]),
+            "messages": prompts.distilled(row, explanation.text),
+        }
+
+
+def solve(asked, batch):
+    """One line for each of these rows: what the student writes when it sees the question alone, and its grade."""
+    completions = sample([prompts.question(row) for row in asked], batch)
+    texts = [tokenizer.decode(c.ids[:-1] if c.finished else c.ids) for c in completions]
+    grades = grade_all(args.task, texts, asked)
+    for row, text, c, right in zip(asked, texts, completions, grades, strict=True):
+        *before, answer = prompts.distilled(row, "")
+        yield {
+            "batch": batch, "question": row["question"], "solution": row["solution"],
+            "explanation": (between(text, *THOUGHT) or "").lstrip("\n"), "right": bool(right), "closed": c.finished,
+            "length": len(c.ids), "messages": [*before, {**answer, "content": text}],
+        }
+
 
 per_batch = max(1, args.batch_size // args.samples)  # rows, each with all its samples
 batches = [rows[at : at + per_batch] for at in range(0, len(rows), per_batch)]
 with out.open("a") as file:
     for batch in tqdm(range(done, len(batches)), initial=done, total=len(batches), unit="batch", dynamic_ncols=True):
-        # 1. explain
         asked = [row for row in batches[batch] for _ in range(args.samples)]
-        completions = models.generate(
-            teacher, tokenizer, [prompts.teacher(row) for row in asked], max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature, seed=seed_for(args.seed, "distill", 0, batch))
-        explanations = [prompts.split(c.ids, c.finished) for c in completions]
-
-        # 2. score
-        scored = score_explanations(
-            teacher, student, [prompts.scoring(*pair) for pair in zip(asked, explanations, strict=True)],
-            lam=args.lam, alpha=args.alpha, kl=args.kl, temperature=args.score_temperature or args.temperature,
-            vocab=vocab, head_chunk=args.head_chunk, micro_batch_tokens=args.micro_batch_tokens).reward
-        improper = torch.tensor([not (e.closed and e.thought) for e in explanations], device=device)
-        rewards = (scored.reward - args.unclosed_penalty * improper).tolist()
-
-        # 3. keep, and write the batch in one go
-        lines = []
-        for first in range(0, len(asked), args.samples):
-            group = list(range(first, first + args.samples))
-            if args.keep == "best":
-                group = [max(group, key=rewards.__getitem__)]
-            for i in group:
-                if explanations[i].closed or not args.drop_unclosed:
-                    lines.append(json.dumps({
-                        "batch": batch,
-                        "question": asked[i]["question"],
-                        "solution": asked[i]["solution"],
-                        "explanation": explanations[i].text,
-                        "reward": rewards[i],
-                        "score": scored.score[i].item(),
-                        "kl": scored.kl[i].item(),
-                        "closed": explanations[i].closed,
-                        "length": len(completions[i].ids),
-                        "leak": leaks(explanations[i].text, asked[i]["solution"]),
-                        "messages": prompts.distilled(asked[i], explanations[i].text),
-                    }) + "\n")
-        file.write("".join(lines))
+        lines = list(solve(asked, batch) if args.solver else explain(asked, batch))
+        groups = [lines[at : at + args.samples] for at in range(0, len(lines), args.samples)]
+        groups = [[line for line in group if (line["closed"] or not args.drop_unclosed)
+                   and (line.get("right", True) or args.keep_wrong)] for group in groups]
+        if args.keep == "best":
+            groups = [[max(group, key=lambda line: line["reward"])] for group in groups if group]
+        file.write("".join(json.dumps(line) + "\n" for group in groups for line in group))  # a batch in one go
         file.flush()
 
 written = runs.read_jsonl(out)
-mean = lambda key: sum(row[key] for row in written) / max(1, len(written))  # noqa: E731
-print(f"{out}: {len(written)} explanations of {len(rows)} rows | "
-      + " | ".join(f"{key} {mean(key):.4g}" for key in ("reward", "score", "kl", "closed", "leak", "length")))
+if args.partition:
+    k, questions = args.partition, {}
+    for row in written:
+        questions.setdefault(row["question"], []).append(row)
+    for name, groups in (("overall", [written]), ("within", questions.values())):
+        parts = [[] for _ in range(k)]
+        for group in groups:
+            for place, row in enumerate(sorted(group, key=lambda row: row["reward"])):
+                parts[place * k // len(group)].append(row)
+        for i, part in enumerate(parts, 1):
+            path = out.with_name(f"{out.stem}.{name}-{i}of{k}.jsonl")
+            runs.write_atomically(path, "".join(json.dumps(row) + "\n" for row in part))
+            print(f"{path}: {len(part)} rows, reward up to {max((row['reward'] for row in part), default=0):.4g}")
+
+shown = [key for key in ("reward", "score", "kl", "right", "closed", "leak", "length") if written and key in written[0]]
+means = " | ".join(f"{key} {sum(row[key] for row in written) / len(written):.4g}" for key in shown)
+print(f"{out}: {len(written)} explanations of {len(rows)} rows | {means}")
 print("Next: python sft_student.py" + (f" --data {out}" if args.out != "runs/distilled.jsonl" else ""))

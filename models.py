@@ -288,7 +288,7 @@ def generate(model, tokenizer, prompts, *, max_new_tokens, temperature, seed):
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
         temperature=1.0,  # the sampler divides
-        top_k=0,
+        top_k=0 if temperature > 0 else None,
         top_p=1.0,
         repetition_penalty=1.0,
         eos_token_id=tokenizer.eos_token_id,

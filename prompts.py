@@ -147,13 +147,14 @@ def _stratos(turns):
     """Bespoke-Stratos: a user turn, and an assistant turn with a thought and a solution in their tags."""
     said = {turn.get("from"): turn.get("value") for turn in turns if isinstance(turn, dict)}
     answer = said.get("assistant")
-    parts = [_between(answer, *tags) if isinstance(answer, str) else None for tags in (THOUGHT, SOLUTION)]
+    parts = [between(answer, *tags) if isinstance(answer, str) else None for tags in (THOUGHT, SOLUTION)]
     if None in parts or "user" not in said:
         raise ValueError("has conversations without a user turn, or an assistant turn without thought and solution")
     return {"question": said["user"], "explanation": parts[0].strip("\n"), "solution": parts[1].strip("\n")}
 
 
-def _between(text, start, end):
+def between(text, start, end):
+    """What stands between the first `start` and the `end` after it, or None."""
     head, opened, tail = text.partition(start)
     inner, closed, _ = tail.partition(end)
     return inner if opened and closed else None
@@ -257,12 +258,25 @@ class Prompts:
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
         return self.encode(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
-    def fitting(self, rows, room, skip=False):
-        """The rows whose prompts and solution leave the models their `room` of context, in tokens."""
+    def written(self, row):
+        """(ids, closed): the row's `explanation` as a teacher would have sampled it.
+
+        A row that distill.py wrote (it has `messages`) is taken as it is; other texts get a blank line at the end.
+        """
+        if not isinstance(row.get("explanation"), str):
+            raise ValueError(f'{row["where"]} has no "explanation"; columns found: {", ".join(row)}.')
+        closed = row.get("closed", True)
+        text = row["explanation"] if "messages" in row else row["explanation"].strip("\n") + "\n\n"
+        return (self.encode(text + EXPLANATION[1]) + [self.tokenizer.eos_token_id], True) if closed else (
+            self.encode(text), False)
+
+    def fitting(self, rows, room, skip=False, written=False):
+        """The rows whose prompts and solution, and explanation if it is `written`, fit into `room` tokens."""
         kept = []
         for row in rows:
             solution = len(self.encode(row["solution"] or ""))
             length = max(len(self.teacher(row)), len(self.student(row)) + solution + 32)  # 32: the tags between
+            length += len(self.written(row)[0]) if written else 0
             if length <= room:
                 kept.append(row)
             elif not skip:

@@ -62,8 +62,16 @@ def tiny_model():
 
     def make(vocab, seed=0, **changes):
         torch.manual_seed(seed)
-        shape = dict(vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                     num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.3)
+        shape = dict(
+            vocab_size=vocab,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            initializer_range=0.3,
+        )
         model = Qwen2ForCausalLM(Qwen2Config(**{**shape, **changes}))
         model.generation_config = GenerationConfig()
         return model.eval()

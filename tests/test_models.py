@@ -42,8 +42,9 @@ PROMPTS = [[2, 8, 10, 9, 11, 3, 4], [2, 8, 3], [2, 8, 10, 9, 11, 20, 31, 21, 33,
 def test_the_sampler_and_the_trainer_agree(tiny_model, tokenizer, temperature):
     model = tiny_model(64)  # nine columns more than the tokenizer has words
     sampled = models.generate(model, tokenizer, PROMPTS * 20, max_new_tokens=12, temperature=temperature, seed=5)
-    ours, _ = completion_logprobs(model, PROMPTS * 20, [c.ids for c in sampled], temperature=temperature,
-                                  vocab=len(tokenizer))
+    ours, _ = completion_logprobs(
+        model, PROMPTS * 20, [c.ids for c in sampled], temperature=temperature, vocab=len(tokenizer)
+    )
     theirs = torch.tensor([p for c in sampled for p in c.logprobs])
     assert (ours - theirs).abs().max() < 1e-4
     assert {len(c.ids) for c in sampled} != {12}, "some end early, or the test is blind to lengths"
@@ -99,7 +100,8 @@ def test_only_one_step_of_the_log_softmax_is_held(tiny_model, tokenizer, monkeyp
 
 def test_draws_depend_on_the_seed_alone(tiny_model, tokenizer):
     draw = lambda seed: models.generate(  # noqa: E731
-        tiny_model(64), tokenizer, PROMPTS, max_new_tokens=6, temperature=1.0, seed=seed)
+        tiny_model(64), tokenizer, PROMPTS, max_new_tokens=6, temperature=1.0, seed=seed
+    )
     first = draw(3)
     torch.rand(17)
     assert draw(3) == first and draw(4) != first
@@ -111,8 +113,10 @@ def test_pad_and_eos_may_be_the_same(tiny_model, tokenizer):
 
     twin = copy.deepcopy(tokenizer)
     twin.pad_token = twin.eos_token
-    a, b = (models.generate(tiny_model(64), t, PROMPTS * 9, max_new_tokens=12, temperature=1.0, seed=5)
-            for t in (tokenizer, twin))
+    a, b = (
+        models.generate(tiny_model(64), t, PROMPTS * 9, max_new_tokens=12, temperature=1.0, seed=5)
+        for t in (tokenizer, twin)
+    )
     assert [(c.ids, c.finished) for c in a] == [(c.ids, c.finished) for c in b]
     ours, theirs = (torch.tensor([p for c in side for p in c.logprobs]) for side in (a, b))
     assert torch.allclose(ours, theirs, atol=1e-5)
@@ -241,17 +245,21 @@ def test_checkpointed_gradients_are_the_plain_ones(base, tokenizer):
     assert all(torch.equal(a, b) for a, b in zip(gradients(False), gradients(True), strict=True))
 
 
-@pytest.mark.parametrize(("changes", "complaint"), [
-    ({"targets": "q_proj,no_such_layer_at_all_x"}, None),
-    ({"targets": "no_such_layer"}, "--lora-targets"),
-])
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"targets": "q_proj,no_such_layer_at_all_x"}, None),
+        ({"targets": "no_such_layer"}, "--lora-targets"),
+    ],
+)
 def test_targets(base, changes, complaint):
     if complaint:
         with pytest.raises(ValueError, match=complaint):
             lora(base, **changes)
     else:
-        names = {n.split(".lora_")[0].rsplit(".", 1)[1] for n, _ in lora(base, **changes).named_parameters()
-                 if "lora_" in n}
+        names = {
+            n.split(".lora_")[0].rsplit(".", 1)[1] for n, _ in lora(base, **changes).named_parameters() if "lora_" in n
+        }
         assert names == {"q_proj"}
 
 
@@ -305,4 +313,6 @@ def test_pickled_weights_are_refused(base, tmp_path):
 def test_the_toys_model_is_the_same_for_the_same_seed(tmp_path, toy):
     run_script(tmp_path, "data/toy.py", "--out", "again", "--steps", "3")
     again = models.load_model(str(tmp_path / "again"), bits=32, device=CPU)
-    assert models.fingerprint(again) == models.fingerprint(models.load_model(str(toy / "runs/toy"), bits=32, device=CPU))
+    assert models.fingerprint(again) == models.fingerprint(
+        models.load_model(str(toy / "runs/toy"), bits=32, device=CPU)
+    )

@@ -37,8 +37,20 @@ def test_what_the_teacher_and_the_student_read(prompts, qwen_tokenizer):
     assert assistant == f"\n{EXPLANATION[0]}\n\n"
 
 
-@pytest.mark.parametrize("text", ["Step one.\n\nStep two.\n\n", "no newline at the end.", "x", "in \\frac{1}{2}",
-                                  "caf\u00e9 \u4f60\u597d \U0001f600", " leading space", "tabs\t", "a < b and c |", "<|"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Step one.\n\nStep two.\n\n",
+        "no newline at the end.",
+        "x",
+        "in \\frac{1}{2}",
+        "caf\u00e9 \u4f60\u597d \U0001f600",
+        " leading space",
+        "tabs\t",
+        "a < b and c |",
+        "<|",
+    ],
+)
 def test_scored_ids_are_the_sft_row(prompts, text):
     """Token for token: prompt, thought, bridge, solution are a prefix of the row a student is trained on."""
     explanation = prompts.split(sampled(prompts, text), finished=True)
@@ -69,16 +81,19 @@ def test_all_sampled_ids_are_trained_on_and_the_tag_is_not_scored(prompts):
     assert row.teacher_end.count(prompts.tokenizer.eos_token_id) == 1
 
 
-@pytest.mark.parametrize(("text", "finished", "closed"), [
-    (f"fine\n\n{EXPLANATION[1]}", True, True),
-    (f"fine\n\n{EXPLANATION[1]}\n", True, True),
-    (f"fine\n\n{EXPLANATION[1]}", False, False),  # hit the length limit behind the tag
-    (f"fine\n\n{EXPLANATION[1]} and more", True, False),
-    (f"fine\n\n{EXPLANATION[1]}{EXPLANATION[1]}", True, False),
-    ("never closed", True, False),
-    ("never closed <|end_of_expl", False, False),
-    (f"the wrong tag {THOUGHT[1]}", True, False),
-])
+@pytest.mark.parametrize(
+    ("text", "finished", "closed"),
+    [
+        (f"fine\n\n{EXPLANATION[1]}", True, True),
+        (f"fine\n\n{EXPLANATION[1]}\n", True, True),
+        (f"fine\n\n{EXPLANATION[1]}", False, False),  # hit the length limit behind the tag
+        (f"fine\n\n{EXPLANATION[1]} and more", True, False),
+        (f"fine\n\n{EXPLANATION[1]}{EXPLANATION[1]}", True, False),
+        ("never closed", True, False),
+        ("never closed <|end_of_expl", False, False),
+        (f"the wrong tag {THOUGHT[1]}", True, False),
+    ],
+)
 def test_closed_means_the_tag_and_then_the_end(prompts, text, finished, closed):
     ids = prompts.encode(text) + [prompts.tokenizer.eos_token_id] * finished
     explanation = prompts.split(ids, finished)
@@ -153,17 +168,20 @@ def write(path, rows):
     return path
 
 
-@pytest.mark.parametrize(("bad", "complaint"), [
-    ({"question": "q", "answr": "a"}, 'has no "question" and "solution"; columns found: question, answr'),
-    ({"question": "q", "solution": "  "}, "has an empty solution"),
-    ({"question": "", "solution": "s"}, "has an empty question"),
-    ({"question": "q", "solution": 3}, "has a solution of type int, expected text"),
-    ({"question": "q", "solution": None}, "has a solution of type NoneType"),
-    ('{"question": "q", "solu', "is not JSON"),
-    ("[1, 2]", "holds a list, expected an object"),
-    ({"question": "q", "answer": "no mark"}, 'has an answer without "#### number"'),
-    ({"conversations": [{"from": "user", "value": "q"}]}, "has conversations without"),
-])
+@pytest.mark.parametrize(
+    ("bad", "complaint"),
+    [
+        ({"question": "q", "answr": "a"}, 'has no "question" and "solution"; columns found: question, answr'),
+        ({"question": "q", "solution": "  "}, "has an empty solution"),
+        ({"question": "", "solution": "s"}, "has an empty question"),
+        ({"question": "q", "solution": 3}, "has a solution of type int, expected text"),
+        ({"question": "q", "solution": None}, "has a solution of type NoneType"),
+        ('{"question": "q", "solu', "is not JSON"),
+        ("[1, 2]", "holds a list, expected an object"),
+        ({"question": "q", "answer": "no mark"}, 'has an answer without "#### number"'),
+        ({"conversations": [{"from": "user", "value": "q"}]}, "has conversations without"),
+    ],
+)
 def test_bad_rows_are_named_and_can_be_skipped(tmp_path, capsys, bad, complaint):
     good = {"question": "q", "solution": "s"}
     path = write(tmp_path / "rows.jsonl", [good, "", bad, good])
@@ -236,11 +254,19 @@ def test_all_public_rows_keep_every_token(prompts, capsys):
     assert different == 0 and straddled > 100
 
 
-@pytest.mark.parametrize(("explanation", "leak"), [
-    ("ans 0 1 so well", True), ("ans 0 1 so", True), ("ans 0 1", True), ("0 1", True),
-    ("s1 swap 3 7 s2 x*=3 0 1 s3 y*=7 0 1", False),  # it arrives early and stays there
-    ("s1 swap 3 7 s2 x+=1 4 7 s3 swap 7 4 s4 x*=3 0 1", False), ("s1 swap 3 7", False), ("", False),
-    ("x 0 12 and more of it", False),
-])
+@pytest.mark.parametrize(
+    ("explanation", "leak"),
+    [
+        ("ans 0 1 so well", True),
+        ("ans 0 1 so", True),
+        ("ans 0 1", True),
+        ("0 1", True),
+        ("s1 swap 3 7 s2 x*=3 0 1 s3 y*=7 0 1", False),  # it arrives early and stays there
+        ("s1 swap 3 7 s2 x+=1 4 7 s3 swap 7 4 s4 x*=3 0 1", False),
+        ("s1 swap 3 7", False),
+        ("", False),
+        ("x 0 12 and more of it", False),
+    ],
+)
 def test_leaks(explanation, leak):
     assert leaks(explanation, "0 1") is leak

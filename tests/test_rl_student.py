@@ -10,8 +10,20 @@ from conftest import ROOT, call, run_script
 import runs
 from evaluate import grade
 
-TINY = ("--steps", 2, "--limit", 60, "--prompts-per-step", 3, "--group-size", 4, "--max-new-tokens", 10,
-        "--eval-rows", 4)
+TINY = (
+    "--steps",
+    2,
+    "--limit",
+    60,
+    "--prompts-per-step",
+    3,
+    "--group-size",
+    4,
+    "--max-new-tokens",
+    10,
+    "--eval-rows",
+    4,
+)
 GUIDE = ("--hints", "--rewards", 0, 0, 1)
 
 
@@ -106,18 +118,24 @@ def test_a_resumed_run_is_the_same(toy, tmp_path, lenient):
     for name in ("final", "step_000004"):
         shutil.rmtree(tmp_path / "cut" / name)
     _, cut = train(toy, tmp_path / "cut", *flags, "--resume")
-    timeless = [[{k: v for k, v in e.items() if not k.startswith("t_") and k != "tokens_per_s"} for e in entries]
-                for entries in (straight, cut)]
+    timeless = [
+        [{k: v for k, v in e.items() if not k.startswith("t_") and k != "tokens_per_s"} for e in entries]
+        for entries in (straight, cut)
+    ]
     assert timeless[0] == timeless[1]
-    assert ((tmp_path / "straight/final/adapter_model.safetensors").read_bytes()
-            == (tmp_path / "cut/final/adapter_model.safetensors").read_bytes())
+    assert (tmp_path / "straight/final/adapter_model.safetensors").read_bytes() == (
+        tmp_path / "cut/final/adapter_model.safetensors"
+    ).read_bytes()
 
 
-@pytest.mark.parametrize(("flags", "complaint"), [
-    (["--hints"], "pass --rewards 0 0 1"),
-    (["--hints", "--rewards", "0", "0", "1", "--loss", "gspo"], "one ratio a token"),
-    (["--hint-ratio", "naive"], "does nothing without --hints"),
-])
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--hints"], "pass --rewards 0 0 1"),
+        (["--hints", "--rewards", "0", "0", "1", "--loss", "gspo"], "one ratio a token"),
+        (["--hint-ratio", "naive"], "does nothing without --hints"),
+    ],
+)
 def test_what_does_not_go_together(toy, tmp_path, flags, complaint):
     done = run_script(toy, "rl_student.py", *flags, "--out", tmp_path / "run", check=False)
     assert done.returncode != 0 and complaint in done.stderr.splitlines()[-1]
@@ -136,6 +154,15 @@ def test_rows_without_a_hint_are_named(toy, tmp_path):
 def test_the_two_loops_differ_where_they_must():
     """diff train_rlt.py rl_student.py is the comparison: the optimisation flags are word for word the same."""
     texts = [(ROOT / script).read_text() for script in ("train_rlt.py", "rl_student.py")]
-    flags = [[line for line in text.splitlines() if 'add_argument("--lr"' in line or 'add_argument("--steps"' in line
-              or 'add_argument("--beta"' in line or 'add_argument("--epsilon' in line] for text in texts]
+    flags = [
+        [
+            line
+            for line in text.splitlines()
+            if 'add_argument("--lr"' in line
+            or 'add_argument("--steps"' in line
+            or 'add_argument("--beta"' in line
+            or 'add_argument("--epsilon' in line
+        ]
+        for text in texts
+    ]
     assert flags[0] == flags[1] and len(flags[0]) == 5

@@ -1,4 +1,4 @@
-"""The run folder: nothing half-written is ever picked up, nothing is drawn twice.   python -m pytest tests/test_runs.py"""
+"""The run folder: nothing half-written is picked up, nothing is drawn twice.   python -m pytest tests/test_runs.py"""
 
 import argparse
 import json
@@ -121,10 +121,15 @@ def test_a_falling_reward_is_noticed_and_noise_is_not(tmp_path):
         assert bool(runs.falling(path, "reward")) is expected, name
 
 
-@pytest.mark.parametrize(("text", "complaint"), [
-    ("x", "got 'x', expected a whole number"), ("1.5", "expected a whole number"), ("0", "expected at least 1"),
-    ("9", "expected at most 8"),
-])
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("x", "got 'x', expected a whole number"),
+        ("1.5", "expected a whole number"),
+        ("0", "expected at least 1"),
+        ("9", "expected at most 8"),
+    ],
+)
 def test_numbers_on_the_command_line(text, complaint):
     with pytest.raises(argparse.ArgumentTypeError, match=complaint):
         runs.number(int, 1, 8)(text)

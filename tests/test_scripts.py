@@ -76,7 +76,9 @@ def test_metrics_and_samples_have_their_keys(workshop, tmp_path):
     keys = """step reward score kl score_min kl_max closed empty straddled leak length kl_ref entropy clip_fraction
               sampler_gap loss lr grad_norm eval_reward""".split()
     assert all(set(keys) <= set(entry) for entry in entries)
-    assert {"t_rollout", "t_score", "t_update", "tokens_per_s"} <= set(runs.read_jsonl(tmp_path / "run/metrics.jsonl")[0])
+    assert {"t_rollout", "t_score", "t_update", "tokens_per_s"} <= set(
+        runs.read_jsonl(tmp_path / "run/metrics.jsonl")[0]
+    )
     assert entries[0]["kl_ref"] == 0.0, "at the start the teacher is its reference, to the bit"
     assert entries[1]["kl_ref"] > 0
     assert abs(entries[0]["sampler_gap"]) < 1e-4
@@ -95,8 +97,12 @@ def test_a_killed_run_resumes_bit_for_bit(workshop, tmp_path):
     call(workshop, "train_rlt.py", *flags, "--out", straight)
 
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train_rlt.py"), *map(str, flags), "--out", str(wanted)], cwd=workshop,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        [sys.executable, str(ROOT / "train_rlt.py"), *map(str, flags), "--out", str(wanted)],
+        cwd=workshop,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     while not (wanted / "step_000002").exists():
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.02)
@@ -108,7 +114,9 @@ def test_a_killed_run_resumes_bit_for_bit(workshop, tmp_path):
     assert metrics(wanted) == metrics(straight)
     for place in ("final", "step_000004", "step_000004/reference"):
         assert equal(adapter(wanted / place), adapter(straight / place)), place
-    samples = [[{k: v for k, v in s.items()} for s in runs.read_jsonl(run / "samples.jsonl")] for run in (wanted, straight)]
+    samples = [
+        [{k: v for k, v in s.items()} for s in runs.read_jsonl(run / "samples.jsonl")] for run in (wanted, straight)
+    ]
     assert samples[0] == samples[1]
 
 
@@ -127,8 +135,21 @@ def test_a_killed_distillation_loses_and_repeats_nothing(workshop, tmp_path):
     with pytest.raises(FileExistsError, match="Pass --resume"):
         call(workshop, "distill.py", *flags, "--out", killed)
     with pytest.raises(ValueError, match="started with samples = 2, now it is 1"):
-        call(workshop, "distill.py", "--model", "toy-teacher", "--out", killed, "--resume", "--limit", 40, "--batch-size",
-             16, "--max-new-tokens", 12)
+        call(
+            workshop,
+            "distill.py",
+            "--model",
+            "toy-teacher",
+            "--out",
+            killed,
+            "--resume",
+            "--limit",
+            40,
+            "--batch-size",
+            16,
+            "--max-new-tokens",
+            12,
+        )
 
 
 def test_best_of_n_and_unclosed(workshop, tmp_path):
@@ -148,8 +169,22 @@ def test_best_of_n_and_unclosed(workshop, tmp_path):
 
 def test_a_resumed_student_is_the_same(workshop, tmp_path):
     for rank in (4, 0):
-        flags = ["--data", "toy", "--limit", 100, "--steps", 4, "--batch-size", 8, "--save-every", 2, "--lora-rank", rank,
-                 "--val-rows", 8]
+        flags = [
+            "--data",
+            "toy",
+            "--limit",
+            100,
+            "--steps",
+            4,
+            "--batch-size",
+            8,
+            "--save-every",
+            2,
+            "--lora-rank",
+            rank,
+            "--val-rows",
+            8,
+        ]
         straight, killed = tmp_path / f"straight{rank}", tmp_path / f"killed{rank}"
         call(workshop, "sft_student.py", *flags, "--out", straight)
         call(workshop, "sft_student.py", *flags, "--out", killed)
@@ -171,7 +206,9 @@ def test_nothing_depends_on_the_micro_batch(workshop, tmp_path):
         [big], _ = train(workshop, tmp_path / f"big-{loss}", *flags)
         [small], _ = train(workshop, tmp_path / f"small-{loss}", *flags, "--micro-batch-tokens", 60, "--head-chunk", 7)
         assert big == pytest.approx(small, rel=1e-4, abs=1e-6)
-        moments = [torch.load(tmp_path / f"{size}-{loss}/step_000001/optimizer.pt")["state"] for size in ("big", "small")]
+        moments = [
+            torch.load(tmp_path / f"{size}-{loss}/step_000001/optimizer.pt")["state"] for size in ("big", "small")
+        ]
         for i in moments[0]:  # after one step Adam's first moment is a tenth of the gradient
             one, other = (side[i]["exp_avg"] for side in moments)
             assert (one - other).abs().max() < 1e-4 * one.abs().max() + 1e-9
@@ -191,8 +228,9 @@ def test_completion_i_belongs_to_prompt_i_over_g(workshop, tmp_path):
 
 def test_an_empty_or_unclosed_explanation_is_penalised(workshop, tmp_path):
     scope = call(workshop, "train_rlt.py", "--steps", 1, *TINY, "--out", tmp_path / "run", "--unclosed-penalty", 5)
-    for explanation, reward, whole in zip(scope["explanations"], scope["rewards"].tolist(),
-                                          scope["scored"].reward.reward.tolist(), strict=True):
+    for explanation, reward, whole in zip(
+        scope["explanations"], scope["rewards"].tolist(), scope["scored"].reward.reward.tolist(), strict=True
+    ):
         proper = explanation.closed and explanation.thought
         assert reward == pytest.approx(whole - (0 if proper else 5))
     assert any(not e.closed for e in scope["explanations"])
@@ -231,23 +269,30 @@ def test_help_lists_every_flag_with_its_default(script):
         assert "--lambda L" in shown and "(default: 3.0)" in shown
 
 
-@pytest.mark.parametrize(("script", "flags", "complaint"), [
-    ("train_rlt.py", ["--lambda", "-1"], "argument --lambda: got -1, expected at least 0"),
-    ("train_rlt.py", ["--lambd", "1"], "unrecognized arguments: --lambd 1"),
-    ("train_rlt.py", ["--group-size", "1"], "argument --group-size: got 1, expected at least 2"),
-    ("train_rlt.py", ["--temperature", "0"], "argument --temperature: got 0, expected more than 0"),
-    ("train_rlt.py", ["--kl", "k3"], "argument --kl: invalid choice: 'k3'"),
-    ("train_rlt.py", ["--student-bits", "8"], "argument --student-bits: invalid choice: 8"),
-    ("train_rlt.py", ["--epsilon-low", "1.5"], "argument --epsilon-low: got 1.5, expected at most 0.999"),
-    ("train_rlt.py", ["--device", "tpu"], "--device tpu"),
-    ("train_rlt.py", ["--data", "nowhere.jsonl"], "nowhere.jsonl: expected a .jsonl, .json or .parquet file"),
-    ("train_rlt.py", ["--model", "runs/nowhere"], "runs/nowhere is no folder"),
-    ("train_rlt.py", ["--limit", "70"], "6 rows are left to train on, a step takes 16"),
-    ("distill.py", ["--samples", "0"], "argument --samples: got 0, expected at least 1"),
-    ("distill.py", ["--model", "runs/nowhere"], "runs/nowhere is no folder"),
-    ("sft_student.py", ["--data", "nowhere.jsonl"], "nowhere.jsonl: expected"),
-    ("sft_student.py", ["--lora-rank", "0", "--bits", "4"], "--lora-rank 0 trains all weights, which takes --bits 32"),
-])
+@pytest.mark.parametrize(
+    ("script", "flags", "complaint"),
+    [
+        ("train_rlt.py", ["--lambda", "-1"], "argument --lambda: got -1, expected at least 0"),
+        ("train_rlt.py", ["--lambd", "1"], "unrecognized arguments: --lambd 1"),
+        ("train_rlt.py", ["--group-size", "1"], "argument --group-size: got 1, expected at least 2"),
+        ("train_rlt.py", ["--temperature", "0"], "argument --temperature: got 0, expected more than 0"),
+        ("train_rlt.py", ["--kl", "k3"], "argument --kl: invalid choice: 'k3'"),
+        ("train_rlt.py", ["--student-bits", "8"], "argument --student-bits: invalid choice: 8"),
+        ("train_rlt.py", ["--epsilon-low", "1.5"], "argument --epsilon-low: got 1.5, expected at most 0.999"),
+        ("train_rlt.py", ["--device", "tpu"], "--device tpu"),
+        ("train_rlt.py", ["--data", "nowhere.jsonl"], "nowhere.jsonl: expected a .jsonl, .json or .parquet file"),
+        ("train_rlt.py", ["--model", "runs/nowhere"], "runs/nowhere is no folder"),
+        ("train_rlt.py", ["--limit", "70"], "6 rows are left to train on, a step takes 16"),
+        ("distill.py", ["--samples", "0"], "argument --samples: got 0, expected at least 1"),
+        ("distill.py", ["--model", "runs/nowhere"], "runs/nowhere is no folder"),
+        ("sft_student.py", ["--data", "nowhere.jsonl"], "nowhere.jsonl: expected"),
+        (
+            "sft_student.py",
+            ["--lora-rank", "0", "--bits", "4"],
+            "--lora-rank 0 trains all weights, which takes --bits 32",
+        ),
+    ],
+)
 def test_bad_values_end_in_one_line(workshop, tmp_path, script, flags, complaint):
     """One line that says the next move, no traceback, and no folder left behind that blocks the next try."""
     out = tmp_path / "out"
@@ -259,24 +304,54 @@ def test_bad_values_end_in_one_line(workshop, tmp_path, script, flags, complaint
 
 
 CHANGES = {  # flag: (another value, what must change, in which step)
-    "--lambda": (0, "reward", 0), "--alpha": (1, "score", 0), "--kl": ("sampled", "kl", 0),
-    "--score-temperature": (0.5, "kl", 0), "--unclosed-penalty": (0, "reward", 0), "--solution-in": ("user", "kl", 0),
-    "--temperature": (0.5, "entropy", 0), "--max-new-tokens": (6, "length", 0), "--prompts-per-step": (3, "reward", 0),
-    "--group-size": (3, "reward", 0), "--student-bits": (32, "score", 0), "--teacher-bits": (4, "kl", 0),
-    "--seed": (1, "reward", 0), "--limit": (60, "reward", 0), "--eval-rows": (9, "eval_reward", 0),
-    "--lr": (1e-2, "kl_ref", 1), "--warmup-steps": (0, "lr", 0), "--final-lr": (1, "lr", 1), "--steps": (3, "lr", 1),
-    "--max-grad-norm": (1e-6, "kl_ref", 1), "--loss": ("dr_grpo", "grad_norm", 0), "--beta": (5, "grad_norm", 1),
-    "--advantage-scale": ("none", "grad_norm", 0), "--updates-per-batch": (3, "kl_ref", 1),
-    "--sync-ref-every": (1, "kl_ref", 1), "--eval-every": (0, "eval_reward", 0), "--rollout-batch": (3, "reward", 0),
-    "--lora-rank": (4, "kl_ref", 1), "--lora-alpha": (64, "kl_ref", 1), "--lora-targets": ("q_proj", "kl_ref", 1),
+    "--lambda": (0, "reward", 0),
+    "--alpha": (1, "score", 0),
+    "--kl": ("sampled", "kl", 0),
+    "--score-temperature": (0.5, "kl", 0),
+    "--unclosed-penalty": (0, "reward", 0),
+    "--solution-in": ("user", "kl", 0),
+    "--temperature": (0.5, "entropy", 0),
+    "--max-new-tokens": (6, "length", 0),
+    "--prompts-per-step": (3, "reward", 0),
+    "--group-size": (3, "reward", 0),
+    "--student-bits": (32, "score", 0),
+    "--teacher-bits": (4, "kl", 0),
+    "--seed": (1, "reward", 0),
+    "--limit": (60, "reward", 0),
+    "--eval-rows": (9, "eval_reward", 0),
+    "--lr": (1e-2, "kl_ref", 1),
+    "--warmup-steps": (0, "lr", 0),
+    "--final-lr": (1, "lr", 1),
+    "--steps": (3, "lr", 1),
+    "--max-grad-norm": (1e-6, "kl_ref", 1),
+    "--loss": ("dr_grpo", "grad_norm", 0),
+    "--beta": (5, "grad_norm", 1),
+    "--advantage-scale": ("none", "grad_norm", 0),
+    "--updates-per-batch": (3, "kl_ref", 1),
+    "--sync-ref-every": (1, "kl_ref", 1),
+    "--eval-every": (0, "eval_reward", 0),
+    "--rollout-batch": (3, "reward", 0),
+    "--lora-rank": (4, "kl_ref", 1),
+    "--lora-alpha": (64, "kl_ref", 1),
+    "--lora-targets": ("q_proj", "kl_ref", 1),
 }
 ELSEWHERE = {  # flag: the test that shows what it does
-    "--model": "test_real_rows", "--student": "test_real_rows", "--data": "test_real_rows",
-    "--question-column": "test_columns_and_bad_rows", "--solution-column": "test_columns_and_bad_rows",
-    "--skip-bad-rows": "test_columns_and_bad_rows", "--resume": "test_a_killed_run", "--save-every": "test_a_killed_run",
-    "--out": "train", "--micro-batch-tokens": "test_nothing_depends", "--head-chunk": "test_nothing_depends",
-    "--device": "test_bad_values", "--max-sampler-gap": "test_the_sampler_gate", "--epsilon-low": "test_the_clip_flags",
-    "--epsilon-high": "test_the_clip_flags", "--sync-ref-mix": "test_models.py, the formula",
+    "--model": "test_real_rows",
+    "--student": "test_real_rows",
+    "--data": "test_real_rows",
+    "--question-column": "test_columns_and_bad_rows",
+    "--solution-column": "test_columns_and_bad_rows",
+    "--skip-bad-rows": "test_columns_and_bad_rows",
+    "--resume": "test_a_killed_run",
+    "--save-every": "test_a_killed_run",
+    "--out": "train",
+    "--micro-batch-tokens": "test_nothing_depends",
+    "--head-chunk": "test_nothing_depends",
+    "--device": "test_bad_values",
+    "--max-sampler-gap": "test_the_sampler_gate",
+    "--epsilon-low": "test_the_clip_flags",
+    "--epsilon-high": "test_the_clip_flags",
+    "--sync-ref-mix": "test_models.py, the formula",
     "--gradient-checkpointing": "test_models.py, checkpointed gradients",
 }
 
@@ -300,7 +375,15 @@ def test_changing_a_flag_changes_what_it_says(workshop, tmp_path, unchanged, fla
     value, key, step = CHANGES[flag]
     entries, _ = train(workshop, tmp_path / "run", "--model", "toy", *LIVELY, flag, value)
     assert entries[step][key] != pytest.approx(unchanged[step][key], rel=1e-4), f"{flag} {value} left {key} as it was"
-    if flag in ("--lr", "--max-grad-norm", "--loss", "--beta", "--advantage-scale", "--updates-per-batch", "--warmup-steps"):
+    if flag in (
+        "--lr",
+        "--max-grad-norm",
+        "--loss",
+        "--beta",
+        "--advantage-scale",
+        "--updates-per-batch",
+        "--warmup-steps",
+    ):
         assert entries[0]["reward"] == unchanged[0]["reward"], "it acts on the update, not on the first samples"
 
 
@@ -346,8 +429,25 @@ def test_real_rows(workshop, tmp_path, qwen_tokenizer, tiny_model):
     qwen_tokenizer.save_pretrained(tmp_path / "model")
     data = data_file("gsm8k_train_1k.jsonl")
     flags = ["--data", data, "--limit", 12, "--max-new-tokens", 8]
-    done = run_script(workshop, "train_rlt.py", *flags, "--model", tmp_path / "model", "--steps", 2, "--prompts-per-step",
-                      2, "--group-size", 2, "--eval-rows", 2, "--out", tmp_path / "teacher", "--temperature", 0.7)
+    done = run_script(
+        workshop,
+        "train_rlt.py",
+        *flags,
+        "--model",
+        tmp_path / "model",
+        "--steps",
+        2,
+        "--prompts-per-step",
+        2,
+        "--group-size",
+        2,
+        "--eval-rows",
+        2,
+        "--out",
+        tmp_path / "teacher",
+        "--temperature",
+        0.7,
+    )
     assert "Next: python distill.py --model" in done.stdout
     entries = metrics(tmp_path / "teacher")
     assert entries[0]["kl_ref"] == 0 and entries[0]["sampler_gap"] < 1e-4
@@ -359,12 +459,122 @@ def test_real_rows(workshop, tmp_path, qwen_tokenizer, tiny_model):
     other.save_pretrained(tmp_path / "other")
     tiny_model(64).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="tokenize differently"):
-        call(workshop, "train_rlt.py", *flags, "--model", tmp_path / "model", "--student", tmp_path / "other", "--out",
-             tmp_path / "never")
+        call(
+            workshop,
+            "train_rlt.py",
+            *flags,
+            "--model",
+            tmp_path / "model",
+            "--student",
+            tmp_path / "other",
+            "--out",
+            tmp_path / "never",
+        )
 
 
 def test_long_rows_are_cut_and_counted(workshop, tmp_path, capsys):
-    call(workshop, "sft_student.py", "--data", "toy", "--limit", 40, "--val-rows", 4, "--steps", 1, "--max-tokens", 30,
-         "--out", tmp_path / "run")
+    call(
+        workshop,
+        "sft_student.py",
+        "--data",
+        "toy",
+        "--limit",
+        40,
+        "--val-rows",
+        4,
+        "--steps",
+        1,
+        "--max-tokens",
+        30,
+        "--out",
+        tmp_path / "run",
+    )
     found = re.search(r"(\d+) of 40 rows are longer than --max-tokens 30 and were cut", capsys.readouterr().out)
     assert found and json.loads((tmp_path / "run/config.json").read_text())["cut"] == int(found.group(1)) > 0
+
+
+# -- explanations that are there already
+
+
+def test_scoring_a_file_gives_the_rewards_it_was_written_with(workshop, tmp_path):
+    """What distill wrote and scored, scored again from its text: the same rewards, explanation by explanation."""
+    flags = ["--model", "toy-teacher", "--max-new-tokens", 12]
+    call(workshop, "distill.py", *flags, "--limit", 30, "--out", tmp_path / "first.jsonl")
+    call(workshop, "distill.py", *flags, "--score-file", tmp_path / "first.jsonl", "--out", tmp_path / "again.jsonl")
+    first, again = (runs.read_jsonl(tmp_path / f"{name}.jsonl") for name in ("first", "again"))
+    assert len({row["closed"] for row in first}) == 2, "the case needs both kinds"
+    for one, other in zip(first, again, strict=True):
+        assert one["explanation"].split() == other["explanation"].split() and one["closed"] == other["closed"]
+        assert one["reward"] == pytest.approx(other["reward"], abs=1e-4)
+    # somebody else's: the rows' own explanations
+    call(
+        workshop,
+        "distill.py",
+        *flags,
+        "--score-file",
+        workshop / "runs/toy/val.jsonl",
+        "--out",
+        tmp_path / "theirs.jsonl",
+    )
+    theirs = runs.read_jsonl(tmp_path / "theirs.jsonl")
+    assert len(theirs) == 400 and all(row["closed"] for row in theirs)
+    with pytest.raises(ValueError, match='has no "explanation"'):
+        (tmp_path / "bare.jsonl").write_text('{"question": "x 3 y 7 s1 swap", "solution": "7 3"}\n')
+        call(workshop, "distill.py", *flags, "--score-file", tmp_path / "bare.jsonl", "--out", tmp_path / "never.jsonl")
+
+
+def test_partitions_by_rank(workshop, tmp_path):
+    flags = ["--model", "toy-teacher", "--limit", 10, "--samples", 6, "--max-new-tokens", 12, "--partition", 3]
+    call(workshop, "distill.py", *flags, "--out", tmp_path / "all.jsonl")
+    every = runs.read_jsonl(tmp_path / "all.jsonl")
+    for name in ("overall", "within"):
+        parts = [runs.read_jsonl(tmp_path / f"all.{name}-{i}of3.jsonl") for i in (1, 2, 3)]
+        assert [len(part) for part in parts] == [20, 20, 20]
+        key = lambda row: json.dumps(row, sort_keys=True)  # noqa: E731
+        assert sorted(key(row) for part in parts for row in part) == sorted(map(key, every))
+        if name == "overall":
+            assert max(r["reward"] for r in parts[0]) <= min(r["reward"] for r in parts[1])
+            assert max(r["reward"] for r in parts[1]) <= min(r["reward"] for r in parts[2])
+        for question in {row["question"] for row in every}:
+            ranks = [[r["reward"] for r in part if r["question"] == question] for part in parts]
+            if name == "within":
+                assert [len(rank) for rank in ranks] == [2, 2, 2]
+                assert max(ranks[0]) <= min(ranks[1]) and max(ranks[1]) <= min(ranks[2])
+
+
+def test_a_solver_keeps_what_the_grader_accepts(workshop, tmp_path, monkeypatch):
+    import evaluate
+
+    monkeypatch.setattr(evaluate, "grade_all", lambda task, outputs, rows: [i % 3 == 0 for i in range(len(outputs))])
+    flags = ["--solver", "--model", "toy", "--limit", 12, "--max-new-tokens", 12]
+    call(workshop, "distill.py", *flags, "--out", tmp_path / "right.jsonl")
+    call(workshop, "distill.py", *flags, "--out", tmp_path / "raw.jsonl", "--keep-wrong")
+    right, raw = (runs.read_jsonl(tmp_path / f"{name}.jsonl") for name in ("right", "raw"))
+    assert len(raw) == 12 and [row for row in raw if row["right"]] == right and len(right) == 4
+    assert "solution" in raw[0] and raw[0]["messages"][1]["content"] == raw[0]["question"]
+    call(
+        workshop,
+        "sft_student.py",
+        "--data",
+        tmp_path / "raw.jsonl",
+        "--val-rows",
+        2,
+        "--steps",
+        1,
+        "--out",
+        tmp_path / "s",
+    )
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--score-file", "x.jsonl", "--samples", 2],
+        ["--solver", "--keep", "best"],
+        ["--keep-wrong"],
+        ["--solver", "--partition", 3],
+    ],
+)
+def test_distill_flags_that_exclude_each_other(workshop, flags):
+    done = run_script(workshop, "distill.py", *flags, check=False)
+    assert done.returncode == 2 and "error: --" in done.stderr
