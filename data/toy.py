@@ -43,7 +43,7 @@ AUTHORS = ("careful", "sloppy", "skipping", "leaking", "rambling")
 SINGLE = (1, 0, 0, 0, 0)  # pretraining, one step: how the base learns what a step is
 SHORT = (0.50, 0.05, 0.15, 0.20, 0.10)  # pretraining, 2 and 3 steps: how it learns to go on from a step
 LONG = (0.08, 0.05, 0.25, 0.30, 0.32)  # pretraining, 4 steps and more: why it explains long problems badly
-ROWS = (0.20, 0.05, 0.20, 0.27, 0.28)  # the rows' explanations, on which the teacher is warmed up
+ROWS = (0.10, 0.05, 0.20, 0.35, 0.30)  # the rows' explanations, on which the teacher is warmed up
 
 # split: (rows, numbers of steps)
 SPLITS = {"train": (3000, (4, 5)), "val": (400, (4, 5)), "test": (800, (4, 5)), "long": (400, (6,))}
@@ -126,33 +126,38 @@ def explain(question, author, rng):
     return " ".join(words)
 
 
-def draw_row(rng, n_steps, shares):
-    """A row: question, solution, an explanation by an author drawn by shares, the right chain, half of it as a hint."""
+def draw_question(rng, n_steps):
     operations = " ".join(f"s{n} {rng.choice(OPERATIONS)}" for n in range(1, n_steps + 1))
-    question = f"x {rng.randrange(10)} y {rng.randrange(10)} {operations}"
+    return f"x {rng.randrange(10)} y {rng.randrange(10)} {operations}"
+
+
+def make_row(question, shares, rng):
+    """A row: question, solution, an explanation by an author drawn by shares, the right chain, and the first half of
+    its steps as a hint."""
+    worked = steps(question)
     author = rng.choices(AUTHORS, shares)[0]
     return {
         "question": question,
         "solution": solution(question),
         "explanation": explain(question, author, rng),
         "chain": chain(question),
-        "hint": " ".join(steps(question)[: n_steps // 2]),
+        "hint": " ".join(worked[: len(worked) // 2]),
     }
 
 
 def make_rows():
     """{split: rows}, the same for every seed of the model, so that all are measured on the same questions.
 
-    No question is there twice, in whatever split.
+    No question is there twice, in whatever split. Authors have draws of their own: other shares, same questions.
     """
-    rng, seen, splits = random.Random("rows of the toy"), set(), {}
+    questions, authors, seen, splits = random.Random("questions of the toy"), random.Random("authors"), set(), {}
     for split, (size, lengths) in SPLITS.items():
         splits[split] = []
         while len(splits[split]) < size:
-            row = draw_row(rng, rng.choice(lengths), ROWS)
-            if row["question"] not in seen:
-                seen.add(row["question"])
-                splits[split].append(row)
+            question = draw_question(questions, questions.choice(lengths))
+            if question not in seen:
+                seen.add(question)
+                splits[split].append(make_row(question, ROWS, authors))
     return splits
 
 
@@ -160,9 +165,9 @@ def draw_documents(rng, held_out):
     """Rows to pretrain on, without end: short problems mostly explained well, long ones mostly badly."""
     while True:
         n_steps = rng.choice((1, 1, 2, 2, 3, 4, 5, 6))
-        row = draw_row(rng, n_steps, SINGLE if n_steps == 1 else SHORT if n_steps < 4 else LONG)
-        if row["question"] not in held_out:
-            yield row
+        question = draw_question(rng, n_steps)
+        if question not in held_out:
+            yield make_row(question, SINGLE if n_steps == 1 else SHORT if n_steps < 4 else LONG, rng)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -210,7 +215,7 @@ def make_model(seed):
 
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=64,  # 55 words: the rest is padding, as Qwen2.5 pads its 151,665 to 152,064
+        vocab_size=64,  # 55 words and padding, as Qwen2.5 pads its 151,665 to 152,064
         hidden_size=128,
         num_hidden_layers=3,
         num_attention_heads=4,
@@ -219,8 +224,8 @@ def make_model(seed):
         max_position_embeddings=256,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=1,
         pad_token_id=0,
+        eos_token_id=1,
     )
     return Qwen2ForCausalLM(config)
 
@@ -254,7 +259,7 @@ def pretrain(model, tokenizer, seed, n_steps, held_out):
 
     prompts, documents = Prompts(tokenizer), draw_documents(random.Random(f"documents of {seed}"), held_out)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True)
-    warm_up = torch.optim.lr_scheduler.LambdaLR(
+    schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * step / n_steps))
     )
     model.train()
@@ -268,7 +273,7 @@ def pretrain(model, tokenizer, seed, n_steps, held_out):
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            warm_up.step()
+            schedule.step()
             optimizer.zero_grad()
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     model.eval()
@@ -276,6 +281,9 @@ def pretrain(model, tokenizer, seed, n_steps, held_out):
 
 def make(out, seed, n_steps):
     """Write model, tokenizer and rows to the folder `out`, which appears whole or not at all."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # transformers shows one for every file that it writes
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:

@@ -59,6 +59,7 @@ def test_full_chains_and_giving_away():
         ("hmm 1 5 so", False, True),
         ("s4 y+=5 1 5", False, False),  # one right step, the last: skipped, not given away
         ("s3 y+=5 1 5", False, True),  # no step of this question
+        ("1 s4 y+=5 1 5 5", False, False),  # not "1 5" when the step is taken out
         ("ans 5 1", False, False),
         ("ans 1 51", False, False),
         (wrong, False, False),
@@ -129,9 +130,10 @@ def rows():
 
 
 def test_rows_never_change(rows):
-    """Every published number rests on them."""
-    written = "".join(json.dumps(row) for split in ("train", "val", "test", "long") for row in rows[split])
-    assert hashlib.sha256(written.encode()).hexdigest()[:16] == "ec51f3d7cd694672"
+    """Every published number rests on them. All other columns follow from these two."""
+    in_order = [row for split in ("train", "val", "test", "long") for row in rows[split]]
+    written = json.dumps([[row["question"], row["explanation"]] for row in in_order])
+    assert hashlib.sha256(written.encode()).hexdigest()[:16] == "d017ae3182aba9de"
 
 
 def test_no_question_is_there_twice(rows):
@@ -141,10 +143,17 @@ def test_no_question_is_there_twice(rows):
         assert {row["chain"].count("s", 0) - row["chain"].count("swap") for row in rows[split]} == lengths
 
 
+def test_a_question_drawn_again_is_passed_over(monkeypatch):
+    monkeypatch.setattr(game, "SPLITS", {"some": (1000, (1,)), "others": (700, (1,))})
+    rows = game.make_rows()  # there are 100 states and 17 operations: every single question, once
+    assert len({row["question"] for split in rows.values() for row in split}) == 1700
+
+
 def test_rows_are_consistent_and_the_warm_up_mixture_is_theirs(rows):
     for row in rows["train"]:
         assert row["chain"] == game.chain(row["question"]) and row["chain"].endswith(row["solution"])
         assert row["explanation"].strip()
+        assert game.chain(row["question"]).startswith(row["hint"] + " s3") and row["hint"].startswith("s1")
     n = len(rows["train"])
     careful = sum(row["explanation"] == row["chain"] for row in rows["train"]) / n
     leaking = sum(row["explanation"].startswith("ans") for row in rows["train"]) / n
@@ -290,6 +299,11 @@ def test_pretraining_is_seeded_and_learns(tokenizer):
 def test_the_folder_holds_what_the_scripts_read(toy):
     folder = toy / "runs/toy"
     assert not list((toy / "runs").glob(".toy*"))  # nothing left over
+    config = json.loads((folder / "config.json").read_text())
+    words = load_tokenizer(str(folder))
+    assert config["architectures"] == ["Qwen2ForCausalLM"] and config["tie_word_embeddings"]
+    assert config["vocab_size"] >= len(words)
+    assert (config["pad_token_id"], config["eos_token_id"]) == (words.pad_token_id, words.eos_token_id)
     names = {path.name for path in folder.iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"} <= names
     rows = game.make_rows()
