@@ -132,8 +132,10 @@ def draw_question(rng, n_steps):
 
 
 def make_row(question, shares, rng):
-    """A row: question, solution, an explanation by an author drawn by shares, the right chain, and the first half of
-    its steps as a hint."""
+    """A row: question, solution, an explanation by an author drawn by shares, the right chain, a hint.
+
+    The hint is the first half of the chain's steps.
+    """
     worked = steps(question)
     author = rng.choices(AUTHORS, shares)[0]
     return {
@@ -148,9 +150,11 @@ def make_row(question, shares, rng):
 def make_rows():
     """{split: rows}, the same for every seed of the model, so that all are measured on the same questions.
 
-    No question is there twice, in whatever split. Authors have draws of their own: other shares, same questions.
+    No question is there twice, in whatever split. Authors have draws of their own, so that other
+    shares leave the questions as they are.
     """
-    questions, authors, seen, splits = random.Random("questions of the toy"), random.Random("authors"), set(), {}
+    questions, authors = random.Random("questions of the toy"), random.Random("authors")
+    seen, splits = set(), {}
     for split, (size, lengths) in SPLITS.items():
         splits[split] = []
         while len(splits[split]) < size:
