@@ -20,6 +20,7 @@ import gc
 import importlib.metadata
 import json
 import multiprocessing
+import os
 import platform
 import statistics
 import sys
@@ -329,36 +330,37 @@ def flops(config, length, rows):
 
 def scoring():
     total, lengths = (16_384, (1024, 4096, 16_384)) if CUDA else (4096, (512, 2048))
-    if not CUDA:
-        for length in lengths:  # a fresh process for each: the peak of a process can't be taken back
-            for way in WAYS:
-                arguments = way, length, total // length, torch.get_num_threads()
-                with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    log(part="scoring", impl=way, length=length, rows=total // length,
-                        **pool.apply(scoring_on_cpu, arguments))
-        return
     teacher, student = model(0), model(1)
     for length in lengths:
         rows = scoring_rows(length, total // length)
         for way, function in WAYS.items():
             got, ms, peak = measured(lambda f=function, rows=rows: f(teacher, student, rows))
-            log(part="scoring", impl=way, length=length, rows=len(rows), ms=ms, peak_mb=peak,
-                tokens_per_s=2 * length * len(rows) / ms * 1000 if ms else None,
-                of_matmul=flops(teacher.config, length, rows) / ms / 1e9 / MATMUL if ms else None,
-                reward=got.mean().item() if ms else None)
+            result = {}
+            if ms:
+                result = dict(tokens_per_s=2 * total / ms * 1000, reward=got.mean().item(),
+                              of_matmul=flops(teacher.config, length, rows) / ms / 1e9 / MATMUL)
+            log(part="scoring", impl=way, length=length, rows=len(rows), ms=ms,
+                peak_mb=peak if CUDA else peak_on_cpu(way, length, len(rows)), **result)
 
 
-def scoring_on_cpu(way, length, count, threads):
-    torch.set_num_threads(threads)
-    teacher, student, rows = model(0), model(1), scoring_rows(length, count)
+def peak_on_cpu(*arguments):
+    """Peak MB above the weights, of a fresh process whose large blocks go back to the system when freed."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)
+    try:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            return pool.apply(_peak_on_cpu, arguments)
+    finally:
+        del os.environ["MALLOC_MMAP_THRESHOLD_"]
+
+
+def _peak_on_cpu(way, length, count):
+    torch.set_num_threads(1)
+    teacher, student = model(0), model(1)
     WAYS[way](teacher, student, scoring_rows(64, 1))  # imports and pools, before memory is watched
     before, _ = resident()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    reward = WAYS[way](teacher, student, rows)
-    _, peak = resident()
-    ms = milliseconds(lambda: WAYS[way](teacher, student, rows))
-    return dict(ms=ms, peak_mb=peak - before, tokens_per_s=2 * length * count / ms * 1000,
-                reward=reward.mean().item())
+    WAYS[way](teacher, student, scoring_rows(length, count))
+    return resident()[1] - before
 
 
 def resident():
