@@ -2,7 +2,7 @@
 """
 The toy study: every arm of the comparison, for every seed, by the commands a user would type.
 
-    python figures/toy_study.py --seeds 0 1 2          about an hour a seed on one core; start one per core
+    python figures/toy_study.py --seeds 0 1 2          about 50 minutes a seed on a quiet core; start one a core
 
 Each seed works in its own folder (runs/study/seed0, with runs/toy and all that follows inside). A finished arm is a
 line in figures/logs/toy_study.jsonl and is not run again; a killed one goes on where it stopped. Settings may be
@@ -33,8 +33,10 @@ RLT = {
     "RLT, sampled KL": ["--kl", "sampled"],
     "RLT, sampled KL, lr 5e-3": ["--kl", "sampled", "--lr", "5e-3"],
 }
+SAMPLED = {"warm-up teacher": [], "best of 5": ["--samples", "5", "--keep", "best"]}  # as many samples as RL draws
 ROWS = {"solutions only": lambda row: "", "ground truth": lambda row: row["chain"]}
-ARMS = ["base", "solutions only", "warm-up teacher", "RLT", "score only", "ground truth", *list(RLT)[2:]]
+ARMS = ["base", "warm-up teacher", "RLT", "solutions only", "score only", "ground truth", "best of 5", *list(RLT)[2:],
+        "direct RL"]
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of base, teacher, samples and students")
@@ -63,6 +65,12 @@ def student_of(folder, arm, seed, commands):
     few = ["--steps", 2] if args.quick else []
     if arm == "base":
         return "runs/toy", {}
+    if arm == "direct RL":
+        run(folder, commands, "rl_student.py", "--seed", seed, "--out", "runs/direct-RL", "--resume", *few)
+        metrics = read_jsonl(folder / "runs/direct-RL/metrics.jsonl")
+        keep = ("step", "reward", "solved", "usable_groups", "length", "eval_solved")
+        return "runs/direct-RL", {"curve": [{key: entry[key] for key in keep} for entry in metrics],
+                                  "sampled_tokens": sum(entry["sampled_tokens"] for entry in metrics)}
     if arm in ROWS:
         data = f"{name}.jsonl"
         rows = [{**row, "explanation": ROWS[arm](row)} for row in read_jsonl(folder / "runs/toy/train.jsonl")]
@@ -81,7 +89,8 @@ def student_of(folder, arm, seed, commands):
             phases = ("t_rollout", "t_score", "t_update")
             facts["seconds_a_step"] = {p: sum(e[p] for e in metrics) / len(metrics) for p in phases}
         few_rows = ["--limit", 80] if args.quick else []
-        run(folder, commands, "distill.py", "--model", teacher, "--seed", seed, "--out", data, "--resume", *few_rows)
+        run(folder, commands, "distill.py", "--model", teacher, "--seed", seed, "--out", data, "--resume",
+            *SAMPLED.get(arm, []), *few_rows)
         rows = read_jsonl(folder / data)
         mean = lambda key: sum(row[key] for row in rows) / len(rows)  # noqa: E731
         facts["explanations"] = {key: mean(key) for key in ("reward", "score", "kl", "length", "closed")} | {
