@@ -327,7 +327,7 @@ def _launch(kernel, out, token_ids, *sides):
                           **meta_parameters(itemsize))
 
 
-def meta_parameters(itemsize, num_warps=4, rows=2):
+def meta_parameters(itemsize, num_warps=8, rows=2):
     """The row kernels' tile: a lane a thread, 16 bytes a load. tests/bench_rewards.py times others."""
     return dict(ROWS=rows, LANES=32 * num_warps, WIDTH=16 // itemsize, num_warps=num_warps)
 
@@ -445,7 +445,8 @@ def score_explanations(teacher, student, rows, *, lam=3.0, alpha=0.01, kl="exact
                              policy_temperature, buffer_t, impl)
         logprobs, _ = _head_logprobs(states_solution, head_s, _ids([r.solution for r in batch], head_s),
                                      temperature, buffer_s, impl)
-        return torch.cat(token_kl), torch.cat(old, 1), torch.stack(end), logprobs.to(device)
+        packed = torch.cat(token_kl), torch.cat(old, 1), torch.stack(end), logprobs
+        return [x.to(device, torch.float32) for x in packed]
 
     token_kl = torch.empty(int(thought.sum()), device=device)
     old = torch.empty(2, int(completion.sum()), device=device)

@@ -449,6 +449,13 @@ def test_wrong_rows_and_settings_stop_before_the_models_run(pair):
         score_explanations(*pair, rows, vocab=10)
 
 
+def test_float64_models_are_scored_in_float64_and_reported_in_float32(pair):
+    double = [copy.deepcopy(model).double() for model in pair]
+    a, b = (score_explanations(*models, make_rows(), vocab=REAL) for models in (pair, double))
+    assert {x.dtype for x in (*b.reward, *b[1:5])} == {torch.float32}
+    torch.testing.assert_close(a.reward.reward, b.reward.reward, rtol=1e-5, atol=1e-5)
+
+
 def test_plain_tuples_are_rows_too(pair):
     rows = make_rows()
     a, b = (
