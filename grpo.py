@@ -42,12 +42,18 @@ def group_advantages(rewards, *, scale="std", eps=1e-4):
         p, g = (~rewards.isfinite()).nonzero()[0].tolist()
         raise ValueError(f"the reward of prompt {p}, sample {g} is {rewards[p, g].item()}: expected a finite "
                          "number. Look at that sample's log-probs.")
-    advantages = rewards - rewards.mean(dim=1, keepdim=True)
-    if scale == "std":
-        advantages = advantages / (rewards.std(dim=1, keepdim=True) + eps)
-    # the rounded mean of equal numbers may be another number, and dividing by eps makes that visible
+    return (rewards - rewards.mean(dim=1, keepdim=True)) * group_scale(rewards, scale=scale, eps=eps)
+
+
+def group_scale(rewards, *, scale="std", eps=1e-4):
+    """What group_advantages multiplies the distances to a row's mean by: rewards (P, G) -> (P, 1).
+
+    1 / (std + eps), or 1 for scale "none"; 0 where a row's rewards are all equal: the rounded mean of equal
+    numbers need not be that number, and dividing by eps would blow the rest up.
+    """
     all_equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
-    return torch.where(all_equal, 0.0, advantages)
+    factor = 1 / (rewards.std(dim=1, keepdim=True) + eps) if scale == "std" else torch.ones_like(rewards[:, :1])
+    return torch.where(all_equal, 0.0, factor)
 
 
 def step_denominator(loss, *, sequences, tokens, max_new_tokens):
@@ -110,6 +116,24 @@ def guided_loss(logprobs, hinted_logprobs, ref_logprobs, advantages, lengths, *,
     token_loss = -advantages.repeat_interleave(lengths) * weight
     stats = {"guided_log_ratio": log_ratio.detach().sum()}
     return _add_up(token_loss, logprobs, ref_logprobs, lengths, denominator, beta, loss, stats)
+
+
+def pathwise_kl_loss(token_kl, thought_lengths, lengths, scales, *, lam, alpha, denominator, loss="grpo"):
+    """The part of the reward's gradient that the score function misses, as a loss beside grpo_loss -> ().
+
+    The reward's kl depends on the teacher's weights directly (2506.08388, eq. 4: mean + alpha * max over the
+    thought):  d E[reward] = E[reward d log p] - lam E[d kl].  This is the second term, on the same scale as the
+    first: multiplied by the group's, divided by the same denominator, by `loss` per token or per sequence.
+
+    token_kl: exact, with gradient, packed over the thoughts; thought_lengths: (B,), 0 where there is none.
+    lengths: (B,) tokens of each completion. scales: (B,) from group_scale. denominator: from step_denominator.
+    """
+    per_sequence = lam * scales / denominator
+    if loss in ("grpo", "gspo"):
+        per_sequence = per_sequence / lengths.to(scales.device)
+    parts = token_kl.split(thought_lengths.tolist())
+    return sum(weight * (part.mean() + alpha * part.max())
+               for weight, part in zip(per_sequence, parts, strict=True) if len(part))
 
 
 def _checked(logprobs, old_logprobs, ref_logprobs, lengths, beta, loss):

@@ -485,6 +485,68 @@ def completion_logprobs(model, prompts, completions, *, temperature=1.0, vocab=N
     return _HeadLogprobs.apply(states, *head, _ids(completions, head), temperature, head_chunk, impl)
 
 
+def completion_logprobs_and_kl(teacher, student, rows, *, temperature=1.0, policy_temperature=None, vocab=None,
+                               head_chunk=1024, impl="auto"):
+    """The teacher's part of `completion_logprobs`, and its exact kl to the student, both with gradient.
+
+    rows as in `score_explanations`, one micro-batch -> log-probs of thoughts and ends, packed row by row, at
+    policy_temperature (None: the same); and kl of the thoughts' tokens at `temperature`. The gradient of the kl
+    is the one through the teacher's distribution; the student has none. Chunked and recomputed as the log-probs.
+    """
+    rows = [Row(*map(list, row)) for row in rows]
+    tp, th, te, sp, *_ = torch.tensor([[len(ids) for ids in row] for row in rows]).unbind(1)
+    head_t, head_s = _head(teacher, vocab), _head(student, vocab)
+    states_t, states_all = _hidden(teacher, [r.teacher_prompt + r.thought + r.teacher_end for r in rows],
+                                   (tp, th), (tp, th + te))
+    with torch.no_grad():
+        states_s, = _hidden(student, [r.student_prompt + r.thought for r in rows], (sp, th))
+    ids = _ids([r.thought + r.teacher_end for r in rows], head_t)
+    policy_temperature = temperature if policy_temperature is None else policy_temperature
+    logprobs, _ = _HeadLogprobs.apply(states_all, *head_t, ids, policy_temperature, head_chunk, impl)
+    return logprobs, _HeadKL.apply(states_t, *head_t, states_s, *head_s, temperature, head_chunk, impl)
+
+
+class _HeadKL(torch.autograd.Function):
+    """states of the teacher and of the student, (N, H) each -> kl (N,), a chunk of logits at a time.
+
+    gradient   d kl / d logits_t = p (log p - log q - kl) / temperature; none for the heads, which are frozen
+    """
+
+    @staticmethod
+    def forward(ctx, states_t, weight_t, bias_t, states_s, weight_s, bias_s, temperature, head_chunk, impl):
+        assert not weight_t.requires_grad, "the head must be frozen"
+        saved = states_t, weight_t, bias_t, states_s, weight_s, bias_s
+        ctx.save_for_backward(*saved)
+        ctx.temperature, ctx.head_chunk = temperature, head_chunk
+        kl = [token_stats(t, s, torch.zeros(len(t), dtype=torch.long, device=t.device), impl=impl,
+                          teacher_temperature=temperature, student_temperature=temperature).kl
+              for _, t, s in _chunks_of_logits(*saved, head_chunk)]
+        return torch.cat(kl)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_kl):
+        states_t, weight_t, *_ = ctx.saved_tensors
+        grad_states = torch.empty_like(states_t)
+        for c, t, s in _chunks_of_logits(*ctx.saved_tensors, ctx.head_chunk):
+            t, s = (_centred(x, ctx.temperature).log_softmax(1) for x in (t, s))
+            p = t.exp()
+            difference = torch.where(p > 0, t - s, 0)
+            kl = (p * difference).sum(1, keepdim=True)
+            g = p * (difference - kl) * (grad_kl[c] / ctx.temperature)[:, None]
+            grad_states[c] = g[:, : len(weight_t)].to(weight_t.dtype) @ weight_t
+        return grad_states, *[None] * 8
+
+
+def _chunks_of_logits(states_t, weight_t, bias_t, states_s, weight_s, bias_s, head_chunk):
+    """(slice, the teacher's logits, the student's) of one chunk after the other, in two buffers."""
+    heads = (weight_t, bias_t), (weight_s, bias_s)
+    buffer_t, buffer_s = (_buffer(head, min(head_chunk, len(states_t))) for head in heads)
+    for c in _chunks(len(states_t), head_chunk):
+        logits_t, logits_s = _logits(states_t[c], heads[0], buffer_t), _logits(states_s[c], heads[1], buffer_s)
+        yield c, logits_t, logits_s.to(logits_t.device)
+
+
 class _HeadLogprobs(torch.autograd.Function):
     """states (N, H) -> log p[ids] and entropy, (N,) each, of states @ weight.T + bias, a chunk at a time.
 

@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 import models
 import runs
-from grpo import LOSSES, group_advantages, grpo_loss, step_denominator
+from grpo import LOSSES, group_advantages, group_scale, grpo_loss, pathwise_kl_loss, step_denominator
 from prompts import Prompts, leaks, load_rows
-from rewards import completion_logprobs, implementation, micro_batches, score_explanations
+from rewards import completion_logprobs, completion_logprobs_and_kl, implementation, micro_batches, score_explanations
 from runs import number, seed_for
 
 # ---------------------------------------------------------------------------------------------------------
@@ -51,6 +51,8 @@ parser.add_argument("--lambda", dest="lam", metavar="L", type=number(float, 0), 
 parser.add_argument("--alpha", type=number(float, 0), default=0.01, help="weight of the min and the max over tokens")
 parser.add_argument("--kl", choices=("exact", "sampled"), default="exact", help="KL over the whole vocabulary, or "
                     "the log-ratio of the sampled token (as released)")
+parser.add_argument("--kl-gradient", action="store_true", help="add the exact KL's gradient through the teacher's own "
+                    "distribution, which the score function misses; a student pass in every update")
 parser.add_argument("--score-temperature", type=number(float, above=0), default=None, help="temperature of both "
                     "models in the reward; None: the sampling temperature, as released")
 parser.add_argument("--unclosed-penalty", type=number(float, 0), default=1.0, help="taken off the reward of an "
@@ -97,6 +99,8 @@ parser.add_argument("--save-every", type=number(int, 0), default=20, help="steps
 parser.add_argument("--eval-every", type=number(int, 0), default=20, help="steps between held-out rewards; 0: never")
 parser.add_argument("--eval-rows", type=number(int, 1), default=64, help="rows at the end of --data that are held out")
 args = parser.parse_args()
+if args.kl_gradient and args.kl != "exact":
+    parser.error(f"--kl-gradient is the exact KL's, --kl is {args.kl}: the sampled form needs no such term")
 # ---------------------------------------------------------------------------------------------------------
 
 device = models.pick_device(args.device)
@@ -150,7 +154,7 @@ def judge(rows, completions):
     """Explanations taken apart, everything score_explanations measured on them, and their rewards (B,)."""
     explanations = [prompts.split(c.ids, c.finished) for c in completions]
     scored = score_explanations(
-        teacher, student, [prompts.scoring(*pair) for pair in zip(rows, explanations, strict=True)],
+        teacher, student, list(map(prompts.scoring, rows, explanations)),
         lam=args.lam, alpha=args.alpha, kl=args.kl, temperature=args.score_temperature or args.temperature,
         policy_temperature=args.temperature, vocab=vocab, head_chunk=args.head_chunk,
         micro_batch_tokens=args.micro_batch_tokens)
@@ -192,6 +196,8 @@ for step in progress:
 
     # 3. how much better each explanation is than the others of its question
     advantages = group_advantages(rewards.view(-1, args.group_size), scale=args.advantage_scale).flatten()
+    scales = group_scale(rewards.view(-1, args.group_size), scale=args.advantage_scale)
+    scales = scales.repeat_interleave(args.group_size)  # (B,)
 
     # 4. update on what was sampled, in micro-batches that add up to one loss
     lengths = torch.tensor([len(c.ids) for c in completions])
@@ -210,11 +216,22 @@ for step in progress:
     for _ in range(args.updates_per_batch):
         loss, totals = 0.0, {}
         for batch, ref in zip(batches, reference, strict=True):
-            policy = log_probs_of(sides[i] for i in batch)
+            if args.kl_gradient:
+                policy, token_kl = completion_logprobs_and_kl(
+                    teacher, student, [prompts.scoring(chosen[i], explanations[i]) for i in batch], vocab=vocab,
+                    temperature=args.score_temperature or args.temperature, policy_temperature=args.temperature,
+                    head_chunk=args.head_chunk)
+            else:
+                policy = log_probs_of(sides[i] for i in batch)
             micro_loss, stats = grpo_loss(
                 policy, torch.cat([old[i] for i in batch]), ref, advantages[batch], lengths[batch],
                 denominator=denominator, epsilon_low=args.epsilon_low, epsilon_high=args.epsilon_high, beta=args.beta,
                 loss=args.loss)
+            if args.kl_gradient:
+                thoughts = torch.tensor([len(explanations[i].thought) for i in batch])
+                micro_loss = micro_loss + pathwise_kl_loss(
+                    token_kl, thoughts, lengths[batch], scales[batch], lam=args.lam, alpha=args.alpha,
+                    denominator=denominator, loss=args.loss)
             micro_loss.backward()
             loss += micro_loss.item()
             totals = {key: totals.get(key, 0) + value.item() for key, value in stats.items()}

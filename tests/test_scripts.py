@@ -336,6 +336,7 @@ CHANGES = {  # flag: (another value, what must change, in which step)
     "--lora-targets": ("q_proj", "kl_ref", 1),
 }
 ELSEWHERE = {  # flag: the test that shows what it does
+    "--kl-gradient": "test_kl_gradient.py",
     "--model": "test_real_rows",
     "--student": "test_real_rows",
     "--data": "test_real_rows",
