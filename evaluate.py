@@ -6,6 +6,9 @@ A model sees the question alone and thinks in its tags; what it says after its t
 --samples n the table has pass@k too, the chance that one of k answers is right, estimated without bias
 (arXiv 2107.03374). Every sample is kept beside the model, so that any number can be looked into.
 
+--compare reads two such evaluations and says what RL did in between: pass@k before and after, and how much of
+the gain in pass@1 was in the model's reach before (self-distillation), how much is new (capability gain).
+
     toy              the text between the solution tags, word for word
     gsm8k            the last \\boxed{}, else the number after "####", else the last number; by math-verify
     math500, aime24  the last \\boxed{}; by math-verify, whose verdicts are its own: 50% is .5, (1,2) is {1,2}
@@ -13,6 +16,8 @@ A model sees the question alone and thinks in its tags; what it says after its t
 
     laptop, 20 seconds    python evaluate.py
     a benchmark           python evaluate.py --task math500 --data math500.jsonl --model org/model --bits 16
+    what RL did           python evaluate.py --samples 64 --temperature 1 --model toy runs/rl_student
+                          python evaluate.py --compare runs/toy runs/rl_student
 """
 
 import ast
@@ -29,7 +34,9 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
+import runs
 from prompts import SOLUTION, THOUGHT
+from runs import number, read_jsonl, seed_for
 
 GOLD = {  # the columns of a row that its answers are graded by
     "toy": ["solution"],
@@ -123,6 +130,76 @@ def over_questions(values):
     """Mean of one value per question, and its standard error (None where there is one question)."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "standard_error": error}
+
+
+def pass_curve(draws):
+    """pass@k over questions, k = 1, 2, 4, ... n. draws: a row of n for each question, True where right."""
+    n = len(draws[0])
+    ks = sorted({*(2**i for i in range(n.bit_length())), n})
+    return {k: over_questions([pass_at_k(n, sum(row), k) for row in draws]) for k in ks}
+
+
+def solved_sets(before, after, k):
+    """What RL did to which questions: name -> set of their indices. After arXiv 2506.13923, the draws fixed.
+
+    before, after: draws of the same M questions, as pass_curve takes them. A question is solved if its first
+    draw is right, and within reach if only another of its first k before RL is. By first draws, exactly:
+
+        pass@1 after - pass@1 before = (|self_distillation| + |capability_gain| - |regression|) / M
+
+    k draws can miss by chance: capability_gain_all_draws was out of reach of all n.
+    """
+    everyone = set(range(len(before)))
+    solved, now = ({i for i in everyone if draws[i][0]} for draws in (before, after))
+    reach = {i for i in everyone if any(before[i][:k])} - solved
+    beyond = everyone - solved - reach
+    assert len(now) - len(solved) == len(reach & now) + len(beyond & now) - len(solved - now)
+    return {
+        "solved_before": solved, "within_reach": reach, "out_of_reach": beyond, "solved_after": now,
+        "self_distillation": reach & now, "capability_gain": beyond & now, "regression": solved - now,
+        "retained": solved & now, "capability_gain_all_draws": {i for i in now if not any(before[i])},
+    }
+
+
+def compare(draws, k=16):
+    """pass@k of label -> draws, and solved_sets of `before` and `after`, as shares and indices of questions.
+
+    The same of `before` and `floor`, where that is there: the same model by another seed, chance and no more.
+    k: 16 as in the paper, or all n draws where n is less.
+    """
+    before, n = draws["before"], len(draws["before"][0])
+    report = {"questions": len(before), "samples": n, "reach": min(k, n), "split": {}}
+    report["pass_at"] = {label: pass_curve(rows) for label, rows in draws.items()}
+    for label in [label for label in ("after", "floor") if label in draws]:
+        report["split"][label] = {
+            name: over_questions([i in chosen for i in range(len(before))]) | {"questions": sorted(chosen)}
+            for name, chosen in solved_sets(before, draws[label], k).items()
+        }
+    return report
+
+
+def read_alike(paths):
+    """label -> draws, from label -> an eval_<task>.json with its samples beside it.
+
+    Raises FileNotFoundError where one is missing; ValueError where one was asked anything else than `before`,
+    or where `floor` has the same seed, and so the same draws.
+    """
+    tables, first = {}, None
+    for label, path in paths.items():
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: evaluate first, --samples 64 --temperature 1, say.")
+        asked = json.loads(path.read_text())["flags"]
+        samples = read_jsonl(path.with_name(f"{path.stem}_samples.jsonl"))
+        asked["questions"] = [(sample["question"], sample["gold"]) for sample in samples]
+        first, n = first or asked, asked["samples"]
+        for what in ("samples", "temperature", "max_new_tokens", "questions"):
+            if asked[what] != first[what]:
+                raise ValueError(f"{path} and {paths['before']} differ in {what}: evaluate both alike.")
+        if label == "floor" and asked["seed"] == first["seed"]:
+            raise ValueError(f"{path} has the seed of {paths['before']}: evaluate with another --seed.")
+        right = [bool(sample["grade"]) for sample in samples]
+        tables[label] = [right[at : at + n] for at in range(0, len(right), n)]
+    return tables
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -243,9 +320,7 @@ if __name__ == "__main__":
     from tqdm import tqdm
 
     import models
-    import runs
     from prompts import Prompts, load_rows
-    from runs import number, seed_for
 
     # -----------------------------------------------------------------------------------------------------
     parser = runs.flags(__doc__)
@@ -255,6 +330,13 @@ if __name__ == "__main__":
     parser.add_argument("--bits", type=int, choices=(4, 16, 32), default=32, help="bits of the models' bases")
     parser.add_argument("--data", default=None, help="rows: file or hub id; None: the toy's test rows")
     parser.add_argument("--limit", type=number(int, 1), default=None, help="use the first rows only")
+    parser.add_argument("--hinted", action="store_true", help="ask with each row's column `hint`; --compare: "
+                        "read such evaluations, too")
+    # comparison
+    parser.add_argument("--compare", nargs=2, metavar=("BEFORE", "AFTER"), default=None, help="run no model, "
+                        "read the evaluations in two folders")
+    parser.add_argument("--floor", default=None, help="folder of BEFORE evaluated by another --seed: what "
+                        "--compare finds by chance")
     # answers
     parser.add_argument("--samples", type=number(int, 1), default=1, help="answers a question")
     parser.add_argument("--temperature", type=number(float, 0), default=0.0, help="of sampling; 0: greedy")
@@ -269,11 +351,46 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.samples > 1 and args.temperature == 0:
         parser.error(f"--samples {args.samples} at --temperature 0 are all the same: pass 0.6, say")
-    if args.data is None and args.task != "toy":
+    if args.floor and not args.compare:
+        parser.error("--floor does nothing without --compare BEFORE AFTER")
+    if args.data is None and args.task != "toy" and not args.compare:
         columns = " and ".join(GOLD[args.task])
         parser.error(f"--task {args.task} needs --data, rows with {columns}: see data/README.md")
     args.max_new_tokens = args.max_new_tokens or (64 if args.task == "toy" else 4096)
     # -----------------------------------------------------------------------------------------------------
+
+    def percent(share):
+        error = share["standard_error"]
+        return f"{100 * share['mean']:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "") + " %"
+
+    def show(table):
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        print()
+        for line in table:
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+    # 0. or look at what is there
+    if args.compare:
+        named = {"before": args.compare[0], "after": args.compare[1], "floor": args.floor}
+        paths = {label: Path(folder) / f"eval_{args.task}.json" for label, folder in named.items() if folder}
+        if args.hinted:
+            paths |= {f"{label}, hinted": paths[label].with_stem(f"eval_{args.task}_hinted")
+                      for label in ("before", "after")}
+        report = compare(read_alike(paths))
+        out = Path(named["after"]) / f"compare_{args.task}.json"
+        summary = json.dumps({"task": args.task, **named, **report, **runs.describe(args)})
+        runs.write_atomically(out, summary + "\n")
+        print(out)
+        curves, split, n, k = (report[name] for name in ("pass_at", "split", "samples", "reach"))
+        show([["pass@k", *map(str, curves["before"])],
+              *([label, *map(percent, curve.values())] for label, curve in curves.items())])
+        show([["before against", *split],
+              *([name.replace("_", " "), *(percent(shares[name]) for shares in split.values())]
+                for name in split["after"])])
+        reach = f"the first {k} of {n}" if k < n else f"all {n}"
+        print(f"{report['questions']} questions | solved: by the first draw | within reach: by {reach} | "
+              f"floor: {args.floor or 'none, pass --floor'}")
+        sys.exit()
 
     device = models.pick_device(args.device)
     folders = {name: Path(models.resolve(name)) for name in args.model}  # all of them, before any is run
@@ -287,7 +404,7 @@ if __name__ == "__main__":
         tokenizer = models.load_tokenizer(name)
         prompts = Prompts(tokenizer)
         model = models.load_model(name, bits=args.bits, device=device)
-        questions = [prompts.question(row) for row in asked]
+        questions = [prompts.hinted(row) if args.hinted else prompts.question(row) for row in asked]
         longest, context = max(map(len, questions)), model.config.max_position_embeddings
         if longest + args.max_new_tokens > context:
             raise ValueError(f"{name} has a context of {context} tokens, the longest question has {longest}, "
@@ -304,15 +421,16 @@ if __name__ == "__main__":
 
         # 2. grade, and count by question
         grades = grade_all(args.task, outputs, asked)
-        right = [sum(map(bool, grades[at : at + args.samples])) for at in range(0, len(asked), args.samples)]
+        right = [bool(verdict) for verdict in grades]
+        draws = [right[at : at + args.samples] for at in range(0, len(right), args.samples)]
         results.append({
             "model": name,
             "task": args.task,
             "grader": grader,
             "questions": len(rows),
-            "exact_match": over_questions([c / args.samples for c in right]),
-            "pass_at": {k: over_questions([pass_at_k(args.samples, c, k) for c in right])
-                        for k in (2**i for i in range(args.samples.bit_length()))},
+            "hinted": args.hinted,
+            "exact_match": over_questions([statistics.fmean(row) for row in draws]),
+            "pass_at": pass_curve(draws),
             "truncated": statistics.fmean(not c.finished for c in completions),
             "length": statistics.fmean(len(c.ids) for c in completions),
             "timeouts": grades.count(None),
@@ -329,25 +447,20 @@ if __name__ == "__main__":
                  "finished": c.finished, "length": len(c.ids)}
                 for row, output, verdict, c in zip(asked, outputs, grades, completions, strict=True)]
         summary = json.dumps(results[-1] | {"device": str(device)} | runs.describe(args), indent=2)
-        runs.write_atomically(folder / f"eval_{args.task}.json", summary + "\n")
-        runs.write_atomically(folder / f"eval_{args.task}_samples.jsonl",
+        stem = f"eval_{args.task}" + ("_hinted" if args.hinted else "")
+        runs.write_atomically(folder / f"{stem}.json", summary + "\n")
+        runs.write_atomically(folder / f"{stem}_samples.jsonl",
                               "".join(json.dumps(sample) + "\n" for sample in kept))
-        print(f"{folder}/eval_{args.task}.json, and every sample in eval_{args.task}_samples.jsonl")
-
-    def percent(share):
-        error = share["standard_error"]
-        return f"{100 * share['mean']:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "") + " %"
+        print(f"{folder}/{stem}.json, and every sample in {stem}_samples.jsonl")
 
     table = [["model", "task", "questions", "exact match",
               *(f"pass@{k}" for k in results[0]["pass_at"] if k > 1), "truncated", "length", "grader"]]
     for r in results:
-        table.append([r["model"], r["task"], str(r["questions"]), percent(r["exact_match"]),
+        table.append([r["model"], r["task"] + ", hinted" * r["hinted"], str(r["questions"]),
+                      percent(r["exact_match"]),
                       *(percent(share) for k, share in r["pass_at"].items() if k > 1),
                       f"{100 * r['truncated']:.1f} %", f"{r['length']:.1f}", r["grader"]])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    print()
-    for line in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    show(table)
     print(f"samples {args.samples} | temperature {args.temperature:g} | top_p 1 | seed {args.seed} | "
           f"max new tokens {args.max_new_tokens} | bits {args.bits} | prompt {results[0]['prompt_hash']}")
     for r in results:

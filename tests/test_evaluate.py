@@ -1,20 +1,32 @@
-"""Graders against adversarial outputs, pass@k against counting, the script on the toy.
+"""Graders against adversarial outputs, pass@k and what RL did against counting, the script on the toy.
 
 python -m pytest tests/test_evaluate.py -v
 """
 import itertools
 import json
 import math
+import random
 import statistics
 import subprocess
 import sys
 import time
 
 import pytest
-from conftest import ROOT, call, data_file
+from conftest import ROOT, call, data_file, run_script
 
-from evaluate import answer_of, gradable, grade, grade_all, over_questions, pass_at_k
-from prompts import load_rows
+from evaluate import (
+    answer_of,
+    compare,
+    gradable,
+    grade,
+    grade_all,
+    over_questions,
+    pass_at_k,
+    pass_curve,
+    read_alike,
+    solved_sets,
+)
+from prompts import Prompts, load_rows
 from runs import read_jsonl
 
 THOUGHT, DONE = "<|begin_of_thought|>", "<|end_of_thought|>"
@@ -297,6 +309,154 @@ def test_standard_error():
     assert over_questions([1]) == {"mean": 1, "standard_error": None}
 
 
+def test_pass_curve():
+    """Powers of two, and n itself: two questions with 1 and 3 right of 6."""
+    curve = pass_curve([[0, 0, 0, 0, 1, 0], [1, 1, 0, 0, 0, 1]])
+    assert list(curve) == [1, 2, 4, 6]
+    assert curve[1]["mean"] == pytest.approx((1 / 6 + 3 / 6) / 2)
+    assert curve[2]["mean"] == pytest.approx((1 / 3 + 12 / 15) / 2)  # pairs with a right one, of 15
+    assert curve[4]["mean"] == pytest.approx((10 / 15 + 1) / 2)
+    assert curve[6]["mean"] == 1
+    assert list(pass_curve([[1]])) == [1] and list(pass_curve([[1] * 8])) == [1, 2, 4, 8]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# before and after RL
+
+BEFORE, AFTER = ([[int(draw) for draw in row] for row in table.split()] for table in (
+    "1000 1111 0010 0100 0001 0000 0001 0000",
+    "1000 0111 1000 0111 1111 1000 0111 0000",
+))
+
+
+def test_solved_sets():
+    """By hand. Before RL only the fourth draw of question 4 is right: a gain by three draws, none by four."""
+    assert solved_sets(BEFORE, AFTER, 3) == {
+        "solved_before": {0, 1}, "within_reach": {2, 3}, "out_of_reach": {4, 5, 6, 7},
+        "solved_after": {0, 2, 4, 5}, "retained": {0}, "regression": {1},
+        "self_distillation": {2}, "capability_gain": {4, 5}, "capability_gain_all_draws": {5},
+    }
+    whole = solved_sets(BEFORE, AFTER, 4)
+    assert whole == solved_sets(BEFORE, AFTER, 16)
+    assert whole["self_distillation"] == {2, 4} and whole["capability_gain"] == {5}
+    only_one = solved_sets(BEFORE, AFTER, 1)
+    assert only_one["within_reach"] == set() and only_one["capability_gain"] == {2, 4, 5}
+
+
+def test_the_split_adds_up():
+    """On random tables, against counting question by question as the definition is read out."""
+    rng = random.Random(0)
+    for _ in range(300):
+        n, m, k = rng.randint(1, 20), rng.randint(1, 30), rng.randint(1, 20)
+        before, after = ([[int(rng.random() < p) for _ in range(n)] for _ in range(m)] for p in (0.15, 0.4))
+        counts = dict.fromkeys(solved_sets(before, after, k), 0)
+        for was, now in zip(before, after, strict=True):
+            reached = "solved_before" if was[0] else "within_reach" if 1 in was[1:k] else "out_of_reach"
+            counts[reached] += 1
+            counts["solved_after"] += now[0]
+            counts["retained"] += was[0] and now[0]
+            counts["regression"] += was[0] and not now[0]
+            counts["self_distillation"] += reached == "within_reach" and now[0]
+            counts["capability_gain"] += reached == "out_of_reach" and now[0]
+            counts["capability_gain_all_draws"] += sum(was) == 0 and now[0]
+        split = compare({"before": before, "after": after}, k)["split"]["after"]
+        share = {name: split[name]["mean"] for name in split}
+        assert share == pytest.approx({name: count / m for name, count in counts.items()})
+        gain = statistics.fmean(row[0] for row in after) - statistics.fmean(row[0] for row in before)
+        parts = share["self_distillation"] + share["capability_gain"] - share["regression"]
+        assert parts == pytest.approx(gain, abs=1e-12)
+
+
+def test_compare():
+    """Sixteen draws decide, the first of them alone says solved; all do where there are fewer."""
+    late = [[0] * 16 + [1] * 16]  # its first right draw is the seventeenth
+    in_time = [[0] * 15 + [1] * 17]
+    for before, name in ((late, "capability_gain"), (in_time, "self_distillation")):
+        report = compare({"before": before, "after": [[1] * 32]})
+        assert report["reach"] == 16 and report["split"]["after"][name]["mean"] == 1
+        assert report["split"]["after"]["capability_gain_all_draws"]["mean"] == 0
+    report = compare({"before": BEFORE, "after": AFTER, "floor": BEFORE, "after, hinted": AFTER})
+    assert (report["questions"], report["samples"], report["reach"]) == (8, 4, 4)
+    assert list(report["pass_at"]) == ["before", "after", "floor", "after, hinted"]
+    assert report["pass_at"]["after"] == pass_curve(AFTER) != report["pass_at"]["floor"]
+    assert list(report["split"]) == ["after", "floor"]
+    two_of_eight = over_questions([0, 0, 1, 0, 1, 0, 0, 0])
+    assert report["split"]["after"]["self_distillation"] == two_of_eight | {"questions": [2, 4]}
+    assert report["split"]["floor"]["retained"]["questions"] == [0, 1]  # the same draws: nothing else moves
+    for name in ("self_distillation", "capability_gain", "regression"):
+        assert report["split"]["floor"][name]["mean"] == 0
+
+
+def keep(folder, draws, name="eval_toy", **flags):
+    """An evaluation's two files, of questions 0, 1, ... with these draws."""
+    folder.mkdir(exist_ok=True)
+    flags = {"samples": len(draws[0]), "temperature": 1.0, "max_new_tokens": 64, "seed": 0, **flags}
+    (folder / f"{name}.json").write_text(json.dumps({"flags": flags}))
+    samples = [{"question": str(i), "gold": {"solution": "1"}, "grade": [False, True, None][grade]}
+               for i, row in enumerate(draws) for grade in row]
+    (folder / f"{name}_samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    return folder
+
+
+def test_script_compares(tmp_path, capsys):
+    """Grades that took too long (2 stands for None) are wrong; no model is near."""
+    keep(tmp_path / "before", BEFORE), keep(tmp_path / "after", [[2, *AFTER[0][1:]], *AFTER[1:]])
+    keep(tmp_path / "other", [[0] * 4, *BEFORE[1:]], seed=1)
+    for folder, table in (("before", AFTER), ("after", BEFORE)):
+        keep(tmp_path / folder, table, "eval_toy_hinted")
+    with pytest.raises(SystemExit) as end:
+        call(tmp_path, "evaluate.py", "--compare", "before", "after", "--floor", "other", "--hinted")
+    shown = capsys.readouterr().out
+    report = json.loads((tmp_path / "after/compare_toy.json").read_text())
+    assert not end.value.code and report["floor"] == "other" and report["before"] == "before"
+    assert list(report["pass_at"]) == ["before", "after", "floor", "before, hinted", "after, hinted"]
+    assert report["pass_at"]["before, hinted"]["4"]["mean"] == statistics.fmean(map(any, AFTER))
+    assert report["split"]["after"]["regression"]["questions"] == [0, 1]
+    assert report["split"]["floor"]["regression"] == over_questions([1] + [0] * 7) | {"questions": [0]}
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    assert "pass@k 1 2 4" in lines and "before against after floor" in lines
+    assert "self distillation 25.0 ± 16.4 % 0.0 ± 0.0 %" in lines
+    assert "8 questions | solved: by the first draw | within reach: by all 4 | floor: other" in lines
+    with pytest.raises(SystemExit):
+        call(tmp_path, "evaluate.py", "--compare", "before", "after")
+    assert "floor" not in json.loads((tmp_path / "after/compare_toy.json").read_text())["split"]
+
+
+@pytest.mark.parametrize("change, complaint", [
+    (dict(draws=[row[:2] for row in AFTER]), "differ in samples"),
+    (dict(draws=AFTER[:-1]), "differ in questions"),
+    (dict(draws=AFTER, temperature=0.6), "differ in temperature"),
+    (dict(draws=AFTER, max_new_tokens=32), "differ in max_new_tokens"),
+])
+def test_evaluations_that_were_not_asked_alike_are_refused(tmp_path, change, complaint):
+    paths = {"before": keep(tmp_path / "before", BEFORE), "after": keep(tmp_path / "after", **change)}
+    with pytest.raises(ValueError, match=complaint) as error:
+        read_alike({label: folder / "eval_toy.json" for label, folder in paths.items()})
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_other_questions_and_the_same_seed_are_refused(tmp_path):
+    before, after = (keep(tmp_path / name, BEFORE) / "eval_toy.json" for name in ("before", "after"))
+    assert read_alike({"before": before, "after": after})["after"] == [list(map(bool, row)) for row in BEFORE]
+    with pytest.raises(ValueError, match="has the seed of .*before"):
+        read_alike({"before": before, "floor": after})
+    samples = after.with_name("eval_toy_samples.jsonl")
+    samples.write_text(samples.read_text().replace('"7"', '"8"'))  # as many, but one is another
+    with pytest.raises(ValueError, match="differ in questions"):
+        read_alike({"before": before, "after": after})
+    with pytest.raises(FileNotFoundError, match="eval_gsm8k.json is missing: evaluate first"):
+        read_alike({"before": before.with_name("eval_gsm8k.json")})
+
+
+def test_refusals_are_one_line(tmp_path):
+    keep(tmp_path / "before", BEFORE), keep(tmp_path / "after", AFTER[1:])
+    done = run_script(tmp_path, "evaluate.py", "--compare", "before", "after", check=False)
+    assert done.returncode == 1 and not done.stdout
+    [line] = done.stderr.splitlines()
+    assert "evaluate.py: after/eval_toy.json and before/eval_toy.json differ in questions" in line
+    assert not (tmp_path / "after/compare_toy.json").exists()
+
+
 # ---------------------------------------------------------------------------------------------------------
 # the script
 
@@ -329,10 +489,35 @@ def test_script(toy, tmp_path, capsys):
     assert len(greedy) == 5 and "pass@" not in capsys.readouterr().out
 
 
+def test_script_hinted(toy, tmp_path, capsys, monkeypatch):
+    """The prompts have the hint, and what comes of it lies beside the plain evaluation."""
+    import models
+
+    prompts, seen = Prompts(models.load_tokenizer(toy / "runs/toy")), []
+    generate = models.generate
+    monkeypatch.setattr(models, "generate", lambda model, tokenizer, asked, **settings:
+                        seen.extend(asked) or generate(model, tokenizer, asked, **settings))
+    flags = ("--model", "toy", "--limit", 3, "--samples", 2, "--temperature", 1, "--max-new-tokens", 8)
+    for hinted in ([], ["--hinted"]):
+        call(toy, "evaluate.py", *flags, *hinted, "--out", tmp_path)
+    rows = [row for row in load_rows(toy / "runs/toy/test.jsonl", limit=3) for _ in range(2)]
+    assert seen == [*map(prompts.question, rows), *map(prompts.hinted, rows)]
+    kept = [json.loads((tmp_path / f"toy/eval_toy{end}.json").read_text()) for end in ("", "_hinted")]
+    assert [result["hinted"] for result in kept] == [False, True]
+    assert len(read_jsonl(tmp_path / "toy/eval_toy_hinted_samples.jsonl")) == 6
+    plain_table, hinted_table = capsys.readouterr().out.split("toy/eval_toy_hinted.json")
+    assert "toy, hinted" in hinted_table and "toy, hinted" not in plain_table
+    (tmp_path / "rows.jsonl").write_text('{"question": "1", "solution": "2"}\n')
+    with pytest.raises(ValueError, match='line 1 has no "hint"'):
+        call(toy, "evaluate.py", *flags, "--hinted", "--data", tmp_path / "rows.jsonl")
+
+
 @pytest.mark.parametrize("flags, complaint", [
     (("--samples", 3), "--temperature 0 are all the same: pass 0.6, say"),
     (("--task", "gsm8k"), "--task gsm8k needs --data, rows with answer"),
     (("--task", "gpqa"), "invalid choice: 'gpqa'"),
+    (("--floor", "runs/toy"), "--floor does nothing without --compare"),
+    (("--task", "gsm8k", "--compare", "a", "b"), "a/eval_gsm8k.json is missing: evaluate first"),
     (("--samples", 0), "got 0, expected at least 1"),
     (("--temperature", -1), "got -1, expected at least 0"),
     (("--model", "runs/nobody"), "runs/nobody is no folder"),
