@@ -274,19 +274,25 @@ class Prompts:
         """The rows whose prompts and solution, and explanation if it is `written`, fit into `room` tokens."""
         kept = []
         for row in rows:
+            if not (complaint := self._misfit(row, room, written)):
+                kept.append(row)
+            elif not skip:
+                raise ValueError(f"{row['where']} {complaint}, or pass --skip-bad-rows to leave such rows out.")
+        if len(kept) < len(rows):
+            print(f"{len(rows) - len(kept)} of {len(rows)} rows don't fit the model and are left out")
+        return kept
+
+    def _misfit(self, row, room, written):
+        try:
             solution = len(self.encode(row["solution"] or ""))
             length = max(len(self.teacher(row)), len(self.student(row)) + solution + 32)  # 32: the tags between
             length += len(self.written(row)[0]) if written else 0
-            if length <= room:
-                kept.append(row)
-            elif not skip:
-                raise ValueError(
-                    f"{row['where']} takes {length} tokens of prompt and solution, room is for {room}. Shorten it, "
-                    "lower --max-new-tokens, or pass --skip-bad-rows."
-                )
-        if len(kept) < len(rows):
-            print(f"{len(rows) - len(kept)} of {len(rows)} rows are too long for the context and left out")
-        return kept
+        except ValueError:
+            raise
+        except Exception as error:  # tokenizers has no class of its own for a word without a token
+            return f"can't be tokenized ({error}): use words that the model has"
+        if length > room:
+            return f"takes {length} tokens of prompt and solution, room is for {room}: shorten it"
 
     def split(self, ids, finished):
         """Take a teacher's completion apart. ids: all that was sampled, the end of turn included if finished.

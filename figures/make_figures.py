@@ -122,6 +122,69 @@ def toy_table():
     replace_in_readme("toy table", "\n".join(lines))
 
 
+def bench_rows():
+    """{device: its rows}, of a repeated measurement the last."""
+    devices = {}
+    for row in read("bench_rewards.jsonl", "python tests/bench_rewards.py"):
+        numbers = ("ms", "gb_s", "of_copy", "of_matmul", "peak_mb", "error", "tokens_per_s", "reward", "date",
+                   "copy_gb_s", "matmul_tflop_s")
+        key = tuple((k, v) for k, v in row.items() if k not in numbers)
+        devices.setdefault(row["device"], {})[key] = row
+    return {device: list(rows.values()) for device, rows in devices.items()}
+
+
+def bench_rewards():
+    """The reward against its rivals: share of the memory's bandwidth, error, and the whole scoring pass."""
+    for device, rows in bench_rows().items():
+        stats = [r for r in rows if r["part"] == "reduce" and r["kind"] == "stats" and r["dtype"] == "bfloat16"]
+        tokens = max(r["tokens"] for r in stats)
+        stats = [r for r in stats if r["tokens"] == tokens]
+        scoring = [r for r in rows if r["part"] == "scoring" and r["ms"]]
+        figure, panels = plt.subplots(1, 4, figsize=(10, 2.5))
+        colour = {"ours": RED, "eager": GREY, "compile": BLUE, "released": GREY}.get
+        for axes, key, label in ((panels[0], "of_copy", "share of a copy's bandwidth"), (panels[1], "error", "error")):
+            vocabularies = sorted({r["vocab"] for r in stats})
+            for impl in dict.fromkeys(r["impl"] for r in stats):
+                values = [next((r.get(key) for r in stats if (r["impl"], r["vocab"]) == (impl, v)), None)
+                          for v in vocabularies]
+                axes.plot([f"{v:,}" for v in vocabularies], [v if v else float("nan") for v in values], "o-", ms=3,
+                          color=colour(impl), label=impl)
+            axes.set_title(f"{label}, {tokens:,} tokens, bf16", fontsize=8)
+            axes.set_xlabel("vocabulary")
+        panels[1].set_yscale("log")
+        panels[0].legend(fontsize=7)
+        for axes, key, label in ((panels[2], "tokens_per_s", "scoring pass, tokens/s"),
+                                 (panels[3], "peak_mb", "its peak above the weights, MB")):
+            lengths = sorted({r["length"] for r in scoring})
+            for shift, impl in ((-0.2, "released"), (0.2, "ours")):
+                values = [next((r[key] for r in scoring if (r["impl"], r["length"]) == (impl, n)), 0) for n in lengths]
+                axes.bar([i + shift for i in range(len(lengths))], values, 0.4, color=colour(impl), label=impl)
+            axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
+            axes.set_title(label, fontsize=8)
+            axes.set_xlabel("tokens of a completion")
+        panels[3].legend(fontsize=7)
+        figure.suptitle(device, fontsize=8, y=0.99)
+        save(figure, "bench_rewards_cpu" if device.startswith("CPU") else "bench_rewards_gpu")
+
+
+def bench_text():
+    """The scoring pass beside the released code's way of doing it, on every machine that was measured."""
+    lines = ["| machine | completions | released way | ours | peak above the weights |",
+             "| --- | --- | --- | --- | --- |"]
+    for device, rows in bench_rows().items():
+        scoring = {(r["impl"], r["length"]): r for r in rows if r["part"] == "scoring"}
+        for length in sorted({length for _, length in scoring}):
+            theirs, ours = scoring["released", length], scoring["ours", length]
+            rate = lambda r: f"{r['tokens_per_s']:,.0f} tokens/s" if r["ms"] else "out of memory"  # noqa: E731
+            peak = lambda r: f"{r['peak_mb']:,.0f} MB" if r["ms"] else "-"  # noqa: E731
+            lines.append(f"| {device} | {ours['rows']} of {length:,} tokens | {rate(theirs)} | {rate(ours)} | "
+                         f"{peak(theirs)} -> {peak(ours)} |")
+    if not any("NVIDIA" in device for device in bench_rows()):
+        lines += ["", "No figure of a GPU is claimed: the kernels are proven in Triton's interpreter and compiled for "
+                  "sm_80, sm_90 and sm_100, but have not been timed. `python tests/bench_rewards.py` does it."]
+    replace_in_readme("bench text", "\n".join([*lines, ""]))
+
+
 def save(figure, name):
     figure.tight_layout()
     figure.savefig(HERE / f"{name}.png", dpi=150)
@@ -133,3 +196,5 @@ if __name__ == "__main__":
     toy_accuracy()
     toy_reward()
     toy_table()
+    bench_rewards()
+    bench_text()

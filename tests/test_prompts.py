@@ -157,7 +157,7 @@ def test_rows_too_long_for_the_context_are_named(prompts, capsys):
     with pytest.raises(ValueError, match="rows.jsonl line 2 takes .* room is for 400"):
         prompts.fitting(rows, 400)
     assert prompts.fitting(rows, 400, skip=True) == [ROW]
-    assert "1 of 2 rows" in capsys.readouterr().out
+    assert "1 of 2 rows don't fit" in capsys.readouterr().out
 
 
 # -- rows

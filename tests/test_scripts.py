@@ -417,6 +417,10 @@ def test_columns_and_bad_rows(workshop, tmp_path):
     flags += ["--solution-column", "s"]
     with pytest.raises(ValueError, match="line 4 has an empty solution"):
         call(workshop, "train_rlt.py", *flags)
+    renamed[3]["s"] = "word"
+    path.write_text("".join(json.dumps(row) + "\n" for row in renamed))
+    with pytest.raises(ValueError, match="line 4 can't be tokenized .* --skip-bad-rows"):
+        call(workshop, "train_rlt.py", *flags)
     scope = call(workshop, "train_rlt.py", *flags, "--skip-bad-rows")
     assert len(scope["rows"]) + len(scope["held_out"]) == 18
 
