@@ -14,6 +14,7 @@ ratio is the new policy's, which doesn't see it, over the old one's, which did; 
 """
 
 import time
+from collections import Counter
 
 import torch
 from tqdm import tqdm
@@ -152,11 +153,54 @@ def judge(rows, completions):
     return torch.where(right, good, torch.where(answered, wrong, none)), right, texts
 
 
-def log_probs_of(sides):
-    """Packed log-probs and entropies, under whoever speaks now, of (prompt, completion) pairs of ids."""
-    asked, answered = zip(*sides, strict=True)
-    return completion_logprobs(student, asked, answered, temperature=args.temperature, vocab=vocab,
-                               head_chunk=args.head_chunk)
+def log_probs_of(batch, asked, answers):
+    """Packed log-probs and entropies, under whoever speaks now, of the answers to the prompts numbered in batch."""
+    return completion_logprobs(student, [asked[i] for i in batch], [answers[i] for i in batch], vocab=vocab,
+                               temperature=args.temperature, head_chunk=args.head_chunk)
+
+
+def batches_of(kept, hinted, asked, sampled_from, answers):
+    """Micro-batches of the answers numbered in kept, hinted and plain ones apart: their losses differ."""
+    widths = [max(len(asked[i]), len(sampled_from[i])) + len(answers[i]) for i in kept]
+    for some in micro_batches(widths, args.micro_batch_tokens):
+        for side in (False, True):
+            if batch := [kept[j] for j in some if hinted[kept[j]] == side]:
+                yield batch
+
+
+def update(batches, asked, answers, old, advantages, hinted):
+    """Optimizer steps on what was sampled, in micro-batches that add up to one loss.
+
+    old: log-probs of each micro-batch; advantages, hinted (B,) -> the last step's loss, its gradient's norm, and
+    the losses' stats, summed over tokens.
+    """
+    lengths = torch.tensor([len(ids) for ids in answers])
+    kept = [i for batch in batches for i in batch]
+    denominator = step_denominator(args.loss, sequences=len(kept), tokens=int(lengths[kept].sum()),
+                                   max_new_tokens=args.max_new_tokens)
+    reference = [None] * len(batches)
+    if args.beta > 0:
+        with models.using(student, "reference"):
+            reference = [log_probs_of(batch, asked, answers)[0] for batch in batches]
+    student.train()
+    for _ in range(args.updates_per_batch):
+        total, sums = 0.0, Counter()
+        for batch, before, ref in zip(batches, old, reference, strict=True):
+            policy, _ = log_probs_of(batch, asked, answers)
+            common = dict(denominator=denominator, beta=args.beta, loss=args.loss)
+            if hinted[batch[0]]:
+                loss, stats = guided_loss(policy, before, ref, advantages[batch], lengths[batch], **common)
+            else:
+                loss, stats = grpo_loss(policy, before, ref, advantages[batch], lengths[batch],
+                                        epsilon_low=args.epsilon_low, epsilon_high=args.epsilon_high, **common)
+            loss.backward()
+            total += loss.item()
+            sums.update({key: value.item() for key, value in stats.items()})
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
+        optimizer.step()
+        optimizer.zero_grad()
+    student.eval()
+    return total, grad_norm, sums
 
 
 rank, B, G = 0, args.prompts_per_step * args.group_size, args.group_size
@@ -164,88 +208,48 @@ progress = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps,
 for step in progress:
     clock = [time.perf_counter()]
 
-    # 1. questions, and G answers to each; sampled_from is what an answer was drawn from, asked what it is learned for
+    # 1. questions, and G answers to each; an answer is drawn from one prompt and learned for another only with hints
     chosen = [rows[i] for i in runs.pick(len(rows), args.prompts_per_step, step, args.seed)]
     chosen = [row for row in chosen for _ in range(G)]  # (B,) prompt i // G
     asked = [prompts.question(row) for row in chosen]
     sampled_from, completions = list(asked), sample(asked, step, rank)
     rewards, right, texts = judge(chosen, completions)
-    sampled_tokens = sum(len(c.ids) for c in completions)
-    solved = right.float().mean().item()
+    sampled_tokens, solved = sum(len(c.ids) for c in completions), right.float().mean().item()
 
     # 2. where all of a group fail: once more, with the hint
-    failed = (~right.view(-1, G).any(1)).repeat_interleave(G) & args.hints
-    again = failed.nonzero().flatten().tolist()
-    hinted_solved = None
+    hinted = ~right.view(-1, G).any(1).repeat_interleave(G) & args.hints  # (B,)
+    again, hinted_solved = hinted.nonzero().flatten().tolist(), None
     if again:
-        hinted = sample([prompts.hinted(chosen[i]) for i in again], "hinted", step, rank)
-        rewards[again], right_now, said = judge([chosen[i] for i in again], hinted)
+        replies = sample([prompts.hinted(chosen[i]) for i in again], "hinted", step, rank)
+        rewards[again], right_now, said = judge([chosen[i] for i in again], replies)
+        for i, reply, text in zip(again, replies, said, strict=True):
+            sampled_from[i], completions[i], texts[i] = prompts.hinted(chosen[i]), reply, text
+        sampled_tokens += sum(len(c.ids) for c in replies)
         hinted_solved = right_now.float().mean().item()
-        sampled_tokens += sum(len(c.ids) for c in hinted)
-        for i, completion, text in zip(again, hinted, said, strict=True):
-            sampled_from[i], completions[i], texts[i] = prompts.hinted(chosen[i]), completion, text
     clock.append(time.perf_counter())
 
     # 3. how much better each answer is than the others to its question; groups without signal teach nothing
-    advantages = group_advantages(rewards.view(-1, G), scale=args.advantage_scale).flatten()
-    signal = (rewards.view(-1, G) != rewards.view(-1, G)[:, :1]).any(1)
-    used = signal.repeat_interleave(G) | args.keep_zero_groups
+    groups = rewards.view(-1, G)
+    advantages = group_advantages(groups, scale=args.advantage_scale).flatten()
+    signal = (groups != groups[:, :1]).any(1)
+    kept = (signal.repeat_interleave(G) | args.keep_zero_groups).nonzero().flatten().tolist()
 
     # 4. log-probs of the policy that sampled, with what it had seen
-    kept = used.nonzero().flatten().tolist()
-    lengths = torch.tensor([len(c.ids) for c in completions])
-    batches = [[kept[i] for i in batch] for batch in micro_batches(
-        [max(len(asked[i]), len(sampled_from[i])) + len(completions[i].ids) for i in kept], args.micro_batch_tokens)]
-    # hinted and plain answers have different losses: no micro-batch holds both
-    batches = [[i for i in batch if failed[i] == side] for batch in batches for side in (False, True)]
-    batches = [batch for batch in batches if batch]
-    old, entropies, gaps = [], [], []
-    with torch.no_grad():
-        for batch in batches:
-            log_probs, entropy = log_probs_of((sampled_from[i], completions[i].ids) for i in batch)
-            gaps.append((log_probs - torch.tensor([p for i in batch for p in completions[i].logprobs],
-                                                  device=device)).abs())
+    answers = [c.ids for c in completions]
+    batches, old, entropies, sampler_gap = list(batches_of(kept, hinted, asked, sampled_from, answers)), [], [], 0.0
+    if kept:
+        with torch.no_grad():
+            old, entropies = zip(*(log_probs_of(batch, sampled_from, answers) for batch in batches), strict=True)
+            sampler_gap = runs.gap([p for batch in batches for i in batch for p in completions[i].logprobs],
+                                   torch.cat(old), args.max_sampler_gap)
             if args.hint_ratio == "naive":
-                log_probs, _ = log_probs_of((asked[i], completions[i].ids) for i in batch)
-            old.append(log_probs)
-            entropies.append(entropy)
-    sampler_gap = torch.cat(gaps).mean().item() if kept else 0.0
-    if not sampler_gap <= args.max_sampler_gap:
-        raise ValueError(f"sampler and trainer disagree by {sampler_gap:.3g} nats a token, --max-sampler-gap is "
-                         f"{args.max_sampler_gap}: the gradient would be wrong. Look for a difference in precision or "
-                         "temperature; the last checkpoint is untouched.")
+                old = [log_probs_of(batch, asked, answers)[0] for batch in batches]
     clock.append(time.perf_counter())
 
-    # 5. update on what was sampled, in micro-batches that add up to one loss
-    tokens = int(lengths[kept].sum())
-    denominator = step_denominator(args.loss, sequences=len(kept), tokens=tokens, max_new_tokens=args.max_new_tokens)
-    sides = [(asked[i], completions[i].ids) for i in range(B)]
-    reference = [None] * len(batches)
-    if args.beta > 0:
-        with models.using(student, "reference"):
-            reference = [log_probs_of(sides[i] for i in batch)[0] for batch in batches]
+    # 5. update on them
     for group in optimizer.param_groups:
         group["lr"] = args.lr * runs.schedule(step, args.steps, args.warmup_steps, args.final_lr)
-    student.train()
-    loss, totals, grad_norm = 0.0, {}, 0.0
-    for _ in range(args.updates_per_batch if kept else 0):
-        loss, totals = 0.0, {}
-        for batch, before, ref in zip(batches, old, reference, strict=True):
-            policy, _ = log_probs_of(sides[i] for i in batch)
-            common = dict(denominator=denominator, beta=args.beta, loss=args.loss)
-            if failed[batch[0]]:
-                micro_loss, stats = guided_loss(policy, before, ref, advantages[batch], lengths[batch], **common)
-            else:
-                micro_loss, stats = grpo_loss(policy, before, ref, advantages[batch], lengths[batch],
-                                              epsilon_low=args.epsilon_low, epsilon_high=args.epsilon_high, **common)
-            micro_loss.backward()
-            loss += micro_loss.item()
-            for key, value in stats.items():
-                totals[key] = totals.get(key, 0) + value.item()
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
-        optimizer.step()
-        optimizer.zero_grad()
-    student.eval()
+    loss, grad_norm, sums = update(batches, asked, answers, old, advantages, hinted) if kept else (0.0, 0.0, {})
     if args.beta > 0 and args.sync_ref_every and (step + 1) % args.sync_ref_every == 0:
         models.sync_reference(student, args.sync_ref_mix)
     clock.append(time.perf_counter())
@@ -253,27 +257,21 @@ for step in progress:
     # 6. measure on held-out rows, log, save
     eval_solved = None
     if held_out and (step % args.eval_every == 0 or step + 1 == args.steps):
-        answers = sample([prompts.question(row) for row in held_out], "held out", step, rank)
-        eval_solved = judge(held_out, answers)[1].float().mean().item()
-    guided_tokens = int(lengths[(used & failed).cpu()].sum())
+        replies = sample([prompts.question(row) for row in held_out], "held out", step, rank)
+        eval_solved = judge(held_out, replies)[1].float().mean().item()
+    learned = Counter()  # tokens that were learned from: of plain answers (False) and of hinted ones (True)
+    for i in kept:
+        learned[bool(hinted[i])] += len(answers[i])
     entry = {
-        "step": step,
-        "reward": rewards.mean().item(),
-        "solved": solved,
-        "hinted": len(again) / B if args.hints else None,
-        "hinted_solved": hinted_solved,
-        "zero_groups": (~signal).float().mean().item(),
-        "usable_groups": int(signal.sum()),
-        "sampled_tokens": sampled_tokens,
-        "length": lengths.float().mean().item(),
-        "kl_ref": totals["kl_ref"] / tokens if "kl_ref" in totals else None,
+        "step": step, "reward": rewards.mean().item(), "solved": solved,
+        "hinted": len(again) / B if args.hints else None, "hinted_solved": hinted_solved,
+        "zero_groups": (~signal).float().mean().item(), "usable_groups": int(signal.sum()),
+        "sampled_tokens": sampled_tokens, "length": sum(map(len, answers)) / B,
+        "kl_ref": sums["kl_ref"] / learned.total() if "kl_ref" in sums else None,
         "entropy": torch.cat(entropies).mean().item() if kept else None,
-        "clip_fraction": totals.get("clip_fraction", 0) / max(1, tokens - guided_tokens),
-        "guided_log_ratio": totals["guided_log_ratio"] / guided_tokens if guided_tokens else None,
-        "sampler_gap": sampler_gap,
-        "loss": loss,
-        "lr": optimizer.param_groups[0]["lr"],
-        "grad_norm": grad_norm,
+        "clip_fraction": sums["clip_fraction"] / learned[False] if learned[False] else None,
+        "guided_log_ratio": sums["guided_log_ratio"] / learned[True] if learned[True] else None,
+        "sampler_gap": sampler_gap, "loss": loss, "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm,
         "eval_solved": eval_solved,
         **{f"t_{phase}": b - a for phase, a, b in zip(("rollout", "score", "update"), clock, clock[1:], strict=False)},
         "tokens_per_s": sampled_tokens / (clock[-1] - clock[0]),
@@ -281,7 +279,7 @@ for step in progress:
     progress.write(run.log(entry))
     if step % 10 == 0 or step + 1 == args.steps:
         run.log_samples([{"step": step, "question": chosen[i]["question"], "solution": chosen[i]["solution"],
-                          "answer": texts[i], "hinted": bool(failed[i]), "reward": rewards[i].item()}
+                          "answer": texts[i], "hinted": bool(hinted[i]), "reward": rewards[i].item()}
                          for i in sorted({0, int(rewards.argmax())})])
     if args.save_every and (step + 1) % args.save_every == 0 or step + 1 == args.steps:
         run.save(step + 1, save)

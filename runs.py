@@ -113,6 +113,19 @@ def falling(metrics, key, window=10):
         return f"the {key} has fallen for {3 * window} steps ({means[0]:.3g} -> {means[1]:.3g} -> {means[2]:.3g})."
 
 
+def gap(sampler, trainer, limit):
+    """Mean difference of the sampler's log-probs (a list) to the trainer's (N,), nats. Beyond the limit it raises."""
+    import torch
+
+    mean = (torch.tensor(sampler, device=trainer.device) - trainer).abs().mean().item()
+    if not mean <= limit:  # NaN does not pass either
+        raise ValueError(
+            f"sampler and trainer disagree by {mean:.3g} nats a token, --max-sampler-gap is {limit}: the gradient "
+            "would be wrong. Look for a difference in precision or temperature; the last checkpoint is untouched."
+        )
+    return mean
+
+
 def write_atomically(path, text):
     """Never half a file: written beside, flushed to the disk, renamed."""
     beside = Path(f"{path}.partial")

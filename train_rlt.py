@@ -17,6 +17,7 @@ token ids go from sampling to reward unchanged; the teacher is a LoRA adapter, a
 """
 
 import time
+from collections import Counter
 
 import torch
 from tqdm import tqdm
@@ -162,15 +163,69 @@ def judge(rows, completions):
     return explanations, scored, scored.reward.reward - args.unclosed_penalty * improper
 
 
-def log_probs_of(sides):
-    """Packed log-probs, under whoever speaks now, of (prompt, completion) pairs of ids."""
-    asked, answered = zip(*sides, strict=True)
-    return completion_logprobs(teacher, asked, answered, temperature=args.temperature, vocab=vocab,
-                               head_chunk=args.head_chunk)[0]
+def log_probs_of(batch, asked, answers):
+    """Packed log-probs, under whoever speaks now, of the answers (lists of ids) to the prompts numbered in batch."""
+    return completion_logprobs(teacher, [asked[i] for i in batch], [answers[i] for i in batch], vocab=vocab,
+                               temperature=args.temperature, head_chunk=args.head_chunk)[0]
 
 
-def share(values):
-    return sum(values) / B
+def update(chosen, explanations, answers, scored, advantages, scales):
+    """Optimizer steps on what was sampled, in micro-batches that add up to one loss.
+
+    advantages, scales (B,) -> the last step's loss, its gradient's norm, and grpo_loss's stats a token.
+    """
+    asked, lengths = [prompts.teacher(row) for row in chosen], torch.tensor(scored.completion_lengths)
+    old = scored.old_logprobs.split(scored.completion_lengths)
+    widths = [len(a) + len(b) for a, b in zip(asked, answers, strict=True)]
+    batches = list(micro_batches(widths, args.micro_batch_tokens))
+    tokens = int(lengths.sum())
+    denominator = step_denominator(args.loss, sequences=B, tokens=tokens, max_new_tokens=args.max_new_tokens)
+    reference = [None] * len(batches)
+    if args.beta > 0:
+        with models.using(teacher, "reference"):
+            reference = [log_probs_of(batch, asked, answers) for batch in batches]
+    teacher.train()
+    for _ in range(args.updates_per_batch):
+        total, sums = 0.0, Counter()
+        for batch, ref in zip(batches, reference, strict=True):
+            if args.kl_gradient:
+                policy, token_kl = completion_logprobs_and_kl(
+                    teacher, student, [prompts.scoring(chosen[i], explanations[i]) for i in batch], vocab=vocab,
+                    temperature=args.score_temperature or args.temperature, policy_temperature=args.temperature,
+                    head_chunk=args.head_chunk)
+            else:
+                policy = log_probs_of(batch, asked, answers)
+            loss, stats = grpo_loss(
+                policy, torch.cat([old[i] for i in batch]), ref, advantages[batch], lengths[batch],
+                denominator=denominator, epsilon_low=args.epsilon_low, epsilon_high=args.epsilon_high, beta=args.beta,
+                loss=args.loss)
+            if args.kl_gradient:
+                thoughts = torch.tensor([len(explanations[i].thought) for i in batch])
+                loss = loss + pathwise_kl_loss(token_kl, thoughts, lengths[batch], scales[batch], lam=args.lam,
+                                               alpha=args.alpha, denominator=denominator, loss=args.loss)
+            loss.backward()
+            total += loss.item()
+            sums.update({key: value.item() for key, value in stats.items()})
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
+        optimizer.step()
+        optimizer.zero_grad()
+    teacher.eval()
+    return total, grad_norm, {key: value / tokens for key, value in sums.items()}
+
+
+def summary(chosen, explanations, scored, rewards):
+    """What the log says of a step's explanations: means over them."""
+    share = lambda values: sum(values) / B  # noqa: E731
+    return {
+        "reward": rewards.mean().item(),
+        **{key: getattr(scored.reward, key).mean().item() for key in ("score", "kl", "score_min", "kl_max")},
+        "closed": share(e.closed for e in explanations),
+        "empty": share(not e.thought for e in explanations),
+        "straddled": share(bool(e.left_over.strip()) for e in explanations),
+        "leak": share(leaks(e.text, row["solution"]) for e, row in zip(explanations, chosen, strict=True)),
+        "length": share(scored.completion_lengths),
+        "entropy": scored.entropies.mean().item(),
+    }
 
 
 rank, B = 0, args.prompts_per_step * args.group_size
@@ -184,61 +239,20 @@ for step in progress:
     completions = sample(chosen, step, rank)
     clock.append(time.perf_counter())
 
-    # 2. one pass of the teacher and one of the student: rewards, old log-probs, entropy
+    # 2. one pass of the teacher and one of the student: rewards (B,), old log-probs, entropies
     explanations, scored, rewards = judge(chosen, completions)
-    sampler_logprobs = torch.tensor([p for c in completions for p in c.logprobs], device=device)  # (N,)
-    sampler_gap = (sampler_logprobs - scored.old_logprobs).abs().mean().item()
-    if not sampler_gap <= args.max_sampler_gap:
-        raise ValueError(f"sampler and trainer disagree by {sampler_gap:.3g} nats a token, --max-sampler-gap is "
-                         f"{args.max_sampler_gap}: the gradient would be wrong. Look for a difference in precision or "
-                         "temperature; the last checkpoint is untouched.")
+    sampler_gap = runs.gap([p for c in completions for p in c.logprobs], scored.old_logprobs, args.max_sampler_gap)
     clock.append(time.perf_counter())
 
     # 3. how much better each explanation is than the others of its question
-    advantages = group_advantages(rewards.view(-1, args.group_size), scale=args.advantage_scale).flatten()
-    scales = group_scale(rewards.view(-1, args.group_size), scale=args.advantage_scale)
-    scales = scales.repeat_interleave(args.group_size)  # (B,)
+    groups = rewards.view(-1, args.group_size)
+    advantages = group_advantages(groups, scale=args.advantage_scale).flatten()
+    scales = group_scale(groups, scale=args.advantage_scale).repeat_interleave(args.group_size)
 
-    # 4. update on what was sampled, in micro-batches that add up to one loss
-    lengths = torch.tensor([len(c.ids) for c in completions])
-    old = scored.old_logprobs.split(lengths.tolist())
-    sides = [(prompts.teacher(row), c.ids) for row, c in zip(chosen, completions, strict=True)]
-    batches = list(micro_batches([len(p) + len(c) for p, c in sides], args.micro_batch_tokens))
-    tokens = int(lengths.sum())
-    denominator = step_denominator(args.loss, sequences=B, tokens=tokens, max_new_tokens=args.max_new_tokens)
-    reference = [None] * len(batches)
-    if args.beta > 0:
-        with models.using(teacher, "reference"):
-            reference = [log_probs_of(sides[i] for i in batch) for batch in batches]
+    # 4. update on them
     for group in optimizer.param_groups:
         group["lr"] = args.lr * runs.schedule(step, args.steps, args.warmup_steps, args.final_lr)
-    teacher.train()
-    for _ in range(args.updates_per_batch):
-        loss, totals = 0.0, {}
-        for batch, ref in zip(batches, reference, strict=True):
-            if args.kl_gradient:
-                policy, token_kl = completion_logprobs_and_kl(
-                    teacher, student, [prompts.scoring(chosen[i], explanations[i]) for i in batch], vocab=vocab,
-                    temperature=args.score_temperature or args.temperature, policy_temperature=args.temperature,
-                    head_chunk=args.head_chunk)
-            else:
-                policy = log_probs_of(sides[i] for i in batch)
-            micro_loss, stats = grpo_loss(
-                policy, torch.cat([old[i] for i in batch]), ref, advantages[batch], lengths[batch],
-                denominator=denominator, epsilon_low=args.epsilon_low, epsilon_high=args.epsilon_high, beta=args.beta,
-                loss=args.loss)
-            if args.kl_gradient:
-                thoughts = torch.tensor([len(explanations[i].thought) for i in batch])
-                micro_loss = micro_loss + pathwise_kl_loss(
-                    token_kl, thoughts, lengths[batch], scales[batch], lam=args.lam, alpha=args.alpha,
-                    denominator=denominator, loss=args.loss)
-            micro_loss.backward()
-            loss += micro_loss.item()
-            totals = {key: totals.get(key, 0) + value.item() for key, value in stats.items()}
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
-        optimizer.step()
-        optimizer.zero_grad()
-    teacher.eval()
+    loss, grad_norm, stats = update(chosen, explanations, [c.ids for c in completions], scored, advantages, scales)
     if args.beta > 0 and args.sync_ref_every and (step + 1) % args.sync_ref_every == 0:
         models.sync_reference(teacher, args.sync_ref_mix)
     clock.append(time.perf_counter())
@@ -248,34 +262,21 @@ for step in progress:
     if held_out and (step % args.eval_every == 0 or step + 1 == args.steps):
         eval_reward = judge(held_out, sample(held_out, "held out", step, rank))[2].mean().item()
     entry = {
-        "step": step,
-        "reward": rewards.mean().item(),
-        **{key: getattr(scored.reward, key).mean().item() for key in ("score", "kl", "score_min", "kl_max")},
-        "closed": share(e.closed for e in explanations),
-        "empty": share(not e.thought for e in explanations),
-        "straddled": share(bool(e.left_over.strip()) for e in explanations),
-        "leak": share(leaks(e.text, row["solution"]) for e, row in zip(explanations, chosen, strict=True)),
-        "length": lengths.float().mean().item(),
-        "kl_ref": totals["kl_ref"] / tokens if args.beta > 0 else None,
-        "entropy": scored.entropies.mean().item(),
-        "clip_fraction": totals["clip_fraction"] / tokens,
-        "sampler_gap": sampler_gap,
-        "loss": loss,
-        "lr": optimizer.param_groups[0]["lr"],
-        "grad_norm": grad_norm,
-        "eval_reward": eval_reward,
+        "step": step, **summary(chosen, explanations, scored, rewards), "kl_ref": stats.get("kl_ref"),
+        "clip_fraction": stats["clip_fraction"], "sampler_gap": sampler_gap, "loss": loss,
+        "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm, "eval_reward": eval_reward,
         **{f"t_{phase}": b - a for phase, a, b in zip(("rollout", "score", "update"), clock, clock[1:], strict=False)},
-        "tokens_per_s": int(lengths.sum()) / (clock[-1] - clock[0]),
+        "tokens_per_s": sum(scored.completion_lengths) / (clock[-1] - clock[0]),
     }
     progress.write(run.log(entry))
     if warning := runs.falling(run.metrics, "reward"):
         progress.write(f"warning: {warning} The KL term sees the teacher sharpen, its gradient does not: "
-                       "lower --lr, or raise --beta.")
-    best = int(rewards[: args.group_size].argmax())
+                       "lower --lr, raise --beta, or add --kl-gradient.")
     if step % 10 == 0 or step + 1 == args.steps:
+        best = int(rewards[: args.group_size].argmax())
         run.log_samples([{"step": step, "question": chosen[i]["question"], "solution": chosen[i]["solution"],
                           "explanation": explanations[i].text, "closed": explanations[i].closed,
-                          "reward": rewards[i].item()} for i in {0, best}])
+                          "reward": rewards[i].item()} for i in sorted({0, best})])
     if args.save_every and (step + 1) % args.save_every == 0 or step + 1 == args.steps:
         run.save(step + 1, save)
 
