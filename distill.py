@@ -72,6 +72,8 @@ parser.add_argument("--unclosed-penalty", type=number(float, 0), default=1.0, he
 parser.add_argument("--batch-size", type=number(int, 1), default=256, help="explanations sampled side by side")
 parser.add_argument("--micro-batch-tokens", type=number(int, 1), default=8192, help="padded tokens a scoring pass")
 parser.add_argument("--head-chunk", type=number(int, 1), default=1024, help="rows of logits that exist at a time")
+parser.add_argument("--logits-dtype", choices=("float32", "bfloat16"), default="float32", help="of the logits that the "
+                    "reward is computed from; bfloat16 halves their traffic where the heads are bfloat16")
 parser.add_argument("--seed", type=number(int, 0), default=0, help="of every draw")
 parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
 parser.add_argument("--out", default="runs/distilled.jsonl", help="file to write")
@@ -125,7 +127,8 @@ def explain(asked, batch):
     scored = score_explanations(
         teacher, student, [prompts.scoring(*pair) for pair in zip(asked, explanations, strict=True)],
         lam=args.lam, alpha=args.alpha, kl=args.kl, temperature=args.score_temperature or args.temperature,
-        vocab=vocab, head_chunk=args.head_chunk, micro_batch_tokens=args.micro_batch_tokens).reward
+        vocab=vocab, head_chunk=args.head_chunk, micro_batch_tokens=args.micro_batch_tokens,
+        logits_dtype=getattr(torch, args.logits_dtype)).reward
     improper = torch.tensor([not (e.closed and e.thought) for e in explanations], device=device)
     rewards = scored.reward - args.unclosed_penalty * improper
     for row, explanation, (ids, _), *numbers in zip(

@@ -339,6 +339,7 @@ CHANGES = {  # flag: (another value, what must change, in which step)
 }
 ELSEWHERE = {  # flag: the test that shows what it does
     "--kl-gradient": "test_kl_gradient.py",
+    "--logits-dtype": "test_the_logits_of_the_reward",
     "--model": "test_real_rows",
     "--student": "test_real_rows",
     "--data": "test_real_rows",
@@ -399,6 +400,15 @@ def test_the_clip_flags(workshop, tmp_path):
         clipped[low, high] = entries[0]["clip_fraction"]
     assert clipped[0.9, 100] < min(clipped[0.9, 0.01], clipped[0.01, 100]) <= clipped[0.01, 0.01]
     assert train(workshop, tmp_path / "once")[0][0]["clip_fraction"] == 0
+
+
+def test_the_logits_of_the_reward(workshop, tmp_path):
+    """Rounded to bfloat16 they move the reward a little, where the heads are bfloat16, and nothing else."""
+    flags = ["--teacher-bits", 16, "--student-bits", 16, "--steps", 1]
+    [exact], _ = train(workshop, tmp_path / "exact", *flags)
+    [rounded], _ = train(workshop, tmp_path / "rounded", *flags, "--logits-dtype", "bfloat16")
+    assert exact["length"] == rounded["length"]
+    assert exact["kl"] != rounded["kl"] and exact["kl"] == pytest.approx(rounded["kl"], abs=0.05)
 
 
 def test_the_sampler_gate(workshop, tmp_path):
