@@ -33,7 +33,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 def flags(doc):
     """A script's parser: its docstring, defaults in --help, no abbreviations. Errors of ours become one line."""
-    sys.excepthook = _one_line
+    sys.excepthook = one_line
     return argparse.ArgumentParser(
         description=doc, usage="%(prog)s [flags]", formatter_class=_Help, allow_abbrev=False
     )
@@ -63,7 +63,7 @@ def _a(kind):
     return {int: "a whole number", float: "a number"}[kind]
 
 
-def _one_line(kind, error, trace):
+def one_line(kind, error, trace):
     """Complaints that this repository raises itself say all there is to say; anything else keeps its traceback."""
     last = trace
     while last and last.tb_next:

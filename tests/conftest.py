@@ -1,5 +1,7 @@
 """What the tests share: small models and tokenizers, made here; public rows from RLT_TEST_DATA where that is set."""
 
+import contextlib
+import io
 import os
 import runpy
 import subprocess
@@ -8,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import runs
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -89,6 +93,21 @@ def call(folder, script, *flags):
     finally:
         sys.argv, sys.excepthook = before[0], before[2]
         os.chdir(before[1])
+
+
+def said(folder, script, *flags):
+    """(stdout, stderr) of a script that ends before it works, as its user sees them: --help, or a refusal."""
+    streams = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+        try:
+            call(folder, script, *flags)
+        except SystemExit:
+            pass
+        except Exception:
+            runs.one_line(*sys.exc_info())  # what the script has put in the place of a traceback
+        else:
+            raise AssertionError(f"{script} {flags} ran")
+    return tuple(stream.getvalue() for stream in streams)
 
 
 @pytest.fixture(scope="session")

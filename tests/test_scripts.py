@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, call, data_file, run_script
+from conftest import ROOT, call, data_file, run_script, said
 
 import models
 import runs
@@ -263,7 +263,7 @@ def test_every_flag_has_help_and_is_used(script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_lists_every_flag_with_its_default(script):
-    shown = run_script(ROOT, script, "--help").stdout
+    shown, _ = said(ROOT, script, "--help")
     for flag in options(script):
         assert flag in shown
     assert "(default: " in shown
@@ -297,12 +297,17 @@ def test_help_lists_every_flag_with_its_default(script):
 )
 def test_bad_values_end_in_one_line(workshop, tmp_path, script, flags, complaint):
     """One line that says the next move, no traceback, and no folder left behind that blocks the next try."""
-    out = tmp_path / "out"
-    done = run_script(workshop, script, *flags, "--out", out, check=False)
-    assert done.returncode != 0
-    lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("usage:")]
-    assert len(lines) == 1 and complaint in lines[0], done.stderr
-    assert not (out / "metrics.jsonl").exists()
+    _, stderr = said(workshop, script, *flags, "--out", tmp_path / "out")
+    lines = [line for line in stderr.splitlines() if line.strip() and not line.startswith("usage:")]
+    assert len(lines) == 1 and complaint in lines[0], stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_refusal_in_a_process_of_its_own(workshop):
+    done = run_script(workshop, "train_rlt.py", "--model", "runs/nowhere", check=False)
+    assert done.returncode == 1 and done.stdout == ""
+    assert re.fullmatch(r"train_rlt.py: runs/nowhere is no folder: expected .*\n", done.stderr), done.stderr
+    assert run_script(workshop, "distill.py", "--samples", "0", check=False).returncode == 2
 
 
 CHANGES = {  # flag: (another value, what must change, in which step)
@@ -593,5 +598,4 @@ def test_a_solver_keeps_what_the_grader_accepts(workshop, tmp_path, monkeypatch)
     ],
 )
 def test_distill_flags_that_exclude_each_other(workshop, flags):
-    done = run_script(workshop, "distill.py", *flags, check=False)
-    assert done.returncode == 2 and "error: --" in done.stderr
+    assert "error: --" in said(workshop, "distill.py", *flags)[1]
