@@ -71,8 +71,9 @@ def toy_accuracy():
             axes.plot(values, [y + offset] * len(values), "k.", ms=3)
     axes.set_yticks(range(len(MAIN)), [NAMES[arm] for arm in reversed(MAIN)])
     axes.grid(axis="y", visible=False)
-    axes.set_xlim(0, 100)
-    axes.set_xlabel("held-out exact match, % (dark: greedy, light: T = 1; bars: mean and deviation over seeds)")
+    axes.set_xlim(0, 103)
+    axes.set_xlabel("held-out exact match, %\ndark: greedy, light: T = 1; bar: mean, whisker: deviation, dots: seeds",
+                    fontsize=8)
     save(figure, "toy_accuracy")
 
 
@@ -88,8 +89,8 @@ def toy_reward():
                           label=NAMES[arm] if i == 0 else None)
             axes.set_title({"leak": "share that leaks"}.get(key, key))
             axes.set_xlabel("step")
-    panels[0].set_title("reward (each arm's own lambda)")
-    panels[2].legend(fontsize=7)
+    panels[0].set_title("reward, by the arm's own lambda", fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=2, bbox_to_anchor=(0.5, -0.08))
     save(figure, "toy_reward")
 
 
@@ -187,7 +188,7 @@ def bench_text():
 
 def save(figure, name):
     figure.tight_layout()
-    figure.savefig(HERE / f"{name}.png", dpi=150)
+    figure.savefig(HERE / f"{name}.png", dpi=150, bbox_inches="tight")
     plt.close(figure)
     print(f"figures/{name}.png")
 

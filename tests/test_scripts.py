@@ -304,7 +304,7 @@ def test_bad_values_end_in_one_line(workshop, tmp_path, script, flags, complaint
 
 
 def test_a_refusal_in_a_process_of_its_own(workshop):
-    done = run_script(workshop, "train_rlt.py", "--model", "runs/nowhere", check=False)
+    done = run_script(workshop, "train_rlt.py", "--model", "runs/nowhere", "--out", "runs/never", check=False)
     assert done.returncode == 1 and done.stdout == ""
     assert re.fullmatch(r"train_rlt.py: runs/nowhere is no folder: expected .*\n", done.stderr), done.stderr
     assert run_script(workshop, "distill.py", "--samples", "0", check=False).returncode == 2
