@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import models
 import runs
-from evaluate import GOLD, grade_all
+from evaluate import GOLD, gradable, grade_all
 from prompts import THOUGHT, Prompts, between, leaks, load_rows
 from rewards import score_explanations
 from runs import number, seed_for
@@ -72,8 +72,8 @@ parser.add_argument("--unclosed-penalty", type=number(float, 0), default=1.0, he
 parser.add_argument("--batch-size", type=number(int, 1), default=256, help="explanations sampled side by side")
 parser.add_argument("--micro-batch-tokens", type=number(int, 1), default=8192, help="padded tokens a scoring pass")
 parser.add_argument("--head-chunk", type=number(int, 1), default=1024, help="rows of logits that exist at a time")
-parser.add_argument("--logits-dtype", choices=("float32", "bfloat16"), default="float32", help="of the logits that the "
-                    "reward is computed from; bfloat16 halves their traffic where the heads are bfloat16")
+parser.add_argument("--logits-dtype", choices=("float32", "bfloat16"), default="float32", help="of the logits in the "
+                    "scoring pass; bfloat16 halves their traffic where the heads are bfloat16, and rounds the reward")
 parser.add_argument("--seed", type=number(int, 0), default=0, help="of every draw")
 parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
 parser.add_argument("--out", default="runs/distilled.jsonl", help="file to write")
@@ -83,6 +83,8 @@ if args.score_file and (args.samples > 1 or args.solver):
     parser.error("--score-file reads explanations, --samples and --solver make them: pass one or the other")
 if args.solver and (args.keep == "best" or args.partition):
     parser.error("--solver gives no rewards: --keep best and --partition need them")
+if args.keep == "best" and args.samples == 1:
+    parser.error("--keep best chooses among the --samples of a row: pass 2 or more")
 if args.keep_wrong and not args.solver:
     parser.error("--keep-wrong does nothing without --solver")
 # ---------------------------------------------------------------------------------------------------------
@@ -93,6 +95,8 @@ done = 0  # batches that are whole in the file
 if out.exists() and not args.resume:
     raise FileExistsError(f"{out} is there already. Pass --resume to go on, or another --out.")
 if out.exists():
+    if not config.exists():
+        raise FileExistsError(f"{out} is no output of distill.py, {config} is missing. Pass another --out.")
     runs.check_same_flags(out, json.loads(config.read_text())["flags"], vars(args))
     written = runs.read_jsonl(out)
     done = written[-1]["batch"] if written else 0  # the last one may be cut short: draw it again
@@ -101,11 +105,14 @@ if out.exists():
 student_name = args.student or models.base_of(args.model)
 rows = load_rows(args.score_file or models.rows_of(args.data, "train"), question_column=args.question_column,
                  solution_column=args.solution_column, limit=args.limit, skip_bad=args.skip_bad_rows)
+if args.solver:
+    rows = gradable(args.task, rows)
 tokenizer = models.load_tokenizer(args.model)
 models.check_same_tokenizer(tokenizer, models.load_tokenizer(student_name))
 prompts, vocab = Prompts(tokenizer, args.solution_in), len(tokenizer)
 room = models.context_of(args.model, student_name) - (0 if args.score_file else args.max_new_tokens)
-rows = prompts.fitting(rows, room, skip=args.skip_bad_rows, written=bool(args.score_file))
+also = [lambda row: prompts.written(row)[0]] if args.score_file else []
+rows = prompts.fitting(rows, room, skip=args.skip_bad_rows, also=also)
 teacher = models.load_model(args.model, bits=args.teacher_bits, device=device)
 student = None if args.solver else models.load_model(student_name, bits=args.student_bits, device=device)
 out.parent.mkdir(parents=True, exist_ok=True)
@@ -187,4 +194,6 @@ if args.partition:
 shown = [key for key in ("reward", "score", "kl", "right", "closed", "leak", "length") if written and key in written[0]]
 means = " | ".join(f"{key} {sum(row[key] for row in written) / len(written):.4g}" for key in shown)
 print(f"{out}: {len(written)} explanations of {len(rows)} rows | {means}")
-print("Next: python sft_student.py" + (f" --data {out}" if args.out != "runs/distilled.jsonl" else ""))
+flags = f" --data {out}" if args.out != "runs/distilled.jsonl" else ""
+flags += f" --model {student_name}" if args.data != "toy" or args.score_file else ""
+print(f"Next: python sft_student.py{flags}")

@@ -21,7 +21,9 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it offers a hub ker
 HERE = Path(__file__).resolve().parent
 MADE_ON_FIRST_USE = {  # name: (folder, the command that makes it, what is being made)
     "toy": ("runs/toy", ["data/toy.py"], "the toy (rows, tokenizer, base model: two minutes)"),
-    "toy-teacher": ("runs/toy-teacher", ["sft_student.py", "--format", "teacher"], "the toy's warm-up teacher"),
+    "toy-teacher": (
+        "runs/toy-teacher", ["sft_student.py", "--format", "teacher", "--resume"], "the toy's warm-up teacher"
+    ),
 }
 
 
@@ -29,17 +31,19 @@ def resolve(name):
     """The folder (or hub id) that a model's name stands for. Makes the toy when it is asked for and missing."""
     if name in MADE_ON_FIRST_USE:
         folder, (script, *flags), what = MADE_ON_FIRST_USE[name]
-        if not Path(folder).exists():
+        if not any((Path(folder) / whole).exists() for whole in ("model.safetensors", "final")):
             print(f"{folder} is missing: making {what}, once.", flush=True)
             subprocess.run([sys.executable, str(HERE / script), *flags, "--out", folder], check=True)
         name = folder
     path = Path(name)
     if (path / "final").is_dir():
-        return str(path / "final")
+        return str((path / "final").resolve())
     if (path / "metrics.jsonl").exists():
         raise FileNotFoundError(f"{name} has no final/: that run has not finished. Continue it with --resume.")
-    if path.is_dir() or (name.count("/") <= 1 and not name.startswith((".", "/", "runs/"))):
-        return str(name)
+    if path.is_dir():  # absolute, since adapters remember their base by it
+        return str(path.resolve())
+    if (name.count("/") <= 1 and not name.startswith((".", "/", "runs/"))):
+        return name
     raise FileNotFoundError(f"{name} is no folder: expected a run folder, a model folder, a hub id (org/name) or toy.")
 
 
@@ -66,7 +70,13 @@ def load_tokenizer(name):
     """
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(resolve(name))
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(resolve(name))
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"{name}: expected a model's folder, a run folder or a hub id ({reason})") from None
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {name} has no end-of-sequence token: expected an instruct model's.")
     if tokenizer.pad_token_id is None:
@@ -151,10 +161,13 @@ def load_lora(name, *, bits, device, rank, alpha, targets, seed, reference=False
     """
     from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
-    folder = resolve(name)
+    folder, names = resolve(name), [target.strip() for target in targets.split(",")]
     torch.manual_seed(seed)
     if (Path(folder) / "adapter_config.json").exists():
         config = PeftConfig.from_pretrained(folder)
+        theirs = sorted(config.target_modules)
+        if targets != "all-linear" and sorted(names) != theirs:
+            raise ValueError(f"{name} holds an adapter on {', '.join(theirs)}: leave --lora-targets out.")
         if (config.r, config.lora_alpha) != (rank, alpha):
             raise ValueError(
                 f"{name} holds an adapter of rank {config.r} and alpha {config.lora_alpha}, asked for were {rank} and "
@@ -164,12 +177,14 @@ def load_lora(name, *, bits, device, rank, alpha, targets, seed, reference=False
         model = PeftModel.from_pretrained(base, folder, is_trainable=True)
     else:
         base = load_model(folder, bits=bits, device=device)
-        targets = targets if targets == "all-linear" else targets.split(",")
+        head = base.get_output_embeddings()
+        linear = {path.rpartition(".")[2] for path, module in base.named_modules()
+                  if isinstance(module, torch.nn.Linear) and module is not head}
+        if targets != "all-linear" and not linear.issuperset(names):
+            raise ValueError(f"--lora-targets {targets}: expected all-linear, or some of {', '.join(sorted(linear))}.")
+        targets = targets if targets == "all-linear" else names
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
-        try:
-            model = get_peft_model(base, config)
-        except ValueError as error:
-            raise ValueError(f"--lora-targets {targets}: {error}") from None
+        model = get_peft_model(base, config)
     if reference:
         model.add_adapter("reference", model.peft_config["default"])
         with torch.no_grad():
@@ -224,7 +239,7 @@ def sync_reference(model, mix):
 
 
 def fingerprint(model):
-    """A hash of the weights under the adapters: 64 numbers of every tensor, with its name, shape and type."""
+    """A hash of a sample of the weights under the adapters: some hundred numbers of every tensor, its name and type."""
     digest = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
         if "lora_" not in name:

@@ -86,7 +86,10 @@ def _read(source, limit):
                     yield f"{source} line {number}", error
         return
     if path.suffix == ".json" and path.is_file():
-        table = json.loads(path.read_bytes())
+        try:
+            table = json.loads(path.read_bytes())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{source} is not JSON ({error}). Mend it, or save it as JSONL.") from None
         if not isinstance(table, list):
             raise ValueError(f"{source} holds a {type(table).__name__}, expected a list of rows. Save it as JSONL.")
     else:
@@ -97,7 +100,11 @@ def _read(source, limit):
         elif path.exists() or path.suffix in (".jsonl", ".json", ".parquet"):
             raise FileNotFoundError(f"{source}: expected a .jsonl, .json or .parquet file that exists, or a hub id.")
         else:
-            table = load_dataset(str(source), split="train")
+            try:
+                table = load_dataset(str(source), split="train")
+            except Exception as error:  # whatever the hub has to say, in its first line
+                reason = str(error).strip().partition("\n")[0]
+                raise FileNotFoundError(f"{source}: expected a file, or a hub id with a train split: {reason}") from None
     for number, raw in enumerate(table):
         if number == limit:
             return
@@ -108,7 +115,7 @@ def _canonical(raw, where, question_column, solution_column, solved):
     """One row in our words. Raises ValueError with the end of a sentence that starts with the row's place."""
     if not isinstance(raw, dict):
         raise ValueError(f"holds a {type(raw).__name__}, expected an object")
-    row = {**raw, "where": where}
+    row, boxed = {**raw, "where": where}, ""
     if question_column or solution_column:
         question, solution = question_column or "question", solution_column or "solution"
         for column in (question, solution):
@@ -118,18 +125,17 @@ def _canonical(raw, where, question_column, solution_column, solved):
     elif "conversations" in raw:
         row |= _stratos(raw["conversations"])
     elif "problem" in raw and "solution" in raw:  # MATH, AIME
-        row["question"] = BOXED + str(raw["problem"])
+        row["question"], boxed = raw["problem"], BOXED
     elif "question" in raw and "solution" in raw:
         pass
     elif "question" in raw and "answer" in raw:  # GSM8K: steps with calculator marks, then "#### 72"
-        row["question"], row["solution"] = BOXED + str(raw["question"]), _gsm8k_solution(raw["answer"])
-    elif "nums" in raw and "target" in raw and not solved:
+        row["solution"], boxed = _gsm8k_solution(raw["answer"]), BOXED
+    elif isinstance(raw.get("nums"), list) and "target" in raw and not solved:
         numbers = ", ".join(map(str, raw["nums"]))
-        row["question"] = (
-            f"{BOXED}Using each of the numbers {numbers} exactly once, with + - * / and parentheses, "
-            f"write an expression that equals {raw['target']}."
-        )
-        row["solution"] = None
+        row["question"], row["solution"], boxed = (
+            f"Using each of the numbers {numbers} exactly once, with + - * / and parentheses, write an expression that "
+            f"equals {raw['target']}."
+        ), None, BOXED
     else:
         raise ValueError(
             f'has no "question" and "solution"; columns found: {", ".join(raw)}; name them by '
@@ -137,14 +143,16 @@ def _canonical(raw, where, question_column, solution_column, solved):
         )
     for column in ("question", "solution") if solved else ("question",):
         if not isinstance(row[column], str):
-            raise ValueError(f'has a {column} of type {type(row[column]).__name__}, expected text')
+            raise ValueError(f"has a {column} of type {type(row[column]).__name__}, expected text")
         if not row[column].strip():
             raise ValueError(f"has an empty {column}")
+    row["question"] = boxed + row["question"]
     return row
 
 
 def _stratos(turns):
     """Bespoke-Stratos: a user turn, and an assistant turn with a thought and a solution in their tags."""
+    turns = turns if isinstance(turns, list) else []
     said = {turn.get("from"): turn.get("value") for turn in turns if isinstance(turn, dict)}
     answer = said.get("assistant")
     parts = [between(answer, *tags) if isinstance(answer, str) else None for tags in (THOUGHT, SOLUTION)]
@@ -163,10 +171,25 @@ def between(text, start, end):
 def _gsm8k_solution(answer):
     import re
 
-    steps, mark, number = str(answer).rpartition("####")
-    if not mark:
+    steps, mark, value = str(answer).rpartition("####")
+    if not mark or not value.strip():
         raise ValueError('has an answer without "#### number"')
-    return re.sub(r"<<.*?>>", "", steps).rstrip() + f"\n\\boxed{{{number.strip()}}}"
+    return re.sub(r"<<.*?>>", "", steps).rstrip() + f"\n\\boxed{{{value.strip()}}}"
+
+
+def viewed(rows, view, skip=False):
+    """[(row, view(row))] of the rows. One that the view refuses (ValueError) raises with its place, or is left out."""
+    kept, out = [], []
+    for row in rows:
+        try:
+            kept.append((row, view(row)))
+        except ValueError as error:
+            if not skip:
+                raise ValueError(f"{row['where']} {error}, or pass --skip-bad-rows to leave such rows out.") from None
+            out.append(f"{row['where']} {error}")
+    if out:
+        print(f"{len(out)} of {len(rows)} rows left out, the first: {out[0]}")
+    return kept
 
 
 def leaks(explanation, solution):
@@ -230,7 +253,10 @@ class Prompts:
         self._closing = tokenizer.decode(self.encode(EXPLANATION[1])).encode()
 
     def encode(self, text):
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        try:
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        except Exception as error:  # tokenizers has no class of its own for a word without a token
+            raise ValueError(f"can't be tokenized ({error}): use words that the model has") from None
 
     def question(self, row):
         """Ids of the student's prompt: system, question, and the start of an empty assistant turn."""
@@ -238,9 +264,12 @@ class Prompts:
 
     def hinted(self, row):
         """The student's prompt with the row's `hint` after the question (Guide-GRPO)."""
-        if not isinstance(row.get("hint"), str):
-            raise ValueError(f'{row["where"]} has no "hint"; columns found: {", ".join(row)}.')
-        return self._turn(STUDENT_SYSTEM, f"{row['question']}\n\n{row['hint']}")
+        return self._turn(STUDENT_SYSTEM, f"{row['question']}\n\n{self._column(row, 'hint')}")
+
+    def _column(self, row, name):
+        if not isinstance(row.get(name), str):
+            raise ValueError(f'has no "{name}" (columns found: {", ".join(row)}): give the rows one')
+        return row[name]
 
     def student(self, row):
         """The plain prompt with the thought opened: what stands before an explanation when the student scores it."""
@@ -263,36 +292,23 @@ class Prompts:
 
         A row that distill.py wrote (it has `messages`) is taken as it is; other texts get a blank line at the end.
         """
-        if not isinstance(row.get("explanation"), str):
-            raise ValueError(f'{row["where"]} has no "explanation"; columns found: {", ".join(row)}.')
-        closed = row.get("closed", True)
-        text = row["explanation"] if "messages" in row else row["explanation"].strip("\n") + "\n\n"
+        closed, text = row.get("closed", True), self._column(row, "explanation")
+        text = text if "messages" in row else text.strip("\n") + "\n\n"
         return (self.encode(text + EXPLANATION[1]) + [self.tokenizer.eos_token_id], True) if closed else (
             self.encode(text), False)
 
-    def fitting(self, rows, room, skip=False, written=False):
-        """The rows whose prompts and solution, and explanation if it is `written`, fit into `room` tokens."""
-        kept = []
-        for row in rows:
-            if not (complaint := self._misfit(row, room, written)):
-                kept.append(row)
-            elif not skip:
-                raise ValueError(f"{row['where']} {complaint}, or pass --skip-bad-rows to leave such rows out.")
-        if len(kept) < len(rows):
-            print(f"{len(rows) - len(kept)} of {len(rows)} rows don't fit the model and are left out")
-        return kept
+    def fitting(self, rows, room, skip=False, also=()):
+        """The rows whose prompts and solution, and what `also` makes ids of, fit into `room` tokens."""
 
-    def _misfit(self, row, room, written):
-        try:
+        def length(row):
             solution = len(self.encode(row["solution"] or ""))
-            length = max(len(self.teacher(row)), len(self.student(row)) + solution + 32)  # 32: the tags between
-            length += len(self.written(row)[0]) if written else 0
-        except ValueError:
-            raise
-        except Exception as error:  # tokenizers has no class of its own for a word without a token
-            return f"can't be tokenized ({error}): use words that the model has"
-        if length > room:
-            return f"takes {length} tokens of prompt and solution, room is for {room}: shorten it"
+            tokens = max(len(self.teacher(row)), len(self.student(row)) + solution + 32)  # 32: the tags between
+            tokens += sum(len(ids_of(row)) for ids_of in also)
+            if tokens > room:
+                raise ValueError(f"takes {tokens} tokens, room is for {room}: shorten it, lower --max-new-tokens")
+            return tokens
+
+        return [row for row, _ in viewed(rows, length, skip)]
 
     def split(self, ids, finished):
         """Take a teacher's completion apart. ids: all that was sampled, the end of turn included if finished.
@@ -344,9 +360,7 @@ class Prompts:
             text = self.tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
             prompt, answer = self.encode(text), answer["content"]
         else:
-            if not isinstance(row.get("explanation"), str):
-                raise ValueError(f'{row["where"]} has no "explanation"; columns found: {", ".join(row)}.')
-            padded = row["explanation"].strip("\n") + "\n\n"
+            padded = self._column(row, "explanation").strip("\n") + "\n\n"
             if view == "student":
                 prompt, answer = self.question(row), self.distilled(row, padded)[-1]["content"]
             else:
@@ -364,7 +378,8 @@ def _token_bytes(tokenizer):
         byte = {character: value for value, character in bytes_to_unicode().items()}
         vocabulary = tokenizer.convert_ids_to_tokens
         return lambda i: added[i] if i in added else bytes(byte[c] for c in vocabulary(i))
-    # other tokenizers decode without loss, up to how a text starts: look at each token behind another one
+    # word-level and the like: look at each token behind another one. A lone byte of a byte-fallback tokenizer decodes
+    # to a replacement character, so there a character that is cut in half is not told from a whole one
     anchor = tokenizer.eos_token_id
     before = len(tokenizer.decode([anchor]))
     return lambda i: tokenizer.decode([anchor, i])[before:].encode()

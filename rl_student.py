@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import models
 import runs
-from evaluate import answer_of, grade_all
+from evaluate import answer_of, gradable, grade_all
 from grpo import LOSSES, group_advantages, grpo_loss, guided_loss, step_denominator
 from prompts import Prompts, load_rows
 from rewards import completion_logprobs, implementation, micro_batches
@@ -42,8 +42,9 @@ parser.add_argument("--data", default="toy", help="rows with what the task is gr
 parser.add_argument("--limit", type=number(int, 1), default=None, help="use the first rows only")
 parser.add_argument("--skip-bad-rows", action="store_true", help="leave bad and over-long rows out, and count them")
 # reward
-parser.add_argument("--rewards", type=float, nargs=3, default=[-1.0, -0.5, 1.0], metavar=("NONE", "WRONG", "RIGHT"),
-                    help="of no answer, a wrong one, the right one; 0 0 1: binary, which --hints take")
+parser.add_argument("--rewards", type=number(float), nargs=3, default=[-1.0, -0.5, 1.0],
+                    metavar=("NONE", "WRONG", "RIGHT"), help="of no answer, a wrong one, the right one; 0 0 1: binary, "
+                    "which --hints take")
 parser.add_argument("--keep-zero-groups", action="store_true", help="count groups without signal in the loss's "
                     "denominator, and their KL to the reference; else they are dropped")
 # hints
@@ -106,9 +107,8 @@ rows = load_rows(models.rows_of(args.data, "train"), limit=args.limit, skip_bad=
                  solved=args.task != "countdown")
 tokenizer = models.load_tokenizer(args.model)
 prompts, vocab = Prompts(tokenizer), len(tokenizer)
-rows = prompts.fitting(rows, models.context_of(args.model) - args.max_new_tokens, skip=args.skip_bad_rows)
-if args.hints:
-    prompts.hinted(rows[0])  # raises where there is no hint
+rows = prompts.fitting(gradable(args.task, rows), models.context_of(args.model) - args.max_new_tokens,
+                       skip=args.skip_bad_rows, also=[prompts.hinted] if args.hints else [])
 held_out = rows[-args.eval_rows :] if args.eval_every else []
 rows = rows[: len(rows) - len(held_out)]
 if len(rows) < args.prompts_per_step:
@@ -123,8 +123,8 @@ optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
 
 if run.checkpoint:
     models.restore(student, run.checkpoint)
-    optimizer.load_state_dict(torch.load(run.checkpoint / "optimizer.pt", weights_only=True))
-run.start(base_hash=models.fingerprint(student), device=str(device), rows=len(rows))
+    optimizer.load_state_dict(torch.load(run.checkpoint / "optimizer.pt", map_location="cpu"))
+run.start(base_hash=models.fingerprint(student), data_hash=runs.digest(rows), device=str(device), rows=len(rows))
 print(f"{run.folder}: {sum(p.numel() for p in parameters):,} trained parameters, {len(rows)} rows, {device}, "
       f"log-probs by {implementation('auto', device.type)}", flush=True)
 
@@ -285,4 +285,5 @@ for step in progress:
         run.save(step + 1, save)
 
 final = run.finish(lambda folder: models.save_model(student, tokenizer, folder))
-print(f"The student is in {final}. Next: python evaluate.py --task {args.task} --model {args.model} {args.out}")
+flags = f" --data {args.data}" if args.data != "toy" else ""
+print(f"The student is in {final}. Next: python evaluate.py --task {args.task} --model {args.model} {args.out}{flags}")

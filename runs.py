@@ -48,6 +48,7 @@ def number(kind, low=None, high=None, above=None):
         except ValueError:
             raise argparse.ArgumentTypeError(f"got {text!r}, expected {_a(kind)}") from None
         for wrong, rule in (
+            (not math.isfinite(value), "a finite one"),
             (low is not None and not value >= low, f"at least {low}"),
             (high is not None and not value <= high, f"at most {high}"),
             (above is not None and not value > above, f"more than {above}"),
@@ -73,6 +74,12 @@ def one_line(kind, error, trace):
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
+
+
+def digest(rows):
+    """A hash of rows' questions and solutions: a resumed run must find those it was started on."""
+    text = json.dumps([(row["question"], row["solution"]) for row in rows])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def seed_for(*key):
@@ -161,7 +168,10 @@ def _git():
     def ask(*what):
         return subprocess.run(["git", *what], cwd=HERE, capture_output=True, text=True)
 
-    commit = ask("rev-parse", "HEAD")
+    try:
+        commit = ask("rev-parse", "HEAD")
+    except FileNotFoundError:  # no git on this machine
+        return None
     if commit.returncode:
         return None
     return {"commit": commit.stdout.strip(), "dirty": bool(ask("status", "--porcelain", "-uno").stdout.strip())}
@@ -187,29 +197,31 @@ class Run:
         self.folder = Path(args.out)
         self.metrics, self.samples = self.folder / "metrics.jsonl", self.folder / "samples.jsonl"
         self.step, self.checkpoint, self.before = 0, None, {}
-        if self.metrics.exists() and not args.resume:
-            raise FileExistsError(
-                f"{self.folder} already holds a run. Pass --resume to continue it, or another --out."
-            )
+        if self.folder.is_file() or (self.folder.is_dir() and any(self.folder.iterdir()) and not args.resume):
+            raise FileExistsError(f"{self.folder} is there already. Pass --resume to continue a run, or another --out.")
         self.config = describe(args)
         before = self.folder / "config.json"
-        if args.resume and before.exists():
+        if before.exists():
             self.before = json.loads(before.read_text())
+            if "flags" not in self.before:
+                raise FileExistsError(f"{self.folder} holds something else than a run. Pass another --out.")
             check_same_flags(self.folder, self.before["flags"], vars(args))
             whole = sorted(p for p in self.folder.glob("step_*") if p.suffix != ".partial")
             if whole:
                 self.checkpoint, self.step = whole[-1], int(whole[-1].name.removeprefix("step_"))
+                if self.step > args.steps:
+                    raise ValueError(f"{self.folder} has done {self.step} steps, --steps is {args.steps}: raise it.")
 
     def start(self, **facts):
         """Write config.json, with these facts too, and cut the logs back to the checkpoint: the first trace of a run.
 
-        A resumed run must find the base it was started on.
+        A resumed run must find the weights and the rows it was started on.
         """
-        for key in ("base_hash", "student_hash"):
+        for key in ("base_hash", "student_hash", "data_hash"):
             if key in facts and self.before.get(key) not in (None, facts[key]):
                 raise ValueError(
-                    f"--resume: the weights behind {self.folder} have changed ({key} {self.before[key][:12]} -> "
-                    f"{facts[key][:12]}). Restore the base it was trained on, or start anew with another --out."
+                    f"--resume: {key} is not what it was when {self.folder} was started: the weights or rows have "
+                    "changed, or are loaded in another precision. Restore them, or start anew with another --out."
                 )
         self.config |= facts
         self.folder.mkdir(parents=True, exist_ok=True)

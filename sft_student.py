@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import models
 import runs
-from prompts import Prompts, load_rows
+from prompts import Prompts, load_rows, viewed
 from rewards import completion_logprobs, micro_batches
 from runs import number
 
@@ -60,7 +60,7 @@ parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
 # run folder
 parser.add_argument("--out", default=None, help="run folder; None: runs/student, for a teacher runs/toy-teacher")
 parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out, or start")
-parser.add_argument("--save-every", type=number(int, 0), default=0, help="steps between checkpoints; 0: none")
+parser.add_argument("--save-every", type=number(int, 0), default=0, help="steps between checkpoints; 0: at the end")
 parser.add_argument("--eval-every", type=number(int, 0), default=50, help="steps between validation losses; 0: never")
 args = parser.parse_args()
 args.out = args.out or {"student": "runs/student", "teacher": "runs/toy-teacher"}[args.format]
@@ -77,18 +77,17 @@ tokenizer = models.load_tokenizer(args.model)
 prompts, vocab = Prompts(tokenizer, args.solution_in), len(tokenizer)
 
 examples, cut = [], 0  # (ids before the loss starts, ids with loss)
-for row in rows:
-    ids, start = prompts.sft(row, args.format)
+for _, (ids, start) in viewed(rows, lambda row: prompts.sft(row, args.format), skip=args.skip_bad_rows):
     cut += len(ids) > args.max_tokens
     if start < args.max_tokens:
         examples.append((ids[:start], ids[start : args.max_tokens]))
 if cut:
     print(f"{cut} of {len(rows)} rows are longer than --max-tokens {args.max_tokens} and were cut; "
           f"{len(rows) - len(examples)} of them have nothing left to learn and are out")
+if len(examples) <= args.val_rows:
+    raise ValueError(f"{len(examples)} rows, --val-rows takes {args.val_rows} of them: give more rows, or lower it.")
 validation = examples[len(examples) - args.val_rows :]
 examples = examples[: len(examples) - args.val_rows]
-if not examples:
-    raise ValueError(f"no rows are left beside {args.val_rows} for validation: give more rows, or lower --val-rows.")
 
 if args.lora_rank:
     model = models.load_lora(args.model, bits=args.bits, device=device, rank=args.lora_rank, alpha=args.lora_alpha,
@@ -101,8 +100,8 @@ optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_d
 base_hash = models.fingerprint(model)
 if run.checkpoint:
     models.restore(model, run.checkpoint)
-    optimizer.load_state_dict(torch.load(run.checkpoint / "optimizer.pt", weights_only=True))
-run.start(base_hash=base_hash, device=str(device), rows=len(examples), cut=cut)
+    optimizer.load_state_dict(torch.load(run.checkpoint / "optimizer.pt", map_location="cpu"))
+run.start(base_hash=base_hash, data_hash=runs.digest(rows), device=str(device), rows=len(examples), cut=cut)
 count = sum(p.numel() for p in parameters)
 print(f"{run.folder}: {count:,} trained parameters, {len(examples)} rows, {device}", flush=True)
 
@@ -146,10 +145,11 @@ for step in progress:
     progress.set_postfix_str(f"loss {loss:.4g}")
     if val_loss is not None:
         progress.write(line)
-    if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+    if args.save_every and (step + 1) % args.save_every == 0 or step + 1 == args.steps:
         run.save(step + 1, save)
 
 final = run.finish(lambda folder: models.save_model(model, tokenizer, folder))
-print(f"The {args.format} is in {final}. Next: "
-      + (f"python evaluate.py --task toy --model {args.model} {args.out}" if args.format == "student"
-         else f"python train_rlt.py --model {args.out}"))
+following = f"train_rlt.py --model {args.out}"
+if args.format == "student":
+    following = f"evaluate.py --model {args.model} {args.out}" + (" --task toy" if args.model == "toy" else "")
+print(f"The {args.format} is in {final}. Next: python {following}")

@@ -91,8 +91,8 @@ parser.add_argument("--micro-batch-tokens", type=number(int, 1), default=8192, h
 parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in the backward "
                     "pass: less memory, a third more time")
 parser.add_argument("--head-chunk", type=number(int, 1), default=1024, help="rows of logits that exist at a time")
-parser.add_argument("--logits-dtype", choices=("float32", "bfloat16"), default="float32", help="of the logits that the "
-                    "reward is computed from; bfloat16 halves their traffic where the heads are bfloat16")
+parser.add_argument("--logits-dtype", choices=("float32", "bfloat16"), default="float32", help="of the logits in the "
+                    "scoring pass; bfloat16 halves their traffic where the heads are bfloat16, and rounds the reward")
 parser.add_argument("--seed", type=number(int, 0), default=0, help="of every draw")
 parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
 # run folder
@@ -131,9 +131,9 @@ optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
 
 if run.checkpoint:
     models.restore(teacher, run.checkpoint)
-    optimizer.load_state_dict(torch.load(run.checkpoint / "optimizer.pt", weights_only=True))
+    optimizer.load_state_dict(torch.load(run.checkpoint / "optimizer.pt", map_location="cpu"))
 run.start(base_hash=models.fingerprint(teacher), student_hash=models.fingerprint(student), student=student_name,
-             device=str(device), rows=len(rows))
+          data_hash=runs.digest(rows), device=str(device), rows=len(rows))
 print(f"{run.folder}: {sum(p.numel() for p in parameters):,} trained parameters, {len(rows)} rows, {device}, "
       f"log-probs by {implementation('auto', device.type)}", flush=True)
 
@@ -272,8 +272,9 @@ for step in progress:
     }
     progress.write(run.log(entry))
     if warning := runs.falling(run.metrics, "reward"):
-        progress.write(f"warning: {warning} The KL term sees the teacher sharpen, its gradient does not: "
-                       "lower --lr, raise --beta, or add --kl-gradient.")
+        blind = args.kl == "exact" and not args.kl_gradient
+        progress.write(f"warning: {warning} Lower --lr or raise --beta" + (
+            "; the KL sees the teacher sharpen, its gradient without --kl-gradient does not." if blind else "."))
     if step % 10 == 0 or step + 1 == args.steps:
         best = int(rewards[: args.group_size].argmax())
         run.log_samples([{"step": step, "question": chosen[i]["question"], "solution": chosen[i]["solution"],
@@ -283,5 +284,6 @@ for step in progress:
         run.save(step + 1, save)
 
 final = run.finish(lambda folder: models.save_model(teacher, tokenizer, folder))
-next_flags = f" --model {args.out}" if args.out != "runs/teacher" else ""
-print(f"The teacher is in {final}. Next: python distill.py{next_flags}")
+flags = f" --model {args.out}" if args.out != "runs/teacher" else ""
+flags += f" --data {args.data}" if args.data != "toy" else ""
+print(f"The teacher is in {final}. Next: python distill.py{flags}")

@@ -264,7 +264,7 @@ def pretrain(model, tokenizer, seed, n_steps, held_out):
     prompts, documents = Prompts(tokenizer), draw_documents(random.Random(f"documents of {seed}"), held_out)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * step / n_steps))
+        optimizer, lambda step: min((step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * step / max(1, n_steps)))
     )
     model.train()
     with tqdm(range(n_steps), desc="base model", unit="step") as bar:

@@ -53,6 +53,7 @@ MAIN = ["base", "solutions only", "warm-up teacher", "score only", "RLT", "groun
 NAMES = {
     "base": "base student", "solutions only": "solutions only", "warm-up teacher": "warm-up teacher",
     "score only": "teacher without KL (lambda 0)", "RLT": "RLT (lambda 3)", "ground truth": "ground-truth chains",
+    "best of 5": "best of 5 of the warm-up teacher, no RL", "direct RL": "direct RL on correctness, no teacher",
     "RLT, lr 5e-3": "RLT, learning rate 5e-3", "RLT, sampled KL": "RLT, sampled KL",
     "RLT, sampled KL, lr 5e-3": "RLT, sampled KL, learning rate 5e-3",
 }

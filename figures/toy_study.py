@@ -85,7 +85,9 @@ def student_of(folder, arm, seed, commands):
             keep = ("step", "reward", "score", "kl", "closed", "leak", "length", "entropy", "kl_ref", "eval_reward")
             metrics = read_jsonl(folder / teacher / "metrics.jsonl")
             facts["curve"] = [{key: entry[key] for key in keep} for entry in metrics]
-            facts["sampled_tokens"] = round(sum(entry["length"] for entry in metrics) * 256)
+            config = json.loads((folder / teacher / "config.json").read_text())["flags"]
+            batch = config["prompts_per_step"] * config["group_size"]
+            facts["sampled_tokens"] = round(sum(entry["length"] for entry in metrics) * batch)
             phases = ("t_rollout", "t_score", "t_update")
             facts["seconds_a_step"] = {p: sum(e[p] for e in metrics) / len(metrics) for p in phases}
         few_rows = ["--limit", 80] if args.quick else []
@@ -94,6 +96,7 @@ def student_of(folder, arm, seed, commands):
         rows = read_jsonl(folder / data)
         mean = lambda key: sum(row[key] for row in rows) / len(rows)  # noqa: E731
         facts["explanations"] = {key: mean(key) for key in ("reward", "score", "kl", "length", "closed")} | {
+            # exact here; the logs' `leak` (prompts.leaks) goes by the place of the solution
             "leak": sum(toy.gives_away(row["question"], row["explanation"]) for row in rows) / len(rows),
             "full_chain": sum(toy.is_full_chain(row["question"], row["explanation"]) for row in rows) / len(rows),
             "count": len(rows),

@@ -81,6 +81,20 @@ def test_a_checkpoints_own_sampling_settings_do_not_leak_in(base, tokenizer, tmp
     assert [c.ids for c in a] == [c.ids for c in b]
 
 
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_log_probs_do_not_depend_on_padding(tiny_model, tokenizer, temperature):
+    """Sampled behind padding on the left, recomputed with padding on the right, and alone: the same."""
+    model = tiny_model(64, initializer_range=0.1)
+    sampled = models.generate(model, tokenizer, PROMPTS, max_new_tokens=9, temperature=temperature, seed=2)
+    score = lambda prompts, answers: completion_logprobs(  # noqa: E731
+        model, prompts, answers, temperature=temperature, vocab=len(tokenizer)
+    )[0]
+    together = score(PROMPTS, [c.ids for c in sampled])
+    alone = torch.cat([score([prompt], [c.ids]) for prompt, c in zip(PROMPTS, sampled, strict=True)])
+    left = torch.tensor([p for c in sampled for p in c.logprobs])
+    assert torch.allclose(together, alone, atol=1e-5) and torch.allclose(left, alone, atol=1e-5)
+
+
 def test_greedy_rows_do_not_depend_on_their_neighbours(tiny_model, tokenizer):
     model = tiny_model(64)
     together = models.generate(model, tokenizer, PROMPTS, max_new_tokens=10, temperature=0, seed=0)
@@ -91,11 +105,16 @@ def test_greedy_rows_do_not_depend_on_their_neighbours(tiny_model, tokenizer):
 
 
 def test_only_one_step_of_the_log_softmax_is_held(tiny_model, tokenizer, monkeypatch):
-    held = []
-    take = models._Sampler.take
-    monkeypatch.setattr(models._Sampler, "take", lambda self, ids: (held.append(self.held.shape), take(self, ids))[1])
+    numbers, take = [], models._Sampler.take
+
+    def count(self, ids):
+        take(self, ids)
+        tensors = [t for kept in vars(self).values() for t in (kept if isinstance(kept, list) else [kept])]
+        numbers.append(sum(t.numel() for t in tensors if isinstance(t, torch.Tensor)) - 3 * len(numbers))
+
+    monkeypatch.setattr(models._Sampler, "take", count)
     models.generate(tiny_model(64), tokenizer, PROMPTS, max_new_tokens=6, temperature=1.0, seed=0)
-    assert held and set(held) == {(3, 64)}
+    assert len(numbers) == 6 and set(numbers) == {3 * 64 + 3}, "one (B, V), and a number a step and row"
 
 
 def test_draws_depend_on_the_seed_alone(tiny_model, tokenizer):
@@ -121,6 +140,24 @@ def test_pad_and_eos_may_be_the_same(tiny_model, tokenizer):
     ours, theirs = (torch.tensor([p for c in side for p in c.logprobs]) for side in (a, b))
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert any(c.finished and len(c.ids) < 12 for c in a)
+
+
+def test_a_student_whose_padding_is_its_end_learns_to_end(tiny_model, tokenizer):
+    import copy
+
+    from prompts import Prompts
+
+    twin = copy.deepcopy(tokenizer)
+    twin.pad_token = twin.eos_token
+    rows = [{"question": "x 3 y 7 s1 swap", "solution": "7 3", "explanation": text} for text in ("s1 swap 7 3", "so")]
+    made = [[Prompts(t).sft(row, "student") for row in rows] for t in (tokenizer, twin)]
+    assert made[0] == made[1] and all(ids.count(twin.eos_token_id) == 1 for ids, _ in made[1])
+    model = tiny_model(64).train()
+    before, supervised = zip(*((ids[:start], ids[start:]) for ids, start in made[1]), strict=True)
+    logprobs, _ = completion_logprobs(model, before, supervised, vocab=len(twin))
+    (-logprobs.sum()).backward()
+    head = model.get_output_embeddings().weight.grad[twin.eos_token_id]
+    assert len(logprobs) == sum(map(len, supervised)) and head.abs().max() > 0
 
 
 # -- adapters
@@ -245,22 +282,17 @@ def test_checkpointed_gradients_are_the_plain_ones(base, tokenizer):
     assert all(torch.equal(a, b) for a, b in zip(gradients(False), gradients(True), strict=True))
 
 
-@pytest.mark.parametrize(
-    ("changes", "complaint"),
-    [
-        ({"targets": "q_proj,no_such_layer_at_all_x"}, None),
-        ({"targets": "no_such_layer"}, "--lora-targets"),
-    ],
-)
-def test_targets(base, changes, complaint):
-    if complaint:
-        with pytest.raises(ValueError, match=complaint):
-            lora(base, **changes)
-    else:
-        names = {
-            n.split(".lora_")[0].rsplit(".", 1)[1] for n, _ in lora(base, **changes).named_parameters() if "lora_" in n
-        }
-        assert names == {"q_proj"}
+def test_targets(base, tmp_path, tokenizer):
+    model = lora(base, targets="q_proj, v_proj", reference=False)
+    names = {n.split(".lora_")[0].rsplit(".", 1)[1] for n, _ in model.named_parameters() if "lora_" in n}
+    assert names == {"q_proj", "v_proj"}
+    for wrong in ("q_proj,no_such", "no_such", "lm_head", "embed_tokens", ""):
+        with pytest.raises(ValueError, match="expected all-linear, or some of down_proj, gate_proj"):
+            lora(base, targets=wrong)
+    models.save_model(model, tokenizer, tmp_path)
+    lora(str(tmp_path), targets="v_proj,q_proj")
+    with pytest.raises(ValueError, match="holds an adapter on q_proj, v_proj: leave --lora-targets out"):
+        lora(str(tmp_path), targets="q_proj")
 
 
 def test_a_rank_that_differs_from_the_saved_one_is_refused(base, tmp_path, tokenizer):
@@ -277,7 +309,7 @@ def test_names(tmp_path, monkeypatch):
     (tmp_path / "runs/done/final").mkdir(parents=True)
     (tmp_path / "runs/open").mkdir()
     (tmp_path / "runs/open/metrics.jsonl").touch()
-    assert models.resolve("runs/done") == "runs/done/final"
+    assert models.resolve("runs/done") == str(tmp_path / "runs/done/final")
     assert models.resolve("Qwen/Qwen2.5-7B-Instruct") == "Qwen/Qwen2.5-7B-Instruct"
     with pytest.raises(FileNotFoundError, match="has not finished. Continue it with --resume"):
         models.resolve("runs/open")

@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT, call, said
 
 import runs
-from evaluate import grade
+from evaluate import answer_of, grade
 
 TINY = (
     "--steps",
@@ -44,11 +44,20 @@ def lenient(monkeypatch):
 def test_rewards_are_the_graders_verdict(toy, tmp_path):
     scope, entries = train(toy, tmp_path / "run", "--rewards", -3, -2, 5, "--model", toy / "runs/toy")
     for row, text, reward in zip(scope["chosen"], scope["texts"], scope["rewards"].tolist(), strict=True):
-        right = grade("toy", text, row)
-        assert reward in ((5,) if right else (-2, -3))
+        assert reward == (5 if grade("toy", text, row) else -3 if answer_of("toy", text) is None else -2)
     assert entries[0]["zero_groups"] == 1.0 and entries[0]["usable_groups"] == 0
     assert entries[0]["grad_norm"] == 0 and entries[0]["loss"] == 0, "groups without signal teach nothing"
     assert set(entries[0]) >= {"solved", "zero_groups", "usable_groups", "sampled_tokens", "hinted"}
+
+
+def test_no_answer_and_a_wrong_one_are_told_apart(toy, tmp_path, monkeypatch):
+    import evaluate
+
+    monkeypatch.setattr(evaluate, "answer_of", lambda task, text: None if zlib.crc32(text.encode()) % 2 else "9 9")
+    scope, _ = train(toy, tmp_path / "run", "--rewards", -3, -2, 5, "--steps", 1)
+    for text, reward in zip(scope["texts"], scope["rewards"].tolist(), strict=True):
+        assert reward == (-3 if zlib.crc32(text.encode()) % 2 else -2)
+    assert len(set(scope["rewards"].tolist())) == 2
 
 
 def test_groups_with_signal_are_learned_from_and_the_rest_dropped(toy, tmp_path, lenient):
@@ -147,8 +156,9 @@ def test_rows_without_a_hint_are_named(toy, tmp_path):
     row.pop("hint")
     path = tmp_path / "rows.jsonl"
     path.write_text((json.dumps(row) + "\n") * 30)
-    with pytest.raises(ValueError, match='rows.jsonl line 1 has no "hint"; columns found: question'):
+    with pytest.raises(ValueError, match='rows.jsonl line 1 has no "hint" .columns found: question'):
         train(toy, tmp_path / "run", *GUIDE, "--data", path)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_two_loops_differ_where_they_must():

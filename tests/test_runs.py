@@ -9,8 +9,8 @@ import pytest
 import runs
 
 
-def start(folder, resume=False, **flags):
-    return runs.Run(argparse.Namespace(out=str(folder), resume=resume, **flags))
+def start(folder, resume=False, steps=9, **flags):
+    return runs.Run(argparse.Namespace(out=str(folder), resume=resume, steps=steps, **flags))
 
 
 def test_seeds_are_keyed():
@@ -76,9 +76,37 @@ def test_an_existing_run_is_refused_and_left_alone(tmp_path):
     run.start()
     run.log({"step": 0, "reward": 1.0})
     before = run.metrics.read_text()
-    with pytest.raises(FileExistsError, match="Pass --resume to continue it, or another --out"):
+    with pytest.raises(FileExistsError, match="Pass --resume to continue a run, or another --out"):
         start(tmp_path)
     assert run.metrics.read_text() == before
+
+
+def test_folders_that_are_no_run_are_refused_and_left_alone(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "qwen2"}')
+    for resume, complaint in ((False, "is there already"), (True, "holds something else than a run")):
+        with pytest.raises(FileExistsError, match=complaint):
+            start(model, resume=resume)
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        start(tmp_path / "file", resume=True)
+    assert (model / "config.json").read_text() == '{"model_type": "qwen2"}'
+
+
+def test_steps_can_be_added_and_not_taken_away(tmp_path):
+    run = start(tmp_path)
+    run.start()
+    run.save(6, lambda folder: None)
+    assert start(tmp_path, resume=True, steps=12).step == 6
+    with pytest.raises(ValueError, match="has done 6 steps, --steps is 3"):
+        start(tmp_path, resume=True, steps=3)
+
+
+def test_a_machine_without_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    start(tmp_path).start()
+    assert json.loads((tmp_path / "config.json").read_text())["git"] is None
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
@@ -95,9 +123,10 @@ def test_resuming_with_other_flags_or_another_base_is_refused(tmp_path):
     with pytest.raises(ValueError, match="started with lr = 1.0, now it is 2.0"):
         start(tmp_path, resume=True, lr=2.0, steps=4)
     run = start(tmp_path, resume=True, lr=1.0, steps=8)
-    with pytest.raises(ValueError, match="the weights behind .* have changed"):
+    with pytest.raises(ValueError, match="base_hash is not what it was when"):
         run.start(base_hash="b" * 64)
     run.start(base_hash="a" * 64)
+    assert runs.digest([{"question": "q", "solution": "s"}]) != runs.digest([{"question": "q", "solution": "t"}])
     assert json.loads((tmp_path / "config.json").read_text())["flags"]["steps"] == 8
 
 
@@ -134,5 +163,8 @@ def test_numbers_on_the_command_line(text, complaint):
     with pytest.raises(argparse.ArgumentTypeError, match=complaint):
         runs.number(int, 1, 8)(text)
     with pytest.raises(argparse.ArgumentTypeError, match="expected more than 0"):
-        runs.number(float, above=0)("nan")
+        runs.number(float, above=0)("0")
+    for wild in ("nan", "inf"):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected a finite one"):
+            runs.number(float, above=0)(wild)
     assert runs.number(int, 1, 8)("8") == 8

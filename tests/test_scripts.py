@@ -152,7 +152,17 @@ def test_a_killed_distillation_loses_and_repeats_nothing(workshop, tmp_path):
         )
 
 
-def test_best_of_n_and_unclosed(workshop, tmp_path):
+def test_best_of_n_and_unclosed(workshop, tmp_path, monkeypatch):
+    generate = models.generate
+
+    def every_other_closes(model, tokenizer, *rest, **options):
+        closing = tokenizer("<|end_of_explanation|>", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        return [
+            models.Completion(c.ids[:3] + closing, c.logprobs, True) if i % 2 else c
+            for i, c in enumerate(generate(model, tokenizer, *rest, **options))
+        ]
+
+    monkeypatch.setattr(models, "generate", every_other_closes)
     flags = ["--model", "toy-teacher", "--limit", 12, "--samples", 4, "--max-new-tokens", 12]
     call(workshop, "distill.py", *flags, "--out", tmp_path / "all.jsonl")
     call(workshop, "distill.py", *flags, "--out", tmp_path / "best.jsonl", "--keep", "best")
@@ -164,7 +174,7 @@ def test_best_of_n_and_unclosed(workshop, tmp_path):
         assert {r["question"] for r in group} == {row["question"]}
         assert row["reward"] == max(r["reward"] for r in group)
     assert [row["explanation"] for row in closed] == [row["explanation"] for row in every if row["closed"]]
-    assert 0 < len(closed) < 48 or {row["closed"] for row in every} != {True, False}
+    assert 24 <= len(closed) < 48
 
 
 def test_a_resumed_student_is_the_same(workshop, tmp_path):
@@ -228,8 +238,20 @@ def test_completion_i_belongs_to_prompt_i_over_g(workshop, tmp_path):
     assert held_out and not held_out & {row["question"] for row in scope["rows"]}
 
 
-def test_an_empty_or_unclosed_explanation_is_penalised(workshop, tmp_path):
-    scope = call(workshop, "train_rlt.py", "--steps", 1, *TINY, "--out", tmp_path / "run", "--unclosed-penalty", 5)
+def test_an_empty_or_unclosed_explanation_is_penalised(workshop, tmp_path, monkeypatch):
+    generate = models.generate
+
+    def first_says_nothing(model, tokenizer, *rest, **options):
+        first, *others = generate(model, tokenizer, *rest, **options)
+        closed = tokenizer("<|end_of_explanation|>", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        return [models.Completion(closed, first.logprobs[:1] * len(closed), True), *others]
+
+    monkeypatch.setattr(models, "generate", first_says_nothing)
+    scope = call(workshop, "train_rlt.py", "--steps", 1, *TINY, "--out", tmp_path / "run", "--unclosed-penalty", 5,
+                 "--max-sampler-gap", 100)
+    assert scope["explanations"][0].closed and not scope["explanations"][0].thought
+    assert scope["scored"].reward.kl[0].item() == pytest.approx(1.01), "both parts count as 1"
+    assert runs.read_jsonl(tmp_path / "run/metrics.jsonl")[0]["empty"] == 1 / 8
     for explanation, reward, whole in zip(
         scope["explanations"], scope["rewards"].tolist(), scope["scored"].reward.reward.tolist(), strict=True
     ):
@@ -257,7 +279,7 @@ def test_every_flag_has_help_and_is_used(script):
         keywords = {k.arg: k.value for k in add.keywords}
         assert "help" in keywords, f"{script} {flag} has no help"
         dest = keywords["dest"].value if "dest" in keywords else flag.lstrip("-").replace("-", "_")
-        used = f"args.{dest}" in text or (dest in ("resume", "out") and "Run(args)" in text)
+        used = re.search(rf"args\.{dest}\b", text) or (dest in ("resume", "out") and "Run(args)" in text)
         assert used, f"{script} {flag} does nothing"
 
 
@@ -360,7 +382,7 @@ ELSEWHERE = {  # flag: the test that shows what it does
     "--max-sampler-gap": "test_the_sampler_gate",
     "--epsilon-low": "test_the_clip_flags",
     "--epsilon-high": "test_the_clip_flags",
-    "--sync-ref-mix": "test_models.py, the formula",
+    "--sync-ref-mix": "test_the_reference_moves_in_the_loop",
     "--gradient-checkpointing": "test_models.py, checkpointed gradients",
 }
 
@@ -414,6 +436,14 @@ def test_the_logits_of_the_reward(workshop, tmp_path):
     [rounded], _ = train(workshop, tmp_path / "rounded", *flags, "--logits-dtype", "bfloat16")
     assert exact["length"] == rounded["length"]
     assert exact["kl"] != rounded["kl"] and exact["kl"] == pytest.approx(rounded["kl"], abs=0.05)
+
+
+def test_the_reference_moves_in_the_loop(workshop, tmp_path):
+    """Synced whole after the first step, it is the teacher again: no KL at the start of the second, to the bit."""
+    flags = ["--sync-ref-every", 1, "--lr", 5e-3, "--warmup-steps", 1]
+    whole, none, some = (train(workshop, tmp_path / str(m), *flags, "--sync-ref-mix", m)[0] for m in (1, 0, 0.5))
+    assert whole[1]["kl_ref"] == 0.0
+    assert 0 < some[1]["kl_ref"] < none[1]["kl_ref"]
 
 
 def test_the_sampler_gate(workshop, tmp_path):
