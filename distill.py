@@ -62,8 +62,8 @@ parser.add_argument("--max-new-tokens", type=number(int, 1), default=48, help="l
 # reward
 parser.add_argument("--lambda", dest="lam", metavar="L", type=number(float, 0), default=3.0, help="weight of the KL")
 parser.add_argument("--alpha", type=number(float, 0), default=0.01, help="weight of the min and the max over tokens")
-parser.add_argument("--kl", choices=("exact", "sampled"), default="exact", help="KL over the whole vocabulary, or "
-                    "the log-ratio of the sampled token (as released)")
+parser.add_argument("--kl", choices=("exact", "sampled"), default="exact", help="KL over the whole vocabulary, the "
+                    "less noisy measure, or the log-ratio of the sampled token, as train_rlt.py's default")
 parser.add_argument("--score-temperature", type=number(float, above=0), default=None, help="temperature of both "
                     "models in the reward; None: the sampling temperature")
 parser.add_argument("--unclosed-penalty", type=number(float, 0), default=1.0, help="taken off the reward of an "

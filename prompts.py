@@ -104,7 +104,7 @@ def _read(source, limit):
                 table = load_dataset(str(source), split="train")
             except Exception as error:  # whatever the hub has to say, in its first line
                 reason = str(error).strip().partition("\n")[0]
-                raise FileNotFoundError(f"{source}: expected a file, or a hub id with a train split: {reason}") from None
+                raise FileNotFoundError(f"{source}: expected a file or a readable hub id ({reason})") from None
     for number, raw in enumerate(table):
         if number == limit:
             return

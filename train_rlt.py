@@ -9,7 +9,7 @@ and the explanation, says how likely the solution has become:
     kl     = mean + alpha * max   over explanation tokens  of  KL(p_teacher || p_student)
     reward = score - lambda * kl                           (- the penalty, where the explanation is not closed)
 
-As released, except: the KL may be the exact one of equation 4 (--kl exact) instead of the sampled log-ratio;
+As released, the KL is estimated by the log-ratio of the sampled token; --kl exact computes it. Unlike the release,
 token ids go from sampling to reward unchanged; the teacher is a LoRA adapter, and so is its reference.
 
     laptop, 4 minutes     python train_rlt.py --lambda 3 --alpha 0.01
@@ -50,8 +50,8 @@ parser.add_argument("--solution-in", choices=("assistant", "user"), default="ass
 # reward
 parser.add_argument("--lambda", dest="lam", metavar="L", type=number(float, 0), default=3.0, help="weight of the KL")
 parser.add_argument("--alpha", type=number(float, 0), default=0.01, help="weight of the min and the max over tokens")
-parser.add_argument("--kl", choices=("exact", "sampled"), default="exact", help="KL over the whole vocabulary, or "
-                    "the log-ratio of the sampled token (as released)")
+parser.add_argument("--kl", choices=("exact", "sampled"), default="sampled", help="the sampled token's log-ratio (as "
+                    "released), or over the whole vocabulary, whose gradient needs --kl-gradient to be right")
 parser.add_argument("--kl-gradient", action="store_true", help="add the exact KL's gradient through the teacher's own "
                     "distribution, which the score function misses; a student pass in every update")
 parser.add_argument("--score-temperature", type=number(float, above=0), default=None, help="temperature of both "
@@ -103,7 +103,7 @@ parser.add_argument("--eval-every", type=number(int, 0), default=20, help="steps
 parser.add_argument("--eval-rows", type=number(int, 1), default=64, help="rows at the end of --data that are held out")
 args = parser.parse_args()
 if args.kl_gradient and args.kl != "exact":
-    parser.error(f"--kl-gradient is the exact KL's, --kl is {args.kl}: the sampled form needs no such term")
+    parser.error(f"--kl-gradient is the exact KL's, --kl is {args.kl}, which needs no such term: pass --kl exact")
 # ---------------------------------------------------------------------------------------------------------
 
 device = models.pick_device(args.device)

@@ -49,13 +49,14 @@ def replace_in_readme(what, text):
     README.write_text(after)
 
 
-MAIN = ["base", "solutions only", "warm-up teacher", "score only", "RLT", "ground truth"]
+MAIN = ["base", "solutions only", "warm-up teacher", "score only", "RLT, sampled KL", "ground truth"]
 NAMES = {
     "base": "base student", "solutions only": "solutions only", "warm-up teacher": "warm-up teacher",
-    "score only": "teacher without KL (lambda 0)", "RLT": "RLT (lambda 3)", "ground truth": "ground-truth chains",
+    "score only": "teacher without KL (lambda 0)", "RLT, sampled KL": "RLT (lambda 3)",
+    "ground truth": "ground-truth chains",
+    "RLT, sampled KL, lr 5e-3": "RLT, learning rate 5e-3", "RLT": "RLT, exact KL",
+    "RLT, lr 5e-3": "RLT, exact KL, learning rate 5e-3",
     "best of 5": "best of 5 of the warm-up teacher, no RL", "direct RL": "direct RL on correctness, no teacher",
-    "RLT, lr 5e-3": "RLT, learning rate 5e-3", "RLT, sampled KL": "RLT, sampled KL",
-    "RLT, sampled KL, lr 5e-3": "RLT, sampled KL, learning rate 5e-3",
 }
 
 
@@ -67,8 +68,8 @@ def toy_accuracy():
         own = [row for row in rows if row["arm"] == arm]
         for offset, decoding, shade in ((0.2, "greedy", 1.0), (-0.2, "sampled", 0.45)):
             mean, spread, values = over_seeds(own, lambda row: 100 * row["accuracy"][f"test {decoding}"]["mean"])  # noqa: B023
-            axes.barh(y + offset, mean, height=0.36, color=RED if arm == "RLT" else GREY, alpha=shade, xerr=spread,
-                      error_kw={"lw": 0.8, "capsize": 2})
+            axes.barh(y + offset, mean, height=0.36, color=RED if arm == "RLT, sampled KL" else GREY, alpha=shade,
+                      xerr=spread, error_kw={"lw": 0.8, "capsize": 2})
             axes.plot(values, [y + offset] * len(values), "k.", ms=3)
     axes.set_yticks(range(len(MAIN)), [NAMES[arm] for arm in reversed(MAIN)])
     axes.grid(axis="y", visible=False)
@@ -82,7 +83,7 @@ def toy_reward():
     """What the teacher learns: reward, score, kl and leaks during RL, with the KL and without."""
     rows = toy_rows()
     figure, panels = plt.subplots(1, 4, figsize=(9.2, 2.3))
-    for arm, colour in (("RLT", RED), ("score only", GREY)):
+    for arm, colour in (("RLT, sampled KL", RED), ("score only", GREY)):
         curves = [row["curve"] for row in rows if row["arm"] == arm]
         for axes, key in zip(panels, ("reward", "score", "kl", "leak"), strict=True):
             for i, curve in enumerate(curves):
@@ -100,7 +101,7 @@ def toy_table():
     seeds = sorted({row["seed"] for row in rows})
     count = rows[0]["accuracy"]["test greedy"]["questions"]
     lines = [f"Exact match in %, mean over seeds {', '.join(map(str, seeds))} (each seed), {count} held-out questions; "
-             "explanations: what the teacher wrote for the training questions, scored with lambda 3.", "",
+             "explanations: what the teacher wrote for the training questions, at lambda 3 and exact KL.", "",
              "| student of | greedy | T = 1 | tokens | gives away | full right chains | raw reward |",
              "| --- | --- | --- | --- | --- | --- | --- |"]
     for arm in [*MAIN, *(arm for arm in NAMES if arm not in MAIN)]:
@@ -120,7 +121,8 @@ def toy_table():
         lines.append(f"| {' | '.join(cells)} |")
     versions = sorted({(row["machine"], row["torch"], row["date"]) for row in rows})
     lines += ["", "Measured: " + "; ".join(f"{machine}, torch {torch}, {date}" for machine, torch, date in versions)
-              + ". The commands of every arm are in `figures/logs/toy_study.jsonl`.", ""]
+              + ". The commands of every arm and the commit they ran at are in `figures/logs/toy_study.jsonl`; at that "
+              "commit `--kl exact` was still the default.", ""]
     replace_in_readme("toy table", "\n".join(lines))
 
 

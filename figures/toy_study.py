@@ -27,9 +27,9 @@ LOG = ROOT / "figures/logs/toy_study.jsonl"
 
 # Arms: what the teacher is, or which rows stand in for one. The same students, steps and questions for all.
 RLT = {
-    "RLT": [],
+    "RLT": ["--kl", "exact"],  # the default when the committed log was made
     "score only": ["--lambda", "0"],
-    "RLT, lr 5e-3": ["--lr", "5e-3"],
+    "RLT, lr 5e-3": ["--kl", "exact", "--lr", "5e-3"],
     "RLT, sampled KL": ["--kl", "sampled"],
     "RLT, sampled KL, lr 5e-3": ["--kl", "sampled", "--lr", "5e-3"],
 }

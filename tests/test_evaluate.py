@@ -508,7 +508,7 @@ def test_script_hinted(toy, tmp_path, capsys, monkeypatch):
     plain_table, hinted_table = capsys.readouterr().out.split("toy/eval_toy_hinted.json")
     assert "toy, hinted" in hinted_table and "toy, hinted" not in plain_table
     (tmp_path / "rows.jsonl").write_text('{"question": "1", "solution": "2"}\n')
-    with pytest.raises(ValueError, match='line 1 has no "hint"'):
+    with pytest.raises(ValueError, match='has no "hint" .columns found: question'):
         call(toy, "evaluate.py", *flags, "--hinted", "--data", tmp_path / "rows.jsonl")
 
 

@@ -180,6 +180,8 @@ def test_the_flag_changes_the_update_and_not_the_reward(workshop, tmp_path):
         4,
         "--max-new-tokens",
         12,
+        "--kl",
+        "exact",
         "--eval-every",
         0,
     ]
