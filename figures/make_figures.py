@@ -89,7 +89,8 @@ def toy_reward():
             for i, curve in enumerate(curves):
                 axes.plot([e["step"] + 1 for e in curve], [e[key] for e in curve], color=colour, lw=0.9, alpha=0.75,
                           label=NAMES[arm] if i == 0 else None)
-            axes.set_title({"leak": "share that leaks"}.get(key, key))
+            titles = {"leak": "share that leaks", "kl": "kl (red: sampled, grey: exact)"}
+            axes.set_title(titles.get(key, key), fontsize=9)
             axes.set_xlabel("step")
     panels[0].set_title("reward, by the arm's own lambda", fontsize=9)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=2, bbox_to_anchor=(0.5, -0.08))
