@@ -12,7 +12,7 @@ and the explanation, says how likely the solution has become:
 As released, the KL is estimated by the log-ratio of the sampled token; --kl exact computes it. Unlike the release,
 token ids go from sampling to reward unchanged; the teacher is a LoRA adapter, and so is its reference.
 
-    laptop, 4 minutes     python train_rlt.py --lambda 3 --alpha 0.01
+    laptop, 5 minutes     python train_rlt.py --lambda 3 --alpha 0.01
     your rows             python train_rlt.py --data rows.jsonl --model runs/my-teacher --max-new-tokens 2048 ...
 """
 
