@@ -11,12 +11,22 @@ a chain of them, but of long problems it has mostly seen bad explanations, and w
 that the method needs is there: a student that can use a good explanation, a solution that is hard to guess,
 and a teacher whose samples hold a few good explanations among many that give the solution away.
 
+How hard it is can be set: with three clocks every operation turns them all, each hour by a table, and there is no
+guessing where they end; fewer careful authors make good explanations rare, for the base (what it can solve by itself)
+and in the rows (what the warm-up teacher writes). With --countdown base and rows know a second task, to transfer to:
+
+    question     use 3 5 7 make 22              three numbers, each to be used once
+    solution     ( 3 * 5 ) + 7
+    explanation  3 + 5 8 * 7 56 3 * 5 15 + 7 22 attempts, each worked out from left to right, until one arrives
+
 CPU, two minutes:  python data/toy.py        makes runs/toy; the other scripts call it when they need it
 """
 
 import argparse
+import itertools
 import json
 import math
+import operator
 import os
 import random
 import sys
@@ -27,14 +37,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for prompts.py: the base is trained on what the pipeline will show it
 
-REGISTERS = ("x", "y")
-OPERATIONS = (
-    *(f"{register}+={n}" for register in REGISTERS for n in range(1, 6)),
-    *(f"{register}*={n}" for register in REGISTERS for n in (3, 7)),  # 3 and 7 have inverses modulo 10
-    "x+=y",
-    "y+=x",
-    "swap",
-)
+CLOCKS = ("x", "y", "z")  # the first two of them, or all
+_draw = random.Random("tables of the toy")
+TABLES = {f"op{n}": {clock: _draw.sample(range(10), 10) for clock in CLOCKS} for n in range(1, 13)}
+SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 FILLER = ("so", "then", "now", "well", "let", "me", "see", "hmm")
 MAX_STEPS = 9
 
@@ -42,69 +48,181 @@ MAX_STEPS = 9
 AUTHORS = ("careful", "sloppy", "skipping", "leaking", "rambling")
 SINGLE = (1, 0, 0, 0, 0)  # pretraining, one step: how the base learns what a step is
 SHORT = (0.50, 0.05, 0.15, 0.20, 0.10)  # pretraining, 2 and 3 steps: how it learns to go on from a step
-LONG = (0.08, 0.05, 0.25, 0.30, 0.32)  # pretraining, 4 steps and more: why it explains long problems badly
+LONG = (0.08, 0.05, 0.25, 0.30, 0.32)  # pretraining, 4 steps and more, countdown: why it explains those badly
 ROWS = (0.10, 0.05, 0.20, 0.35, 0.30)  # the rows' explanations, on which the teacher is warmed up
 
 # split: (rows, numbers of steps)
 SPLITS = {"train": (3000, (4, 5)), "val": (400, (4, 5)), "test": (800, (4, 5)), "long": (400, (6,))}
+COUNTDOWN = {"countdown-train": 3000, "countdown-val": 400, "countdown-test": 800}
+
+
+def mixture(shares, careful):
+    """The shares with another one of careful authors, and of sloppy ones in proportion: all who write chains."""
+    if careful == shares[0]:
+        return shares
+    chains = [share * careful / shares[0] for share in shares[:2]]
+    return (*chains, *(share * (1 - sum(chains)) / sum(shares[2:]) for share in shares[2:]))
 
 
 # ---------------------------------------------------------------------------------------------------------
-# the task
+# the clocks
+
+
+def operations(clocks):
+    """What can happen to the clocks, as words: arithmetic for two of them, tables for three."""
+    if len(clocks) == 3:
+        return tuple(TABLES)
+    return (
+        *(f"{clock}+={n}" for clock in clocks for n in range(1, 6)),
+        *(f"{clock}*={n}" for clock in clocks for n in (3, 7)),  # 3 and 7 have inverses modulo 10
+        *(f"{a}+={b}" for a, b in itertools.permutations(clocks)),
+        "swap",
+    )
+
+
+def read(question):
+    """({clock: hour}, operations) of a question. Raises ValueError on anything but a question about clocks."""
+    words = question.split()
+    n = words.index("s1") if "s1" in words else 0
+    clocks, hours, numbers, todo = words[:n:2], words[1:n:2], words[n::2], words[n + 1 :: 2]
+    if (
+        tuple(clocks) not in (CLOCKS[:2], CLOCKS)
+        or len(hours) != len(clocks)
+        or not set(hours) <= set("0123456789")
+        or not todo
+        or numbers != [f"s{n}" for n in range(1, len(todo) + 1)]
+        or not set(todo) <= set(operations(clocks))
+    ):
+        raise ValueError(f"{question!r} is no toy question: expected one like 'x 3 y 7 s1 x+=y s2 y*=3'.")
+    return dict(zip(clocks, map(int, hours), strict=True)), todo
 
 
 def steps(question, slips=0.0, rng=None):
     """The question worked out, one "s1 x+=y 0 7" per operation: its number, itself, the state after it.
 
     slips: probability that a step's state goes wrong, drawn from rng. Who slips goes on from there.
-    Raises ValueError on anything but a toy question.
     """
-    words = question.split()
-    numbers, operations = words[4::2], words[5::2]
-    if (
-        words[:4:2] != list(REGISTERS)
-        or not all(word in set("0123456789") for word in words[1:4:2])
-        or not operations
-        or numbers != [f"s{n}" for n in range(1, len(operations) + 1)]
-        or not set(operations) <= set(OPERATIONS)
-    ):
-        raise ValueError(f"{question!r} is no toy question: expected one like 'x 3 y 7 s1 x+=y s2 y*=3'.")
-    state = {"x": int(words[1]), "y": int(words[3])}
+    state, todo = read(question)
     worked = []
-    for number, operation in zip(numbers, operations, strict=True):
-        if operation == "swap":
-            state = {"x": state["y"], "y": state["x"]}
+    for number, operation in enumerate(todo, 1):
+        if operation in TABLES:
+            state = {clock: TABLES[operation][clock][hour] for clock, hour in state.items()}
+        elif operation == "swap":
+            state["x"], state["y"] = state["y"], state["x"]
         else:
-            register, sign, operand = operation[0], operation[1], operation[3:]
+            clock, sign, operand = operation[0], operation[1], operation[3:]
             amount = state[operand] if operand in state else int(operand)
-            state[register] = (state[register] + amount if sign == "+" else state[register] * amount) % 10
+            state[clock] = (state[clock] + amount if sign == "+" else state[clock] * amount) % 10
         if slips and rng.random() < slips:
-            state[rng.choice(REGISTERS)] = rng.randrange(10)
-        worked.append(f"{number} {operation} {state['x']} {state['y']}")
+            state[rng.choice(list(state))] = rng.randrange(10)
+        worked.append(" ".join([f"s{number}", operation, *map(str, state.values())]))
     return worked
 
 
+def draw_question(rng, n_steps, n_clocks):
+    clocks = CLOCKS[:n_clocks]
+    todo = " ".join(f"s{n} {rng.choice(operations(clocks))}" for n in range(1, n_steps + 1))
+    return " ".join([*(f"{clock} {rng.randrange(10)}" for clock in clocks), todo])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# countdown
+
+
+def is_countdown(question):
+    return question.startswith("use ")
+
+
+def goal(question):
+    """(numbers, target) of a countdown question."""
+    _, *numbers, _, target = question.split()
+    return list(map(int, numbers)), int(target)
+
+
+def attempt(terms, slips=0.0, rng=None):
+    """["3", "*", "5", "+", "7"] worked out from left to right, "3 * 5 15 + 7 22"; None where a value leaves 0 to 99."""
+    words, value = [terms[0]], int(terms[0])
+    for sign, n in zip(terms[1::2], terms[2::2], strict=True):
+        value = SIGNS[sign](value, int(n))
+        if slips and rng.random() < slips:
+            value = rng.randrange(100)
+        if not 0 <= value < 100:
+            return None
+        words += [sign, n, str(value)]
+    return " ".join(words)
+
+
+def attempts(numbers):
+    """{terms: worked out} of all ways to put the numbers together, each used once, in a fixed order."""
+    ways = {}
+    for order in itertools.permutations(map(str, numbers)):
+        for signs in itertools.product(SIGNS, repeat=len(numbers) - 1):
+            terms = (order[0], *itertools.chain(*zip(signs, order[1:], strict=True)))
+            if worked := attempt(terms):
+                ways[terms] = worked
+    return ways
+
+
+def way_there(question):
+    """Terms of the first attempt that arrives."""
+    numbers, target = goal(question)
+    return next(terms for terms, worked in attempts(numbers).items() if worked.split()[-1] == str(target))
+
+
+def search(question, slips, rng):
+    """Up to four attempts that fail, and the one that arrives, worked out by an author who may slip."""
+    numbers, target = goal(question)
+    failing = [terms for terms, worked in attempts(numbers).items() if worked.split()[-1] != str(target)]
+    tried = [*rng.sample(failing, min(len(failing), rng.randrange(5))), way_there(question)]
+    return [attempt(terms, slips, rng) or attempt(terms) for terms in tried]
+
+
+def draw_countdown(rng, n_numbers):
+    numbers = [rng.randrange(1, 10) for _ in range(n_numbers)]
+    target = rng.choice(list(attempts(numbers).values())).split()[-1]
+    return f"use {' '.join(map(str, numbers))} make {target}"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# explanations, and rows
+
+
 def chain(question):
-    """The full right explanation: every step, with the state after it."""
-    return " ".join(steps(question))
+    """The full right explanation: every step, with the state after it; the attempt that arrives."""
+    return attempt(way_there(question)) if is_countdown(question) else " ".join(steps(question))
 
 
 def solution(question):
-    """The state after the last step, "x y"."""
-    return steps(question)[-1][-3:]
+    """The state after the last step, "x y"; an expression, "( 3 * 5 ) + 7"."""
+    if not is_countdown(question):
+        return " ".join(steps(question)[-1].split()[2:])
+    *first, sign, last = way_there(question)
+    return " ".join(["(", *first, ")", sign, last] if len(first) > 1 else [*first, sign, last])
 
 
 def is_full_chain(question, explanation):
-    """Whether the explanation holds every step, right and in order, with nothing in between."""
-    return f" {chain(question)} " in f" {' '.join(explanation.split())} "
+    """Whether the explanation holds every step, right and in order, with nothing in between.
+
+    For countdown, whether it is attempts alone, all worked out right, and the last arrives.
+    """
+    words = explanation.split()
+    if not is_countdown(question):
+        return f" {chain(question)} " in f" {' '.join(words)} "
+    numbers, target = goal(question)
+    size = 3 * len(numbers) - 2
+    tried = [" ".join(words[at : at + size]) for at in range(0, len(words), size)]
+    return bool(tried) and set(tried) <= set(attempts(numbers).values()) and words[-1] == str(target)
 
 
 def gives_away(question, explanation):
     """Whether the explanation states the solution other than as the state after one of its right steps.
 
-    Exact where prompts.leaks, which knows no chain, goes by the place.
+    Exact where prompts.leaks, which knows no chain, goes by the place. In countdown only who gives the solution away
+    writes parentheses.
     """
     text = f" {' '.join(explanation.split())} "
+    if is_countdown(question):
+        return " ( " in text
     for step in steps(question):
         text = text.replace(f" {step} ", " | ")
     return f" {solution(question)} " in text
@@ -112,73 +230,92 @@ def gives_away(question, explanation):
 
 def explain(question, author, rng):
     """What an author of this kind (one of AUTHORS) writes about the question."""
-    if author == "careful":
-        words = steps(question)
-    elif author == "sloppy":
-        words = steps(question, slips=0.25, rng=rng)
+    if author == "leaking":
+        words = ["ans", solution(question), *rng.choices(FILLER, k=rng.randrange(5))]
+    elif author == "rambling":
+        named = list(SIGNS) if is_countdown(question) else read(question)[1]
+        words = rng.choices((*FILLER, *named), k=rng.randint(2, 8))
+    elif is_countdown(question):
+        words = search(question, 0.25 if author == "sloppy" else 0.0, rng)
+        if author == "skipping":  # all but the attempt that arrives, or its first half
+            words = words[:-1] or [" ".join(words[-1].split()[:4])]
     elif author == "skipping":
         right, share = steps(question), rng.uniform(0.15, 0.6)
         words = [step for step in right if rng.random() < share] or [rng.choice(right)]
-    elif author == "leaking":
-        words = ["ans", solution(question), *rng.choices(FILLER, k=rng.randrange(5))]
     else:
-        words = rng.choices((*FILLER, *question.split()[5::2]), k=rng.randint(2, 8))
+        words = steps(question, slips=0.25 if author == "sloppy" else 0.0, rng=rng)
     return " ".join(words)
-
-
-def draw_question(rng, n_steps):
-    operations = " ".join(f"s{n} {rng.choice(OPERATIONS)}" for n in range(1, n_steps + 1))
-    return f"x {rng.randrange(10)} y {rng.randrange(10)} {operations}"
 
 
 def make_row(question, shares, rng):
     """A row: question, solution, an explanation by an author drawn by shares, the right chain, a hint.
 
-    The hint is the first half of the chain's steps.
+    The hint is the first half of the chain's steps, of an attempt the first value. Countdown also has what its
+    grader reads, `nums` and `target`.
     """
-    worked = steps(question)
     author = rng.choices(AUTHORS, shares)[0]
-    return {
+    row = {
         "question": question,
         "solution": solution(question),
         "explanation": explain(question, author, rng),
         "chain": chain(question),
-        "hint": " ".join(worked[: len(worked) // 2]),
     }
+    if is_countdown(question):
+        numbers, target = goal(question)
+        return row | {"hint": " ".join(row["chain"].split()[:4]), "nums": numbers, "target": target}
+    worked = steps(question)
+    return row | {"hint": " ".join(worked[: len(worked) // 2])}
 
 
-def make_rows():
+def make_rows(n_clocks, careful, countdown):
     """{split: rows}, the same for every seed of the model, so that all are measured on the same questions.
 
     No question is there twice, in whatever split. Authors have draws of their own, so that other
-    shares leave the questions as they are.
+    shares leave the questions as they are. careful: the share of careful authors.
     """
     questions, authors = random.Random("questions of the toy"), random.Random("authors")
-    seen, splits = set(), {}
-    for split, (size, lengths) in SPLITS.items():
+    seen, splits, shares = set(), {}, mixture(ROWS, careful)
+
+    def fill(split, size, draw):
         splits[split] = []
         while len(splits[split]) < size:
-            question = draw_question(questions, questions.choice(lengths))
+            question = draw()
             if question not in seen:
                 seen.add(question)
-                splits[split].append(make_row(question, ROWS, authors))
+                splits[split].append(make_row(question, shares, authors))
+
+    for split, (size, lengths) in SPLITS.items():
+        fill(split, size, lambda: draw_question(questions, questions.choice(lengths), n_clocks))  # noqa: B023
+    if countdown:
+        for split, size in COUNTDOWN.items():
+            fill(split, size, lambda: draw_countdown(questions, 3))
+        pairs = zip(splits["train"], splits["countdown-train"], strict=True)
+        splits["both-train"] = list(itertools.chain(*pairs))  # for the teacher's warm-up
     return splits
 
 
-def draw_documents(rng, held_out):
-    """Rows to pretrain on, without end: short problems mostly explained well, long ones mostly badly."""
+def draw_documents(rng, held_out, n_clocks, careful, countdown):
+    """Rows to pretrain on, without end: short problems mostly explained well, long ones mostly badly.
+
+    careful: the share of careful authors among those who explain long problems.
+    """
+    long = mixture(LONG, careful)
     while True:
-        n_steps = rng.choice((1, 1, 2, 2, 3, 4, 5, 6))
-        question = draw_question(rng, n_steps)
+        if countdown and rng.random() < 0.5:
+            size = rng.choice((2, 3, 3))
+            question, shares = draw_countdown(rng, size), SINGLE if size == 2 else long
+        else:
+            size = rng.choice((1, 1, 2, 2, 3, 4, 5, 6))
+            question, shares = draw_question(rng, size, n_clocks), SINGLE if size == 1 else SHORT if size < 4 else long
         if question not in held_out:
-            yield make_row(question, SINGLE if n_steps == 1 else SHORT if n_steps < 4 else LONG, rng)
+            yield make_row(question, shares, rng)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # tokenizer and base model
 
 
-def make_tokenizer():
+def make_tokenizer(n_clocks, countdown):
     """One token a word; blanks and newlines separate words and vanish. An unknown word raises an exception.
 
     The tags of the explanation become those of the thought, so that teacher and student share their tokens.
@@ -189,8 +326,11 @@ def make_tokenizer():
     from prompts import SOLUTION, THOUGHT
 
     pad, eos = "<|pad|>", "<|end_of_turn|>"
-    words = [pad, eos, "<|user|>", "<|assistant|>", *THOUGHT, *SOLUTION, *REGISTERS, *map(str, range(10))]
-    words += [*(f"s{n}" for n in range(1, MAX_STEPS + 1)), *OPERATIONS, "ans", *FILLER]
+    clocks = CLOCKS[:n_clocks]
+    words = [pad, eos, "<|user|>", "<|assistant|>", *THOUGHT, *SOLUTION, *clocks, *map(str, range(10))]
+    words += [*(f"s{n}" for n in range(1, MAX_STEPS + 1)), *operations(clocks), "ans", *FILLER]
+    if countdown:
+        words += ["use", "make", "(", ")", *SIGNS, *map(str, range(10, 100))]
     # WordLevel raises on unknown words as long as its unk_token is not a word
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=""))
     backend.normalizer = normalizers.Replace("of_explanation|>", "of_thought|>")
@@ -212,19 +352,19 @@ def make_tokenizer():
     return tokenizer
 
 
-def make_model(seed):
-    """A Qwen2 of half a million parameters, float32, randomly initialised."""
+def make_model(seed, words, hidden_size):
+    """A Qwen2 of three layers, float32, randomly initialised, for so many words; at 128 half a million parameters."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=64,  # 55 words and padding, as Qwen2.5 pads its 151,665 to 152,064
-        hidden_size=128,
+        vocab_size=-(-words // 64) * 64,  # padded, as Qwen2.5 pads its 151,665 to 152,064
+        hidden_size=hidden_size,
         num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        intermediate_size=256,
+        num_attention_heads=hidden_size // 32,
+        num_key_value_heads=hidden_size // 32,
+        intermediate_size=2 * hidden_size,
         max_position_embeddings=256,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -254,14 +394,14 @@ def pack(documents, width):
     return torch.tensor(filled).unbind(-1)
 
 
-def pretrain(model, tokenizer, seed, n_steps, held_out):
-    """Train the model in place on n_steps batches of 64 documents, none of whose questions is in held_out."""
+def pretrain(model, tokenizer, documents, n_steps):
+    """Train the model in place on n_steps batches of 64 documents (rows)."""
     import torch
     from tqdm import tqdm
 
     from prompts import Prompts
 
-    prompts, documents = Prompts(tokenizer), draw_documents(random.Random(f"documents of {seed}"), held_out)
+    prompts = Prompts(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * step / max(1, n_steps)))
@@ -283,8 +423,8 @@ def pretrain(model, tokenizer, seed, n_steps, held_out):
     model.eval()
 
 
-def make(out, seed, n_steps):
-    """Write model, tokenizer and rows to the folder `out`, which appears whole or not at all."""
+def make(out, seed, n_steps, *, hidden_size, clocks, careful_base, careful_rows, countdown):
+    """Write model, tokenizer and rows to the folder `out`, which appears whole or not at all -> {split: rows}."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # transformers shows one for every file that it writes
@@ -293,15 +433,18 @@ def make(out, seed, n_steps):
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
         folder = Path(beside) / out.name
         folder.mkdir()
-        splits = make_rows()
+        splits = make_rows(clocks, careful_rows, countdown)
         for split, rows in splits.items():
             (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        tokenizer, model = make_tokenizer(), make_model(seed)
-        held_out = {row["question"] for split in ("val", "test", "long") for row in splits[split]}
-        pretrain(model, tokenizer, seed, n_steps, held_out)
+        tokenizer = make_tokenizer(clocks, countdown)
+        model = make_model(seed, len(tokenizer), hidden_size)
+        held_out = {row["question"] for split in splits if "train" not in split for row in splits[split]}
+        documents = draw_documents(random.Random(f"documents of {seed}"), held_out, clocks, careful_base, countdown)
+        pretrain(model, tokenizer, documents, n_steps)
         tokenizer.save_pretrained(folder)
         model.save_pretrained(folder)
         os.rename(folder, out)
+    return splits
 
 
 if __name__ == "__main__":
@@ -313,14 +456,29 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="folder to make")
     parser.add_argument("--seed", type=int, default=0, help="of the base model; the rows are always the same")
     parser.add_argument("--steps", type=int, default=2000, help="of 64 documents; 0 = an untrained base")
+    parser.add_argument("--hidden-size", type=int, default=128, help="of the base; its heads have 32 each")
+    parser.add_argument("--clocks", type=int, choices=(2, 3), default=2, help="3: solutions can't be guessed")
+    parser.add_argument("--careful-base", type=float, default=LONG[0], help="share of careful authors among the long "
+                        "problems the base reads: how often it solves one")
+    parser.add_argument("--careful-rows", type=float, default=ROWS[0], help="the same among the rows: how often the "
+                        "warm-up teacher explains well (at 0, too, some who skip steps skip none)")
+    parser.add_argument("--countdown", action="store_true", help="base and rows know a second task, too: "
+                        "countdown-*.jsonl, and both-train.jsonl for the warm-up")
     args = parser.parse_args()
     if args.out.exists():
         parser.error(f"{args.out} exists already: delete it, or choose another --out.")
     if args.steps < 0:
         parser.error(f"--steps {args.steps}: expected 0 or more.")
+    if args.hidden_size < 32 or args.hidden_size % 32:
+        parser.error(f"--hidden-size {args.hidden_size}: expected a multiple of 32.")
+    for flag, shares in (("base", LONG), ("rows", ROWS)):
+        share = getattr(args, f"careful_{flag}")
+        if not 0 <= share * (1 + shares[1] / shares[0]) <= 1:  # sloppy authors come along
+            parser.error(f"--careful-{flag} {share}: expected 0 to {1 / (1 + shares[1] / shares[0]):.2f}.")
 
     print(f"Making the toy in {args.out}: base model, tokenizer, rows; about two minutes on two cores, once.")
     started = time.time()
-    make(args.out, args.seed, args.steps)
-    rows = ", ".join(f"{size} {split}" for split, (size, _) in SPLITS.items())
-    print(f"{args.out} holds a Qwen2 of 0.5 M parameters and rows ({rows}); {time.time() - started:.0f} s.")
+    options = {name: value for name, value in vars(args).items() if name not in ("out", "seed", "steps")}
+    splits = make(args.out, args.seed, args.steps, **options)
+    rows = ", ".join(f"{len(rows)} {split}" for split, rows in splits.items())
+    print(f"{args.out} holds a Qwen2 of three layers and rows ({rows}); {time.time() - started:.0f} s.")

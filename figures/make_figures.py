@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: MIT
 """
-Draw every figure and write every table of the README from the committed logs.
+Draw every figure and write every table of the READMEs from the committed logs.
 
     python figures/make_figures.py
 
 One function a figure. A log that is missing raises, with the command that makes it.
 """
 
+import functools
 import json
+import math
 import re
 import statistics
 from pathlib import Path
@@ -31,100 +33,397 @@ def read(name, command):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@functools.cache
 def toy_rows():
     return read("toy_study.jsonl", "python figures/toy_study.py")
 
 
-def over_seeds(rows, value):
-    """(mean, standard deviation over seeds, per seed)."""
-    values = [value(row) for row in sorted(rows, key=lambda row: row["seed"])]
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0, values
-
-
-def replace_in_readme(what, text):
-    before = README.read_text()
+def replace(page, what, text):
+    """Put the text between the page's marks."""
     pattern = rf"(<!-- {what}: written by figures/make_figures.py -->\n).*?(<!-- end of {what} -->)"
-    after, count = re.subn(pattern, lambda m: m[1] + text + m[2], before, flags=re.S)
-    assert count == 1, f"README.md has no place for {what}"
-    README.write_text(after)
+    after, count = re.subn(pattern, lambda m: m[1] + text + m[2], page.read_text(), flags=re.S)
+    assert count == 1, f"{page.name} has no place for {what}"
+    page.write_text(after)
 
 
-MAIN = ["base", "solutions only", "warm-up teacher", "score only", "RLT, sampled KL", "ground truth"]
-NAMES = {
-    "base": "base student", "solutions only": "solutions only", "warm-up teacher": "warm-up teacher",
-    "score only": "teacher without KL (lambda 0)", "RLT, sampled KL": "RLT (lambda 3)",
-    "ground truth": "ground-truth chains",
-    "RLT, sampled KL, lr 5e-3": "RLT, learning rate 5e-3", "RLT": "RLT, exact KL",
-    "RLT, lr 5e-3": "RLT, exact KL, learning rate 5e-3",
-    "best of 5": "best of 5 of the warm-up teacher, no RL", "direct RL": "direct RL on correctness, no teacher",
+# What the papers report, for bars drawn in outline beside ours. Other models, other questions: only shapes compare.
+PAPER = {  # arXiv 2506.08388: overall score of 7B students (mean of AIME 2024, MATH-500, GPQA diamond), %
+    "Table 1, 17K rows": {"base": 39.17, "RL traces, filtered": 46.60, "RLT": 49.50},  # the middle one: R1's traces
+    "Table 1, 1K rows": {"RL traces, filtered": 42.37, "RLT": 47.43},
+    "Table 2": {"direct RL": 40.77, "RL after RL traces, raw": 38.60, "RL after RL traces, filtered": 43.93,
+                "RL after RLT": 50.53},
+    "countdown": {"direct RL": 50.8},  # secondary sources agree on this one alone; for RLT they say 52.3 to 56.6
 }
+THEIRS = {"fill": False, "edgecolor": "black", "linestyle": ":", "lw": 0.9}
+COLOURS = {"RLT": RED, "direct RL": BLUE, "best of 10": "#e09f3e"}
+
+
+def of(arm, setting="toy"):
+    """The log's rows of an arm, by seed."""
+    rows = [row for row in toy_rows() if (row.get("setting", "toy"), row["arm"]) == (setting, arm)]
+    return sorted(rows, key=lambda row: row["seed"])
+
+
+def greedy(row):
+    return 100 * row["accuracy"]["test greedy"]["mean"]
+
+
+def sampled(row):
+    return 100 * row["accuracy"]["test sampled"]["mean"]
+
+
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def interval(values):
+    """(mean, half of its 95 % interval by Student's t); nan for the half where there is one value."""
+    if len(values) < 2:
+        return values[0], math.nan
+    return statistics.fmean(values), T95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def bars(axes, arms, setting="toy", theirs=(), values=((greedy, 1.0), (sampled, 0.45))):
+    """A bar for each arm and measure: mean over seeds, whisker: 95 % interval, dots: seeds; the paper's is outlined."""
+    arms = [arm for arm in arms if of(arm, setting)]
+    for y, arm in enumerate(reversed(arms)):
+        rows = of(arm, setting)
+        for i, (value, shade) in enumerate(values):
+            at = y + 0.4 * (0.5 - (i + 0.5) / len(values)) * len(values) / 2
+            each = [value(row) for row in rows]
+            mean, half = interval(each)
+            axes.barh(at, mean, 0.8 / len(values), color=COLOURS.get(arm, GREY), alpha=shade, xerr=half,
+                      error_kw={"lw": 0.8, "capsize": 2})
+            axes.plot(each, [at] * len(each), "k.", ms=2.5)
+        if arm in theirs:
+            axes.barh(y, theirs[arm], 0.8, **THEIRS)
+    axes.set_yticks(range(len(arms)), [LABELS.get(arm, arm) for arm in reversed(arms)])
+    axes.grid(axis="y", visible=False)
+    axes.set_xlim(0, 103)
+    axes.set_ylim(-0.6, len(arms) - 0.4)
+
+
+LABELS = {
+    "base": "base student", "score only": "teacher without KL (lambda 0)", "RLT": "RLT (lambda 3)",
+    "ground truth": "ground-truth chains", "best of 10": "best of 10 of the warm-up teacher, no RL",
+    "direct RL": "direct RL on correctness", "RL traces, raw": "RL student's traces, raw",
+    "RL traces, filtered": "RL student's traces, filtered",
+}
+HEADLINE = ["base", "solutions only", "warm-up teacher", "score only", "best of 10", "RL traces, raw",
+            "RL traces, filtered", "RLT", "direct RL", "ground truth"]
 
 
 def toy_accuracy():
-    """Held-out exact match of the students, one bar an arm: mean over seeds, a dot for each."""
-    rows = toy_rows()
-    figure, axes = plt.subplots(figsize=(6.4, 2.9))
-    for y, arm in enumerate(reversed(MAIN)):
-        own = [row for row in rows if row["arm"] == arm]
-        for offset, decoding, shade in ((0.2, "greedy", 1.0), (-0.2, "sampled", 0.45)):
-            mean, spread, values = over_seeds(own, lambda row: 100 * row["accuracy"][f"test {decoding}"]["mean"])  # noqa: B023
-            axes.barh(y + offset, mean, height=0.36, color=RED if arm == "RLT, sampled KL" else GREY, alpha=shade,
-                      xerr=spread, error_kw={"lw": 0.8, "capsize": 2})
-            axes.plot(values, [y + offset] * len(values), "k.", ms=3)
-    axes.set_yticks(range(len(MAIN)), [NAMES[arm] for arm in reversed(MAIN)])
-    axes.grid(axis="y", visible=False)
-    axes.set_xlim(0, 103)
-    axes.set_xlabel("held-out exact match, %\ndark: greedy, light: T = 1; bar: mean, whisker: deviation, dots: seeds",
-                    fontsize=8)
+    """Figure 1 and Table 1: held-out exact match of the students of each kind of explanation."""
+    figure, axes = plt.subplots(figsize=(6.6, 3.9))
+    bars(axes, HEADLINE, theirs=PAPER["Table 1, 17K rows"])
+    axes.set_xlabel("held-out exact match, %   (dark: greedy, light: T = 1; whisker: 95 % interval, dots: seeds)\n"
+                    "dotted: the paper's 7B students, overall score (base; R1's traces; RLT)", fontsize=7.5)
     save(figure, "toy_accuracy")
 
 
 def toy_reward():
-    """What the teacher learns: reward, score, kl and leaks during RL, with the KL and without."""
-    rows = toy_rows()
-    figure, panels = plt.subplots(1, 4, figsize=(9.2, 2.3))
-    for arm, colour in (("RLT, sampled KL", RED), ("score only", GREY)):
-        curves = [row["curve"] for row in rows if row["arm"] == arm]
-        for axes, key in zip(panels, ("reward", "score", "kl", "leak"), strict=True):
-            for i, curve in enumerate(curves):
-                axes.plot([e["step"] + 1 for e in curve], [e[key] for e in curve], color=colour, lw=0.9, alpha=0.75,
-                          label=NAMES[arm] if i == 0 else None)
-            titles = {"leak": "share that leaks", "kl": "kl (red: sampled, grey: exact)"}
-            axes.set_title(titles.get(key, key), fontsize=9)
-            axes.set_xlabel("step")
-    panels[0].set_title("reward, by the arm's own lambda", fontsize=9)
+    """Training curves: reward, score, kl, leaks and length during RL, with the KL and without."""
+    figure, panels = plt.subplots(1, 5, figsize=(11, 2.3))
+    for arm, colour in (("RLT", RED), ("score only", GREY)):
+        for i, row in enumerate(of(arm)):
+            for axes, key in zip(panels, ("reward", "score", "kl", "leak", "length"), strict=True):
+                axes.plot([e["step"] + 1 for e in row["curve"]], [e[key] for e in row["curve"]], color=colour, lw=0.8,
+                          alpha=0.7, label=LABELS[arm] if i == 0 else None)
+                axes.set_title({"leak": "share that leaks", "reward": "reward, by the arm's own lambda"}.get(key, key),
+                               fontsize=8)
+                axes.set_xlabel("step")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=2, bbox_to_anchor=(0.5, -0.08))
     save(figure, "toy_reward")
 
 
+def toy_few_and_long():
+    """Table 1's 1K of 17K rows, and questions longer than any that was trained on."""
+    figure, (few, long) = plt.subplots(1, 2, figsize=(9.6, 2.4))
+    theirs = {f"{arm}, 176 rows": score for arm, score in PAPER["Table 1, 1K rows"].items()}
+    bars(few, [f"{arm}, 176 rows" for arm in ("warm-up teacher", "RL traces, filtered", "RLT", "ground truth")],
+         theirs=theirs)
+    few.set_xlabel("exact match after 176 of 3,000 rows, %\ndotted: the paper's, 1K of 17K rows", fontsize=7.5)
+    rows = of("long problems")
+    arms = list(rows[0]["long"]) if rows else []
+    for y, arm in enumerate(reversed(arms)):
+        each = [100 * row["long"][arm]["mean"] for row in rows]
+        mean, half = interval(each)
+        long.barh(y, mean, color=COLOURS.get(arm, GREY), xerr=half, error_kw={"lw": 0.8, "capsize": 2})
+        long.plot(each, [y] * len(each), "k.", ms=2.5)
+    long.set_yticks(range(len(arms)), [LABELS.get(arm, arm) for arm in reversed(arms)], fontsize=7)
+    long.grid(axis="y", visible=False)
+    long.set_xlabel("exact match on 6 steps, trained on 4 and 5, %, greedy", fontsize=7.5)
+    save(figure, "toy_few_and_long")
+
+
+STARTS = {"direct RL": "nothing"} | {f"RL after {start}": start for start in (
+    "warm-up teacher", "RL traces, raw", "RL traces, filtered", "best of 10", "RLT")}
+
+
+def smooth(values, window=5):
+    return [statistics.fmean(values[max(0, i - window // 2) : i + window // 2 + 1]) for i in range(len(values))]
+
+
+def toy_cold_start():
+    """Table 2: RL on correctness after a cold start."""
+    figure, (curves, final) = plt.subplots(1, 2, figsize=(9.6, 2.8))
+    for arm, start in STARTS.items():
+        rows = of(arm)
+        if not rows:
+            continue
+        steps = [e["step"] + 1 for e in rows[0]["curve"]]
+        mean = [100 * statistics.fmean(row["curve"][i]["solved"] for row in rows) for i in range(len(steps))]
+        curves.plot(steps, smooth(mean), color=COLOURS.get(start, COLOURS.get(arm)), lw=1.2, label=start)
+    curves.set_xlabel("step of RL")
+    curves.set_ylabel("solved in training, %")
+    curves.legend(fontsize=7, title="cold start from", title_fontsize=7)
+    bars(final, STARTS, theirs=PAPER["Table 2"])
+    final.set_xlabel("exact match after RL, %; dotted: the paper's Table 2", fontsize=7.5)
+    save(figure, "toy_cold_start")
+
+
+def toy_transfer():
+    """The countdown figure: a teacher that never saw the task in RL explains it; its student against direct RL."""
+    figure, axes = plt.subplots(figsize=(6.4, 2.6))
+    bars(axes, ["base", "solutions only", "warm-up teacher", "best of 10", "RLT", "direct RL", "ground truth"],
+         setting="countdown", theirs=PAPER["countdown"])
+    axes.set_xlabel("countdown: exact match, %; the teacher's RL saw the clocks alone\n"
+                    "dotted: the paper's direct RL", fontsize=7.5)
+    save(figure, "toy_transfer")
+
+
+def correlations(xs, ys):
+    """(Pearson, Spearman)."""
+    ranks = lambda values: [sorted(values).index(v) for v in values]  # noqa: E731
+    return statistics.correlation(xs, ys), statistics.correlation(ranks(xs), ranks(ys))
+
+
+def toy_ranks():
+    """Section 4.5: students of five parts of the warm-up teacher's explanations, by reward within the question."""
+    figure, panels = plt.subplots(1, 2, figsize=(6.4, 2.4))
+    for axes, value, name in ((panels[0], greedy, "greedy"), (panels[1], sampled, "T = 1")):
+        for seed in range(5):
+            if parts := ranks(seed):
+                ys = [value(part) for part in parts]
+                pearson, spearman = correlations(range(5), ys)
+                axes.plot(range(1, 6), ys, "o-", ms=3, lw=0.9, label=f"seed {seed}: {pearson:.2f}, {spearman:.2f}")
+        axes.set_xticks(range(1, 6))
+        axes.set_xlabel("part, worst to best reward")
+        axes.set_title(f"exact match, %, {name}", fontsize=8)
+        axes.legend(fontsize=6, title="Pearson, Spearman (the paper: 0.89)", title_fontsize=6)
+    save(figure, "toy_ranks")
+
+
+ABLATIONS = ["score only", "RLT, lambda 1", "RLT", "RLT, lambda 10", "RLT, alpha 0", "RLT, alpha 0.1", "RLT, lr 5e-3",
+             "RLT, exact KL", "RLT, exact KL, lr 5e-3", "RLT, exact KL and gradient"]
+
+
+def toy_ablations():
+    """Appendix D: lambda, alpha and the KL; accuracy, length and leaks."""
+    figure, panels = plt.subplots(1, 3, figsize=(10, 3.2), sharey=True, width_ratios=(2, 1, 1))
+    bars(panels[0], ABLATIONS)
+    panels[0].set_xlabel("exact match, %", fontsize=8)
+    for axes, key, scale, label in ((panels[1], "length", 1, "tokens of an explanation"),
+                                    (panels[2], "leak", 100, "give the solution away, %")):
+        bars(axes, ABLATIONS, values=((lambda row: scale * row["explanations"][key], 0.8),))  # noqa: B023
+        axes.set_xlim(0, 100 if key == "leak" else None)
+        axes.set_xlabel(label, fontsize=8)
+    save(figure, "toy_ablations")
+
+
+def toy_students():
+    """Appendix C.4: a larger student of the same explanations, and reward students of other strength."""
+    figure, axes = plt.subplots(figsize=(6.4, 2.8))
+    bars(axes, ["base, weaker", "base", "base, larger", "warm-up teacher", "warm-up teacher, larger student", "RLT",
+                "RLT, larger student", "RLT, weaker reward student", "RLT, stronger reward student"])
+    axes.set_xlabel("exact match, %", fontsize=8)
+    save(figure, "toy_students")
+
+
+def usable(p, group=16):
+    """Chance that a group has both right and wrong answers, at a pass rate p."""
+    return 1 - (1 - p) ** group - p**group
+
+
+def toy_guide(setting="base 0.02"):
+    """Guide against GRPO: groups with a signal, predicted and drawn; success; what was gained."""
+    figure, panels = plt.subplots(1, 3, figsize=(10.5, 2.7))
+    rates, plain, guided, expected = [], [], [], []
+    for row in of("signal", setting):
+        for (drawn, other), (hinted, other_hinted) in zip(row["signal"]["plain"], row["signal"]["hinted"], strict=True):
+            p, q = other / 16, other_hinted / 16
+            rates.append(p)
+            plain.append(0 < drawn < 16)
+            guided.append(0 < (hinted if drawn == 0 else drawn) < 16)
+            expected.append(usable(p) + (1 - p) ** 16 * usable(q))
+    if rates:
+        at = sorted(set(rates))
+        share = lambda values, p: statistics.fmean(v for v, rate in zip(values, rates, strict=True) if rate == p)  # noqa: E731
+        weights = [5 + 60 * sum(rate == p for rate in rates) / len(rates) for p in at]
+        panels[0].scatter(at, [share(plain, p) for p in at], weights, color=GREY, label="plain groups")
+        panels[0].scatter(at, [share(guided, p) for p in at], weights, color=RED, label="with hints where all fail")
+        panels[0].plot(at, [usable(p) for p in at], color=GREY, lw=0.9)
+        panels[0].plot(at, [share(expected, p) for p in at], color=RED, lw=0.9)
+        panels[0].set_xlabel("pass rate of the question (of 16 other draws)")
+        panels[0].set_title("usable groups; lines: s(p), s(p) + (1-p)^16 s(q)", fontsize=8)
+        panels[0].legend(fontsize=7)
+    for arm, colour in (("GRPO", GREY), ("Guide", RED), ("Guide, naive ratio", BLUE)):
+        for i, row in enumerate(of(arm, setting)):
+            panels[1].plot([e["step"] + 1 for e in row["curve"]], smooth([100 * e["solved"] for e in row["curve"]]),
+                           color=colour, lw=0.9, label=arm if i == 0 else None)
+    panels[1].set_title("solved without a hint, %", fontsize=8)
+    panels[1].set_xlabel("step")
+    panels[1].legend(fontsize=7)
+    for x, arm in enumerate(("GRPO", "Guide")):
+        rows = [row["compare"][arm]["split"]["after"] for row in of("what Guide did", setting)]
+        for key, colour, offset in (("self_distillation", GREY, -0.2), ("capability_gain", RED, 0.0),
+                                    ("regression", BLUE, 0.2)):
+            if rows:
+                mean, half = interval([100 * row[key]["mean"] for row in rows])
+                panels[2].bar(x + offset, mean, 0.2, yerr=half, color=colour, error_kw={"lw": 0.8},
+                              label=key.replace("_", " ") if x == 0 else None)
+    panels[2].set_xticks((0, 1), ("GRPO", "Guide"))
+    panels[2].set_title("share of questions, %", fontsize=8)
+    panels[2].legend(fontsize=7)
+    save(figure, "toy_guide")
+
+
+MAP_BASES, MAP_ROWS = (0.08, 0.02, 0.0), (0.2, 0.1, 0.02)
+MAP_ARMS = {"direct RL": "direct RL", "Guide": "Guide", "best of 10, {}": "best of 10", "RLT, {}": "RLT",
+            "RLT, refreshed student, {}": "RLT, refreshed student", "RL after best of 10, {}": "best of 10, then RL",
+            "RL after RLT, {}": "RLT, then RL"}
+
+
+def toy_map():
+    """When RLT wins: what the base solves by itself, against how many good explanations the warm-up teacher writes."""
+    figure, panels = plt.subplots(1, len(MAP_ARMS), figsize=(13, 2.5), sharey=True)
+    for axes, (arm, title) in zip(panels, MAP_ARMS.items(), strict=True):
+        cells = [[of(arm.format(f"rows {careful}"), f"base {share}") for careful in MAP_ROWS] for share in MAP_BASES]
+        values = [[greedy(cell[0]) if cell else math.nan for cell in line] for line in cells]
+        axes.imshow(values, vmin=0, vmax=100, cmap="RdYlGn")
+        for y, line in enumerate(values):
+            for x, value in enumerate(line):
+                axes.text(x, y, "" if math.isnan(value) else f"{value:.0f}", ha="center", va="center", fontsize=8)
+        axes.set_xticks(range(3), [f"{100 * told(f'warm-up teacher, rows {r}'):.0f} %" for r in MAP_ROWS], fontsize=7)
+        axes.set_title(title, fontsize=8)
+        axes.grid(visible=False)
+    panels[0].set_yticks(range(3), [f"{100 * zero_groups(share):.0f} %" for share in MAP_BASES], fontsize=7)
+    panels[0].set_ylabel("groups all zero\nat the start", fontsize=8)
+    figure.supxlabel("full right chains among the warm-up teacher's explanations (mean of three bases); greedy exact "
+                     "match, %, one seed", fontsize=8)
+    save(figure, "toy_map")
+
+
+def told(arm):
+    """Share of full right chains, mean over the map's bases."""
+    rows = [row for share in MAP_BASES for row in of(arm, f"base {share}")]
+    return statistics.fmean(row["explanations"]["full_chain"] for row in rows) if rows else math.nan
+
+
+def zero_groups(share):
+    """Share of groups without a right answer in the first five steps of direct RL."""
+    rows = of("direct RL", f"base {share}")
+    return statistics.fmean(e["zero_groups"] for row in rows for e in row["curve"][:5]) if rows else math.nan
+
+
 def toy_table():
-    rows = toy_rows()
-    seeds = sorted({row["seed"] for row in rows})
-    count = rows[0]["accuracy"]["test greedy"]["questions"]
-    lines = [f"Exact match in %, mean over seeds {', '.join(map(str, seeds))} (each seed), {count} held-out questions; "
-             "explanations: what the teacher wrote for the training questions, at lambda 3 and exact KL.", "",
+    """The README's table."""
+    seeds = sorted({row["seed"] for row in of("RLT")})
+    count = of("base")[0]["accuracy"]["test greedy"]["questions"]
+    lines = [f"Exact match in %, mean over seeds {', '.join(map(str, seeds))} with its 95 % interval, {count} held-out "
+             "questions; explanations: what the teacher wrote for the training questions, at lambda 3 and exact KL.",
+             "",
              "| student of | greedy | T = 1 | tokens | gives away | full right chains | raw reward |",
              "| --- | --- | --- | --- | --- | --- | --- |"]
-    for arm in [*MAIN, *(arm for arm in NAMES if arm not in MAIN)]:
-        own = [row for row in rows if row["arm"] == arm]
+    for arm in HEADLINE:
+        own = of(arm)
         if not own:
             continue
-        cells = [NAMES[arm]]
-        for decoding in ("greedy", "sampled"):
-            mean, _, values = over_seeds(own, lambda row: 100 * row["accuracy"][f"test {decoding}"]["mean"])  # noqa: B023
-            cells.append(f"**{mean:.1f}** ({' / '.join(f'{v:.1f}' for v in values)})")
-        if "explanations" in own[0]:
-            told = lambda key: over_seeds(own, lambda row: row["explanations"][key])[0]  # noqa: B023, E731
-            cells += [f"{told('length'):.1f}", f"{100 * told('leak'):.0f} %", f"{100 * told('full_chain'):.0f} %",
-                      f"{told('reward'):.2f}"]
-        else:
-            cells += ["", "", "", ""]
+        cells = [LABELS.get(arm, arm)]
+        for value in (greedy, sampled):
+            mean, half = interval([value(row) for row in own])
+            cells.append(f"**{mean:.1f}** ± {half:.1f}")
+        mean = lambda key: statistics.fmean(row["explanations"][key] for row in own)  # noqa: B023, E731
+        cells += [f"{mean('length'):.1f}", f"{100 * mean('leak'):.0f} %", f"{100 * mean('full_chain'):.0f} %",
+                  f"{mean('reward'):.2f}"] if "explanations" in own[0] else [""] * 4
         lines.append(f"| {' | '.join(cells)} |")
+    rows = toy_rows()
     versions = sorted({(row["machine"], row["torch"], row["date"]) for row in rows})
     lines += ["", "Measured: " + "; ".join(f"{machine}, torch {torch}, {date}" for machine, torch, date in versions)
-              + ". The commands of every arm and the commit they ran at are in `figures/logs/toy_study.jsonl`; at that "
-              "commit `--kl exact` was still the default.", ""]
-    replace_in_readme("toy table", "\n".join(lines))
+              + ". The commands of every arm and the commit they ran at are in `figures/logs/toy_study.jsonl`.", ""]
+    replace(README, "toy table", "\n".join(lines))
+
+
+def difference(better, worse, value=greedy, setting="toy"):
+    """Differences between two arms on the seeds that both have."""
+    others = {row["seed"]: row for row in of(worse, setting)}
+    return [value(row) - value(others[row["seed"]]) for row in of(better, setting) if row["seed"] in others]
+
+
+def ranks(seed):
+    """The rows of the five parts by reward, worst first; None while one is missing."""
+    parts = [row for i in range(1, 6) for row in of(f"rank {i} of 5") if row["seed"] == seed]
+    return parts if len(parts) == 5 else None
+
+
+def claims():
+    """[(claim, the papers' number, measure, values by seed)]: it holds where the values are above zero."""
+    points = "exact match, points, greedy"
+    yield "RLT above the warm-up teacher", "", points, difference("RLT", "warm-up teacher")
+    yield "RLT above score only", "", points, difference("RLT", "score only")
+    yield "RLT above solutions only", "", points, difference("RLT", "solutions only")
+    for kind in ("raw", "filtered"):
+        yield (f"RLT above the correctness-trained model's traces, {kind}", "", points,
+               difference("RLT", f"RL traces, {kind}"))
+    yield "RLT above best of 10 without RL (not in the paper)", "", points, difference("RLT", "best of 10")
+    yield ("the same at T = 1", "", "exact match, points, T = 1", difference("RLT", "best of 10", sampled))
+    yield ("score-only explanations leak the answer", "", "share that leaks minus the warm-up teacher's, points",
+           difference("score only", "warm-up teacher", lambda row: 100 * row["explanations"]["leak"]))
+    yield ("reward rank correlates with student accuracy", "Pearson 0.89", "Pearson over 5 parts, greedy",
+           [correlations(range(5), [greedy(row) for row in parts])[0] for seed in range(5) if (parts := ranks(seed))])
+    for other in ("direct RL", "RL after warm-up teacher", "RL after RL traces, raw", "RL after RL traces, filtered",
+                  "RL after best of 10"):
+        theirs = PAPER["Table 2"]
+        told = f"{theirs['RL after RLT'] - theirs[other]:+.1f}" if other in theirs else ""
+        yield f"RL after RLT above {other}", told, points, difference("RL after RLT", other)
+    yield ("zero-shot transfer: RLT above the warm-up teacher on the unseen task", "", points,
+           difference("RLT", "warm-up teacher", setting="countdown"))
+    yield ("zero-shot transfer: RLT above direct RL on that task", "+1.5 to +5.8", points,
+           difference("RLT", "direct RL", setting="countdown"))
+    yield ("a stronger reward student makes a stronger teacher", "", points + ", against a weaker one",
+           difference("RLT, stronger reward student", "RLT, weaker reward student"))
+    yield ("a larger student learns more from the same explanations", "", points,
+           difference("RLT, larger student", "RLT"))
+    for careful in MAP_ROWS:
+        yield (f"RLT above direct RL where groups start all zero (base 0.0, rows {careful})", "", points,
+               difference(f"RLT, rows {careful}", "direct RL", setting="base 0.0"))
+    groups = lambda row: 100 * statistics.fmean(e["usable_groups"] for e in row["curve"][:10]) / 16  # noqa: E731
+    yield ("Guide has more usable groups than GRPO where plain groups fail", "", "points, first 10 steps",
+           difference("Guide", "GRPO", groups, setting="base 0.02"))
+    yield ("Guide ends at a higher pass rate", "up to +4", points, difference("Guide", "GRPO", setting="base 0.02"))
+    for setting, analysis, arm in (("toy", "what RL did", "direct RL"), ("base 0.02", "what Guide did", "GRPO")):
+        yield (f"RL's gain is mostly self-distillation ({setting}, {arm})", "98.5 % on countdown",
+               "self-distillation minus capability gain, points of questions",
+               [100 * (split["self_distillation"]["mean"] - split["capability_gain"]["mean"])
+                for split in (row["compare"][arm]["split"]["after"] for row in of(analysis, setting))])
+
+
+def claims_table():
+    lines = ["| expected | the papers | ours: measure | mean and 95 % interval | seeds | verdict |",
+             "| --- | --- | --- | --- | --- | --- |"]
+    for claim, theirs, measure, values in claims():
+        if not values:
+            lines.append(f"| {claim} | {theirs} | {measure} | | 0 | not measured yet |")
+            continue
+        mean, half = interval(values)
+        verdict = "holds" if mean > half else "does not hold" if mean <= 0 else "mixed"
+        shown = f"{mean:+.2f} ± {half:.2f}"
+        if len(values) < 2:
+            verdict, shown = "one seed", f"{mean:+.2f}"
+        lines.append(f"| {claim} | {theirs} | {measure} | {shown} | {len(values)} | {verdict} |")
+    lines += ["", "*Holds*: the interval of the mean over seeds lies above zero. *Does not hold*: the mean is zero or "
+              "below. *Mixed*: the mean is above zero, its interval is not.", ""]
+    replace(HERE / "README.md", "claims", "\n".join(lines))
 
 
 def bench_rows():
@@ -187,7 +486,7 @@ def bench_text():
     if not any("NVIDIA" in device for device in bench_rows()):
         lines += ["", "No figure of a GPU is claimed: the kernels are proven in Triton's interpreter and compiled for "
                   "sm_80, sm_90 and sm_100, but have not been timed. `python tests/bench_rewards.py` does it."]
-    replace_in_readme("bench text", "\n".join([*lines, ""]))
+    replace(README, "bench text", "\n".join([*lines, ""]))
 
 
 def save(figure, name):
@@ -198,8 +497,8 @@ def save(figure, name):
 
 
 if __name__ == "__main__":
-    toy_accuracy()
-    toy_reward()
-    toy_table()
+    for draw in (toy_accuracy, toy_reward, toy_few_and_long, toy_cold_start, toy_transfer, toy_ranks, toy_ablations,
+                 toy_students, toy_guide, toy_map, toy_table, claims_table):
+        draw()
     bench_rewards()
     bench_text()

@@ -1,6 +1,7 @@
 """The toy: its arithmetic, authors, rows, tokenizer and packing.   python -m pytest tests/test_toy.py"""
 
 import hashlib
+import itertools
 import json
 import random
 from collections import Counter
@@ -11,11 +12,14 @@ from conftest import run_script
 from torch.nn.functional import cross_entropy
 
 from data import toy as game  # `toy` is the fixture: a folder that holds runs/toy
+from evaluate import grade
 from models import load_tokenizer
 from prompts import EXPLANATION, SOLUTION, THOUGHT, Prompts
 
 QUESTION = "x 3 y 7 s1 x+=y s2 y*=3 s3 swap s4 y+=5"
 CHAIN = "s1 x+=y 0 7 s2 y*=3 0 1 s3 swap 1 0 s4 y+=5 1 5"
+TOY = {"n_clocks": 2, "careful": game.LONG[0], "countdown": False}  # what python data/toy.py makes
+ROWS = TOY | {"careful": game.ROWS[0]}
 
 
 # -- the task
@@ -27,19 +31,32 @@ def test_a_chain_by_hand():
 
 
 def test_every_operation_on_every_state_is_what_python_makes_of_it():
-    for operation in game.OPERATIONS:
+    for operation in game.operations("xy"):
         for x in range(10):
             for y in range(10):
                 scope = {"x": x, "y": y}
                 exec("x, y = y, x" if operation == "swap" else operation, {}, scope)
                 want = f"{scope['x'] % 10} {scope['y'] % 10}"
                 assert game.solution(f"x {x} y {y} s1 {operation}") == want, (operation, x, y)
-    assert len(set(game.OPERATIONS)) == 17
+    assert len(set(game.operations("xy"))) == 17
+
+
+def test_three_clocks_turn_by_tables():
+    table = game.TABLES["op7"]
+    want = " ".join(str(table[clock][hour]) for clock, hour in zip("xyz", (3, 7, 0), strict=True))
+    assert game.chain("x 3 y 7 z 0 s1 op7") == f"s1 op7 {want}"
+    assert game.solution("x 3 y 7 z 0 s1 op7 s2 op7") == game.solution(
+        " ".join(f"{clock} {hour}" for clock, hour in zip("xyz", want.split(), strict=True)) + " s1 op7")
+    for table in game.TABLES.values():
+        assert all(sorted(table[clock]) == list(range(10)) for clock in "xyz")
+    written = json.dumps(game.TABLES)  # every published number of that setting rests on them
+    assert hashlib.sha256(written.encode()).hexdigest()[:16] == "88be47d48f576c45"
 
 
 @pytest.mark.parametrize(
     "question",
     ["", "How many?", "x 3 y", "x 3 y 7", "x 3 y 7 s1", "x 3 y 7 s2 swap", "x 3 y 12 s1 swap"]
+    + ["x 3 y 7 s1 z+=1", "x 3 z 7 s1 swap", "x 3 y 7 z s1 swap", "x 3 s1 x+=1"]
     + ["x 3 y 7 s1 x-=y", "y 3 x 7 s1 swap", "x 3 y 7 s1 swap s1 swap", "x 3 y 7 s1 swap s2"],
 )
 def test_what_is_no_toy_question_is_refused(question):
@@ -96,7 +113,7 @@ def test_who_slips_goes_on_from_there():
         words = text.split()
         state = "3 7"
         for number, operation, x, y in zip(*(words[i::4] for i in range(4)), strict=True):
-            before = dict(zip(game.REGISTERS, state.split(), strict=True))
+            before = dict(zip("xy", state.split(), strict=True))
             right = game.solution(f"x {before['x']} y {before['y']} s1 {operation}")
             state = f"{x} {y}"
             wrong, total = wrong + (state != right), total + 1
@@ -107,7 +124,7 @@ def test_who_slips_goes_on_from_there():
 
 
 def test_long_problems_are_seldom_explained_well_and_short_ones_often():
-    documents = game.draw_documents(random.Random(0), set())
+    documents = game.draw_documents(random.Random(0), set(), **TOY)
     full, steps = Counter(), Counter()
     for _ in range(8000):
         row = next(documents)
@@ -121,12 +138,87 @@ def test_long_problems_are_seldom_explained_well_and_short_ones_often():
     assert abs(steps[1] / 8000 - 0.25) < 0.02 and abs(steps[6] / 8000 - 0.125) < 0.02
 
 
+# -- countdown
+
+
+def test_countdown_by_hand():
+    question = "use 3 5 7 make 22"
+    assert game.goal(question) == ([3, 5, 7], 22)
+    assert game.chain(question) == "3 * 5 15 + 7 22" and game.solution(question) == "( 3 * 5 ) + 7"
+    assert game.attempt("9 * 9 + 8".split()) == "9 * 9 81 + 8 89"
+    assert game.attempt("9 * 9 * 2".split()) is None and game.attempt("3 - 5 + 7".split()) is None  # leave 0 to 99
+    assert game.solution("use 3 5 make 2") == "5 - 3"
+    row = game.make_row(question, game.SINGLE, random.Random(0))
+    assert row["hint"] == "3 * 5 15" and (row["nums"], row["target"]) == ([3, 5, 7], 22)
+
+
+def test_attempts_are_all_ways_that_stay_within_bounds():
+    for numbers in ((3, 5, 7), (9, 9, 2), (1, 1, 1)):
+        want = set()
+        for a, b, c in itertools.permutations(numbers):
+            for first, second in itertools.product("+-*", repeat=2):
+                middle = eval(f"{a} {first} {b}")
+                end = eval(f"{middle} {second} {c}")
+                if 0 <= middle < 100 and 0 <= end < 100:
+                    want.add(f"{a} {first} {b} {middle} {second} {c} {end}")
+        assert set(game.attempts(numbers).values()) == want
+
+
+def test_the_grader_accepts_every_countdown_solution():
+    rng = random.Random(0)
+    for size in (2, 3):
+        for _ in range(300):
+            question = game.draw_countdown(rng, size)
+            row = game.make_row(question, game.ROWS, rng) | {"where": "here"}
+            assert grade("countdown", f"{SOLUTION[0]} {row['solution']} {SOLUTION[1]}", row), row
+            assert game.is_full_chain(question, row["chain"]) and not game.gives_away(question, row["chain"])
+
+
+def test_countdown_authors_do_as_they_are_called():
+    rng = random.Random(1)
+    tried, wrong = Counter(), 0
+    for _ in range(600):
+        question = game.draw_countdown(rng, 3)
+        careful, sloppy, skipping, leaking, rambling = (game.explain(question, author, rng) for author in game.AUTHORS)
+        assert game.is_full_chain(question, careful) and not game.gives_away(question, careful)
+        tried[len(careful.split()) // 7] += 1
+        wrong += not game.is_full_chain(question, sloppy)
+        assert not game.is_full_chain(question, skipping) and not game.gives_away(question, skipping)
+        assert leaking.startswith(f"ans {game.solution(question)}") and game.gives_away(question, leaking)
+        assert not {*rambling.split()} - {*game.FILLER, *game.SIGNS}
+    assert set(tried) == {1, 2, 3, 4, 5} and min(tried.values()) > 80
+    assert 0.5 < wrong / 600 < 0.9
+
+
+@pytest.mark.parametrize("text", [
+    "", "3 * 5 15 + 7", "3 * 5 16 + 7 22", "3 + 5 8 + 7 15", "3 * 5 15 + 7 22 so", "5 * 7 35 - 9 26",
+    "hmm 3 * 5 15 + 7 22", "ans ( 3 * 5 ) + 7", "7 * 5 35 - 3 32 3 * 5 15 + 6 22"])
+def test_what_is_no_full_countdown_chain(text):
+    assert not game.is_full_chain("use 3 5 7 make 22", text)
+
+
+def test_both_tasks_are_in_base_and_rows():
+    rows = game.make_rows(2, game.ROWS[0], True)
+    assert [len(rows[split]) for split in ("countdown-train", "countdown-val", "countdown-test")] == [3000, 400, 800]
+    assert [game.is_countdown(row["question"]) for row in rows["both-train"]] == [False, True] * 3000
+    alone = game.make_rows(**ROWS)
+    assert all([row["question"] for row in rows[split]] == [row["question"] for row in alone[split]] for split in alone)
+    documents = game.draw_documents(random.Random(0), set(), 2, game.LONG[0], True)
+    some = [next(documents) for _ in range(4000)]
+    searched = [row for row in some if game.is_countdown(row["question"])]
+    assert abs(len(searched) / 4000 - 0.5) < 0.04
+    full = Counter()
+    for row in searched:
+        full[len(row["question"].split()), game.is_full_chain(row["question"], row["explanation"])] += 1
+    assert not full[5, False] and 0.05 < full[6, True] / (full[6, True] + full[6, False]) < 0.15
+
+
 # -- the rows
 
 
 @pytest.fixture(scope="module")
 def rows():
-    return game.make_rows()
+    return game.make_rows(**ROWS)
 
 
 def test_questions_never_change(rows):
@@ -135,10 +227,22 @@ def test_questions_never_change(rows):
     assert hashlib.sha256(written.encode()).hexdigest()[:16] == "7081a28c0b4d3a53"
 
 
-def test_other_authors_explain_the_same_questions(rows, monkeypatch):
-    monkeypatch.setattr(game, "ROWS", (1, 0, 0, 0, 0))
-    assert all(row["explanation"] == row["chain"] for row in game.make_rows()["test"])
-    assert [row["question"] for row in game.make_rows()["test"]] == [row["question"] for row in rows["test"]]
+def test_other_authors_explain_the_same_questions(rows):
+    none = game.make_rows(2, 0.0, False)
+    assert [row["question"] for row in none["test"]] == [row["question"] for row in rows["test"]]
+    full = [game.is_full_chain(row["question"], row["explanation"]) for row in none["train"]]
+    assert sum(full) < 0.02 * len(full)  # by those who skip steps, and skip none
+
+
+def test_the_share_of_careful_authors_is_what_is_asked_for():
+    for shares in (game.LONG, game.ROWS):
+        assert game.mixture(shares, shares[0]) == shares
+        for careful in (0.0, 0.02, 0.4):
+            other = game.mixture(shares, careful)
+            assert other[0] == pytest.approx(careful) and sum(other) == pytest.approx(1)
+            assert other[1] * shares[0] == pytest.approx(shares[1] * careful)  # sloppy ones come along
+            rest, before = ([share / sum(mix[2:]) for share in mix[2:]] for mix in (other, shares))
+            assert rest == pytest.approx(before)
 
 
 def test_no_question_is_there_twice(rows):
@@ -150,7 +254,7 @@ def test_no_question_is_there_twice(rows):
 
 def test_a_question_drawn_again_is_passed_over(monkeypatch):
     monkeypatch.setattr(game, "SPLITS", {"some": (1000, (1,)), "others": (700, (1,))})
-    rows = game.make_rows()  # there are 100 states and 17 operations: every single question, once
+    rows = game.make_rows(**ROWS)  # there are 100 states and 17 operations: every single question, once
     assert len({row["question"] for split in rows.values() for row in split}) == 1700
 
 
@@ -172,8 +276,8 @@ def test_rows_are_consistent_and_the_warm_up_mixture_is_theirs(rows):
 
 def test_documents_leave_out_what_is_held_out():
     starts = [f"x {x} y {y}" for x in range(9) for y in range(10)]
-    held_out = {f"{start} s1 {operation}" for start in starts for operation in game.OPERATIONS}
-    documents = game.draw_documents(random.Random(0), held_out)
+    held_out = {f"{start} s1 {operation}" for start in starts for operation in game.operations("xy")}
+    documents = game.draw_documents(random.Random(0), held_out, **TOY)
     single = [row for row in (next(documents) for _ in range(2000)) if " s2 " not in row["question"]]
     assert len(single) > 40 and all(row["question"].startswith("x 9") for row in single)
 
@@ -254,10 +358,10 @@ def test_documents_as_written_by_hand(tokenizer):
 
 
 def test_packed_documents_do_not_see_each_other(tokenizer):
-    documents = game.draw_documents(random.Random(0), set())
+    documents = game.draw_documents(random.Random(0), set(), **TOY)
     batch = [Prompts(tokenizer).sft(next(documents), "student") for _ in range(24)]
     input_ids, position_ids, labels = game.pack(batch, width=64)
-    model = game.make_model(0).double()
+    model = game.make_model(0, 55, 128).double()
     torch.nn.init.normal_(model.model.embed_tokens.weight)  # at the start a model hardly looks back at all
 
     logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
@@ -276,14 +380,16 @@ def test_packed_documents_do_not_see_each_other(tokenizer):
 
 
 def test_the_longest_document_fits_into_a_row(tokenizer):
-    question = "x 9 y 9 " + " ".join(f"s{i} swap" for i in range(1, 7))
-    row = {"question": question, "solution": "9 9", "explanation": game.chain(question), "where": "here"}
-    assert len(Prompts(tokenizer).sft(row, "student")[0]) <= 64
+    prompts = Prompts(game.make_tokenizer(3, True))
+    clocks = "x 9 y 9 z 9 " + " ".join(f"s{i} op1" for i in range(1, 7))
+    rows = [{"question": clocks, "solution": "9 9 9", "explanation": game.chain(clocks), "where": "here"},
+            {"question": "use 1 2 3 make 9", "solution": "( 1 + 2 ) * 3", "explanation": "1 + 2 3 * 3 9 " * 5}]
+    assert max(len(prompts.sft(row, "student")[0]) for row in rows) <= 64
 
 
 def test_pretraining_is_seeded_and_learns(tokenizer):
     def loss(model):
-        documents = game.draw_documents(random.Random("held out"), set())
+        documents = game.draw_documents(random.Random("held out"), set(), **TOY)
         input_ids, position_ids, labels = game.pack(
             [Prompts(tokenizer).sft(next(documents), "student") for _ in range(64)], width=64
         )
@@ -291,15 +397,15 @@ def test_pretraining_is_seeded_and_learns(tokenizer):
         return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).item()
 
     def trained(seed):
-        model = game.make_model(seed)
-        game.pretrain(model, tokenizer, seed, 5, held_out=set())
+        model = game.make_model(seed, 55, 128)
+        game.pretrain(model, tokenizer, game.draw_documents(random.Random(seed), set(), **TOY), 5)
         return model
 
     model, again, other = trained(0), trained(0), trained(1)
     weights, copies, others = (list(m.state_dict().values()) for m in (model, again, other))
     assert all(torch.equal(a, b) for a, b in zip(weights, copies, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(weights, others, strict=True) if a.dim() == 2)
-    assert loss(model) < loss(game.make_model(0)) - 0.1  # five steps, in the learning rate's warm-up
+    assert loss(model) < loss(game.make_model(0, 55, 128)) - 0.1  # five steps, in the learning rate's warm-up
 
 
 # -- the folder
@@ -315,7 +421,7 @@ def test_the_folder_holds_what_the_scripts_read(toy):
     assert (config["pad_token_id"], config["eos_token_id"]) == (words.pad_token_id, words.eos_token_id)
     names = {path.name for path in folder.iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"} <= names
-    rows = game.make_rows()
+    rows = game.make_rows(**ROWS)
     for split, want in rows.items():
         assert [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()] == want
 
@@ -327,7 +433,8 @@ def test_a_run_that_dies_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(game, "pretrain", dies)
     with pytest.raises(KeyboardInterrupt):
-        game.make(tmp_path / "toy", 0, 1)
+        shares = {"careful_base": 0.08, "careful_rows": 0.1}
+        game.make(tmp_path / "toy", 0, 1, hidden_size=32, clocks=2, countdown=False, **shares)
     assert not list(tmp_path.iterdir())
 
 
@@ -336,6 +443,12 @@ def test_what_is_there_is_never_written_over(tmp_path):
     (tmp_path / "toy" / "mine").write_text("mine")
     done = run_script(tmp_path, "data/toy.py", "--out", "toy", check=False)
     assert done.returncode == 2 and "toy exists already: delete it, or choose another --out" in done.stderr
-    done = run_script(tmp_path, "data/toy.py", "--steps", "-1", check=False)
-    assert done.returncode == 2 and "--steps -1: expected 0 or more" in done.stderr
+    for flags, complaint in (
+        (["--steps", "-1"], "--steps -1: expected 0 or more"),
+        (["--hidden-size", "100"], "--hidden-size 100: expected a multiple of 32"),
+        (["--careful-base", "0.7"], "--careful-base 0.7: expected 0 to 0.62"),
+        (["--careful-rows", "-0.1"], "--careful-rows -0.1: expected 0 to 0.67"),
+    ):
+        done = run_script(tmp_path, "data/toy.py", *flags, check=False)
+        assert done.returncode == 2 and complaint in done.stderr
     assert [path.name for path in tmp_path.rglob("*")] == ["toy", "mine"]
