@@ -18,6 +18,7 @@ and what the grader accepts is kept: the traditional way to make such data.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -90,8 +91,9 @@ if args.keep_wrong and not args.solver:
 # ---------------------------------------------------------------------------------------------------------
 
 device = models.pick_device(args.device)
+rank, world = runs.join(device)
 out, config = Path(args.out), Path(f"{args.out}.config.json")
-done = 0  # batches that are whole in the file
+done, written = 0, []  # batches that are whole in the file, and its lines
 if out.exists() and not args.resume:
     raise FileExistsError(f"{out} is there already. Pass --resume to go on, or another --out.")
 if out.exists():
@@ -100,7 +102,6 @@ if out.exists():
     runs.check_same_flags(out, json.loads(config.read_text())["flags"], vars(args))
     written = runs.read_jsonl(out)
     done = written[-1]["batch"] if written else 0  # the last one may be cut short: draw it again
-    runs.write_atomically(out, "".join(json.dumps(row) + "\n" for row in written if row["batch"] < done))
 
 student_name = args.student or models.base_of(args.model)
 rows = load_rows(args.score_file or models.rows_of(args.data, "train"), question_column=args.question_column,
@@ -115,8 +116,11 @@ also = [lambda row: prompts.written(row)[0]] if args.score_file else []
 rows = prompts.fitting(rows, room, skip=args.skip_bad_rows, also=also)
 teacher = models.load_model(args.model, bits=args.teacher_bits, device=device)
 student = None if args.solver else models.load_model(student_name, bits=args.student_bits, device=device)
-out.parent.mkdir(parents=True, exist_ok=True)
-runs.write_atomically(config, json.dumps(runs.describe(args), indent=2) + "\n")
+runs.meet()  # all ranks have read what was there
+if rank == 0:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    runs.write_atomically(config, json.dumps(runs.describe(args), indent=2) + "\n")
+    runs.write_atomically(out, "".join(json.dumps(row) + "\n" for row in written if row["batch"] < done))
 
 
 def sample(asked, batch):
@@ -164,17 +168,27 @@ def solve(asked, batch):
 
 per_batch = max(1, args.batch_size // args.samples)  # rows, each with all its samples
 batches = [rows[at : at + per_batch] for at in range(0, len(rows), per_batch)]
-with out.open("a") as file:
-    for batch in tqdm(range(done, len(batches)), initial=done, total=len(batches), unit="batch", dynamic_ncols=True):
-        asked = [row for row in batches[batch] for _ in range(args.samples)]
-        lines = list(solve(asked, batch) if args.solver else explain(asked, batch))
-        groups = [lines[at : at + args.samples] for at in range(0, len(lines), args.samples)]
-        groups = [[line for line in group if (line["closed"] or not args.drop_unclosed)
-                   and (line.get("right", True) or args.keep_wrong)] for group in groups]
-        if args.keep == "best":
-            groups = [[max(group, key=lambda line: line["reward"])] for group in groups if group]
-        file.write("".join(json.dumps(line) + "\n" for group in groups for line in group))  # a batch in one go
-        file.flush()
+
+
+def kept(batch):
+    """What this batch leaves in the file."""
+    asked = [row for row in batches[batch] for _ in range(args.samples)]
+    lines = list(solve(asked, batch) if args.solver else explain(asked, batch))
+    groups = [lines[at : at + args.samples] for at in range(0, len(lines), args.samples)]
+    groups = [[line for line in group if (line["closed"] or not args.drop_unclosed)
+               and (line.get("right", True) or args.keep_wrong)] for group in groups]
+    if args.keep == "best":
+        groups = [[max(group, key=lambda line: line["reward"])] for group in groups if group]
+    return [line for group in groups for line in group]
+
+
+with tqdm(initial=done, total=len(batches), unit="batch", dynamic_ncols=True, disable=rank > 0) as progress:
+    for first in range(done, len(batches), world):  # a batch on each rank; the file is the same on any number of them
+        lines = runs.gather(kept(first + rank) if first + rank < len(batches) else [])
+        runs.append_jsonl(out, [line for part in lines for line in part])  # in one go
+        progress.update(len(batches[first : first + world]))
+if rank:
+    sys.exit()
 
 written = runs.read_jsonl(out)
 if args.partition:

@@ -353,6 +353,8 @@ if __name__ == "__main__":
         parser.error(f"--samples {args.samples} at --temperature 0 are all the same: pass 0.6, say")
     if args.floor and not args.compare:
         parser.error("--floor does nothing without --compare BEFORE AFTER")
+    if args.compare and runs.WORLD > 1:
+        parser.error("--compare runs no model: call it by python, not by torchrun")
     if args.data is None and args.task != "toy" and not args.compare:
         columns = " and ".join(GOLD[args.task])
         parser.error(f"--task {args.task} needs --data, rows with {columns}: see data/README.md")
@@ -393,6 +395,7 @@ if __name__ == "__main__":
         sys.exit()
 
     device = models.pick_device(args.device)
+    rank, world = runs.join(device)
     folders = {name: Path(models.resolve(name)) for name in args.model}  # all of them, before any is run
     source = models.rows_of(args.data or "toy", "test")
     rows = gradable(args.task, load_rows(source, limit=args.limit, solved=args.task != "countdown"))
@@ -410,14 +413,18 @@ if __name__ == "__main__":
             raise ValueError(f"{name} has a context of {context} tokens, the longest question has {longest}, "
                              f"--max-new-tokens is {args.max_new_tokens}: lower it, or leave the row out.")
 
-        # 1. sample
-        completions = []
-        for at in tqdm(range(0, len(asked), args.batch_size), desc=name, unit="batch", dynamic_ncols=True):
-            completions += models.generate(
+        # 1. sample: every world-th batch on each rank, the same draws on any number of them
+        starts, drawn = range(0, len(asked), args.batch_size), []
+        for at in tqdm(starts[rank::world], desc=name, unit="batch", dynamic_ncols=True, disable=rank > 0):
+            drawn.append(models.generate(
                 model, tokenizer, questions[at : at + args.batch_size], max_new_tokens=args.max_new_tokens,
-                temperature=args.temperature, seed=seed_for(args.seed, "evaluate", at))
+                temperature=args.temperature, seed=seed_for(args.seed, "evaluate", at)))
+        drawn = runs.gather(drawn)
+        completions = [c for i in range(len(starts)) for c in drawn[i % world][i // world]]
         outputs = [tokenizer.decode(c.ids[:-1] if c.finished else c.ids) for c in completions]
         del model  # before the next one is loaded
+        if rank:
+            continue
 
         # 2. grade, and count by question
         grades = grade_all(args.task, outputs, asked)
@@ -453,6 +460,8 @@ if __name__ == "__main__":
                               "".join(json.dumps(sample) + "\n" for sample in kept))
         print(f"{folder}/{stem}.json, and every sample in {stem}_samples.jsonl")
 
+    if rank:
+        sys.exit()
     table = [["model", "task", "questions", "exact match",
               *(f"pass@{k}" for k in results[0]["pass_at"] if k > 1), "truncated", "length", "grader"]]
     for r in results:

@@ -8,9 +8,11 @@ made on first use. Weights are read from safetensors only, and no code is ever t
 
 import hashlib
 import logging
+import os
 import re
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -31,9 +33,16 @@ def resolve(name):
     """The folder (or hub id) that a model's name stands for. Makes the toy when it is asked for and missing."""
     if name in MADE_ON_FIRST_USE:
         folder, (script, *flags), what = MADE_ON_FIRST_USE[name]
-        if not any((Path(folder) / whole).exists() for whole in ("model.safetensors", "final")):
+
+        def missing():
+            return not any((Path(folder) / whole).exists() for whole in ("model.safetensors", "final"))
+
+        while missing() and os.environ.get("RANK", "0") != "0":  # rank 0 makes it, in a process that has no ranks
+            time.sleep(1)
+        if missing():
             print(f"{folder} is missing: making {what}, once.", flush=True)
-            subprocess.run([sys.executable, str(HERE / script), *flags, "--out", folder], check=True)
+            subprocess.run([sys.executable, str(HERE / script), *flags, "--out", folder], check=True,
+                           env={**os.environ, "WORLD_SIZE": "1"})
         name = folder
     path = Path(name)
     if (path / "final").is_dir():
@@ -53,13 +62,21 @@ def rows_of(data, split):
 
 
 def pick_device(name):
-    """cpu, cuda or cuda:1; "auto" is CUDA where there is one."""
+    """cpu, cuda or cuda:1; "auto" is CUDA where there is one. Under torchrun each rank has a CUDA device to itself."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ValueError(f"--device {name}: expected cpu, cuda, cuda:1 or auto.")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: this machine has no usable CUDA device. Pass --device cpu or auto.")
+    if name.startswith("cuda") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        place, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if name != "cuda":
+            raise ValueError(f"--device {name} under torchrun: each rank has a device to itself, pass cuda.")
+        if place >= devices:
+            raise ValueError(f"rank {place} of this machine finds {devices} CUDA devices and needs one to itself: "
+                             f"pass torchrun --nproc_per_node={devices}, or --device cpu.")
+        name = f"cuda:{place}"
     return torch.device(name)
 
 

@@ -102,6 +102,10 @@ if args.hint_ratio != "guide" and not args.hints:
 # ---------------------------------------------------------------------------------------------------------
 
 device = models.pick_device(args.device)
+rank, world = runs.join(device)
+if args.prompts_per_step % world:
+    raise ValueError(f"--prompts-per-step {args.prompts_per_step} can't be shared evenly by {world} ranks: pass "
+                     f"{args.prompts_per_step + -args.prompts_per_step % world}.")
 run = runs.Run(args)
 rows = load_rows(models.rows_of(args.data, "train"), limit=args.limit, skip_bad=args.skip_bad_rows,
                  solved=args.task != "countdown")
@@ -176,8 +180,10 @@ def update(batches, asked, answers, old, advantages, hinted):
     """
     lengths = torch.tensor([len(ids) for ids in answers])
     kept = [i for batch in batches for i in batch]
-    denominator = step_denominator(args.loss, sequences=len(kept), tokens=int(lengths[kept].sum()),
-                                   max_new_tokens=args.max_new_tokens)
+    sequences, tokens = runs.total(len(kept), int(lengths[kept].sum()))
+    if not sequences:  # on no rank
+        return 0.0, 0.0, Counter()
+    denominator = step_denominator(args.loss, sequences=sequences, tokens=tokens, max_new_tokens=args.max_new_tokens)
     reference = [None] * len(batches)
     if args.beta > 0:
         with models.using(student, "reference"):
@@ -196,20 +202,25 @@ def update(batches, asked, answers, old, advantages, hinted):
             loss.backward()
             total += loss.item()
             sums.update({key: value.item() for key, value in stats.items()})
+        runs.sum_gradients(parameters)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
         optimizer.step()
         optimizer.zero_grad()
     student.eval()
-    return total, grad_norm, sums
+    names = ("kl_ref", "clip_fraction", "guided_log_ratio")
+    total, *values = runs.total(total, *(sums[name] for name in names))
+    return total, grad_norm, dict(zip(names, values, strict=True))
 
 
-rank, B, G = 0, args.prompts_per_step * args.group_size, args.group_size
-progress = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, unit="step", dynamic_ncols=True)
+B, G = args.prompts_per_step // world * args.group_size, args.group_size  # answers on this rank, to each question
+progress = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, unit="step", dynamic_ncols=True,
+                disable=rank > 0)
 for step in progress:
     clock = [time.perf_counter()]
 
-    # 1. questions, and G answers to each; an answer is drawn from one prompt and learned for another only with hints
-    chosen = [rows[i] for i in runs.pick(len(rows), args.prompts_per_step, step, args.seed)]
+    # 1. questions, this rank's share of the step's, and G answers to each; an answer is drawn from one prompt and
+    # learned for another only with hints
+    chosen = [rows[i] for i in runs.pick(len(rows), args.prompts_per_step, step, args.seed)[rank::world]]
     chosen = [row for row in chosen for _ in range(G)]  # (B,) prompt i // G
     asked = [prompts.question(row) for row in chosen]
     sampled_from, completions = list(asked), sample(asked, step, rank)
@@ -236,41 +247,43 @@ for step in progress:
 
     # 4. log-probs of the policy that sampled, with what it had seen
     answers = [c.ids for c in completions]
-    batches, old, entropies, sampler_gap = list(batches_of(kept, hinted, asked, sampled_from, answers)), [], [], 0.0
-    if kept:
-        with torch.no_grad():
-            old, entropies = zip(*(log_probs_of(batch, sampled_from, answers) for batch in batches), strict=True)
-            sampler_gap = runs.gap([p for batch in batches for i in batch for p in completions[i].logprobs],
-                                   torch.cat(old), args.max_sampler_gap)
-            if args.hint_ratio == "naive":
-                old = [log_probs_of(batch, asked, answers)[0] for batch in batches]
+    batches = list(batches_of(kept, hinted, asked, sampled_from, answers))
+    nothing = torch.empty(0, device=device)  # a rank may have nothing to learn from
+    with torch.no_grad():
+        measured = [log_probs_of(batch, sampled_from, answers) for batch in batches]
+        old, entropies = [logprobs for logprobs, _ in measured], torch.cat([nothing, *(e for _, e in measured)])
+        sampler_gap = runs.gap([p for batch in batches for i in batch for p in completions[i].logprobs],
+                               torch.cat([nothing, *old]), args.max_sampler_gap)
+        if args.hint_ratio == "naive":
+            old = [log_probs_of(batch, asked, answers)[0] for batch in batches]
     clock.append(time.perf_counter())
 
     # 5. update on them
     for group in optimizer.param_groups:
         group["lr"] = args.lr * runs.schedule(step, args.steps, args.warmup_steps, args.final_lr)
-    loss, grad_norm, sums = update(batches, asked, answers, old, advantages, hinted) if kept else (0.0, 0.0, {})
+    loss, grad_norm, sums = update(batches, asked, answers, old, advantages, hinted)
     if args.beta > 0 and args.sync_ref_every and (step + 1) % args.sync_ref_every == 0:
         models.sync_reference(student, args.sync_ref_mix)
     clock.append(time.perf_counter())
 
     # 6. measure on held-out rows, log, save
     eval_solved = None
-    if held_out and (step % args.eval_every == 0 or step + 1 == args.steps):
+    if held_out and rank == 0 and (step % args.eval_every == 0 or step + 1 == args.steps):
         replies = sample([prompts.question(row) for row in held_out], "held out", step, rank)
         eval_solved = judge(held_out, replies)[1].float().mean().item()
-    learned = Counter()  # tokens that were learned from: of plain answers (False) and of hinted ones (True)
-    for i in kept:
-        learned[bool(hinted[i])] += len(answers[i])
+    plain, guided, usable, sampled_tokens = runs.total(
+        sum(len(answers[i]) for i in kept if not hinted[i]), sum(len(answers[i]) for i in kept if hinted[i]),
+        int(signal.sum()), sampled_tokens)
     entry = {
-        "step": step, "reward": rewards.mean().item(), "solved": solved,
-        "hinted": len(again) / B if args.hints else None, "hinted_solved": hinted_solved,
-        "zero_groups": (~signal).float().mean().item(), "usable_groups": int(signal.sum()),
-        "sampled_tokens": sampled_tokens, "length": sum(map(len, answers)) / B,
-        "kl_ref": sums["kl_ref"] / learned.total() if "kl_ref" in sums else None,
-        "entropy": torch.cat(entropies).mean().item() if kept else None,
-        "clip_fraction": sums["clip_fraction"] / learned[False] if learned[False] else None,
-        "guided_log_ratio": sums["guided_log_ratio"] / learned[True] if learned[True] else None,
+        "step": step, "reward": runs.mean(rewards.mean().item(), B), "solved": runs.mean(solved, B),
+        "hinted": runs.mean(len(again) / B, B) if args.hints else None,
+        "hinted_solved": runs.mean(hinted_solved, len(again)),
+        "zero_groups": runs.mean((~signal).float().mean().item(), B), "usable_groups": usable,
+        "sampled_tokens": sampled_tokens, "length": runs.mean(sum(map(len, answers)) / B, B),
+        "kl_ref": sums["kl_ref"] / (plain + guided) if args.beta > 0 and plain + guided else None,
+        "entropy": runs.mean(entropies.mean().item(), len(entropies)),
+        "clip_fraction": sums["clip_fraction"] / plain if plain else None,
+        "guided_log_ratio": sums["guided_log_ratio"] / guided if guided else None,
         "sampler_gap": sampler_gap, "loss": loss, "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm,
         "eval_solved": eval_solved,
         **{f"t_{phase}": b - a for phase, a, b in zip(("rollout", "score", "update"), clock, clock[1:], strict=False)},

@@ -7,9 +7,12 @@ Flags, and the run folder: what was asked for, what happened, and where to go on
     samples.jsonl   a few full texts
     step_000050/    a checkpoint after 50 steps; renamed into place when it is whole
     final/          the result: a peft adapter or a Hugging Face folder
+
+Under torchrun a script is several processes, its ranks: each does a share of a step, rank 0 alone prints and writes.
 """
 
 import argparse
+import atexit
 import hashlib
 import json
 import math
@@ -20,10 +23,14 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's; alone 0 and 1
+HASHES = ("base_hash", "student_hash", "data_hash")  # what a resumed run, and every rank, must find the same
 FREE_TO_CHANGE = {"resume", "steps", "save_every", "device"}  # flags that a resumed run may give another value
 
 
@@ -34,6 +41,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 def flags(doc):
     """A script's parser: its docstring, defaults in --help, no abbreviations. Errors of ours become one line."""
     sys.excepthook = one_line
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
     return argparse.ArgumentParser(
         description=doc, usage="%(prog)s [flags]", formatter_class=_Help, allow_abbrev=False
     )
@@ -70,10 +79,16 @@ def one_line(kind, error, trace):
     while last and last.tb_next:
         last = last.tb_next
     ours = last and Path(last.tb_frame.f_code.co_filename).resolve().parent == HERE
-    if ours and issubclass(kind, (ValueError, OSError, NotImplementedError)):
+    ours = ours and issubclass(kind, (ValueError, OSError, NotImplementedError))
+    if WORLD > 1:  # torchrun ends all ranks when one has gone: by then the cause is printed, and its echoes are not
+        time.sleep((RANK > 0) + (not ours))
+    if ours:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
+    if WORLD > 1:
+        sys.stderr.flush()
+        os._exit(1)  # at once: the group's own clean-up may wait for ranks that wait for this one
 
 
 def digest(rows):
@@ -121,16 +136,20 @@ def falling(metrics, key, window=10):
 
 
 def gap(sampler, trainer, limit):
-    """Mean difference of the sampler's log-probs (a list) to the trainer's (N,), nats. Beyond the limit it raises."""
+    """Mean difference of the sampler's log-probs (a list) to the trainer's (N,), nats, over the tokens of all ranks.
+
+    Beyond the limit it raises, on all of them.
+    """
     import torch
 
-    mean = (torch.tensor(sampler, device=trainer.device) - trainer).abs().mean().item()
-    if not mean <= limit:  # NaN does not pass either
+    apart = (torch.tensor(sampler, device=trainer.device) - trainer).abs().mean().item()
+    apart = mean(apart, len(sampler)) or 0.0
+    if not apart <= limit:  # NaN does not pass either
         raise ValueError(
-            f"sampler and trainer disagree by {mean:.3g} nats a token, --max-sampler-gap is {limit}: the gradient "
+            f"sampler and trainer disagree by {apart:.3g} nats a token, --max-sampler-gap is {limit}: the gradient "
             "would be wrong. Look for a difference in precision or temperature; the last checkpoint is untouched."
         )
-    return mean
+    return apart
 
 
 def write_atomically(path, text):
@@ -149,6 +168,13 @@ def read_jsonl(path):
         return []
     lines = Path(path).read_text().split("\n")[:-1]  # whole lines end in a newline
     return [json.loads(line) for line in lines]
+
+
+def append_jsonl(path, entries):
+    """Add objects to a JSON Lines file; on rank 0, elsewhere nothing."""
+    if RANK == 0:
+        with path.open("a") as file:
+            file.write("".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 def describe(args):
@@ -217,13 +243,20 @@ class Run:
 
         A resumed run must find the weights and the rows it was started on.
         """
-        for key in ("base_hash", "student_hash", "data_hash"):
+        for key in HASHES:
             if key in facts and self.before.get(key) not in (None, facts[key]):
                 raise ValueError(
                     f"--resume: {key} is not what it was when {self.folder} was started: the weights or rows have "
                     "changed, or are loaded in another precision. Restore them, or start anew with another --out."
                 )
+        if len(set(gather((self.step, *(facts.get(key) for key in HASHES))))) > 1:
+            raise ValueError(
+                f"the ranks of {self.folder} have found different checkpoints, weights or rows: give all of them the "
+                "same files, on several machines in a folder that they share."
+            )
         self.config |= facts
+        if RANK:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         for log in (self.metrics, self.samples):
             kept = [entry for entry in read_jsonl(log) if entry["step"] < self.step]
@@ -232,7 +265,7 @@ class Run:
 
     def log(self, entry):
         """One step into metrics.jsonl; returns the line for the console."""
-        _append(self.metrics, [entry])
+        append_jsonl(self.metrics, [entry])
         shown = ("reward", "score", "kl", "solved", "hinted", "closed", "leak", "kl_ref", "length", "eval_reward",
                  "eval_solved", "loss", "val_loss")
         words = [f"{key} {entry[key]:.4g}" for key in shown if entry.get(key) is not None]
@@ -240,7 +273,7 @@ class Run:
         return " | ".join([f"step {entry['step'] + 1}", *words, f"{seconds:.1f}s"])
 
     def log_samples(self, entries):
-        _append(self.samples, entries)
+        append_jsonl(self.samples, entries)
 
     def save(self, step, write):
         """A checkpoint after `step` steps. write(folder) fills it; it appears under its name once it is whole."""
@@ -251,6 +284,8 @@ class Run:
         return self.folder / "final"
 
     def _place(self, folder, write):
+        if RANK:
+            return meet()
         beside = folder.with_name(folder.name + ".partial")
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
@@ -261,8 +296,67 @@ class Run:
                     os.fsync(file.fileno())
         shutil.rmtree(folder, ignore_errors=True)
         beside.rename(folder)
+        meet()
 
 
-def _append(path, entries):
-    with path.open("a") as file:
-        file.write("".join(json.dumps(entry) + "\n" for entry in entries))
+# ---------------------------------------------------------------------------------------------------------
+# ranks: the processes that torchrun starts. Alone, a sum is the number itself
+
+
+def join(device):
+    """Meet the other ranks -> (rank, world): NCCL between CUDA devices, gloo between CPUs. Alone (0, 1), no group."""
+    if WORLD > 1:
+        import torch
+
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                timeout=timedelta(days=1),  # a rank waits as long as the slowest samples; torchrun sees to dead ones
+            )
+            atexit.register(torch.distributed.destroy_process_group)
+        print(f"{WORLD} ranks, this one on {device}", flush=True)
+    return RANK, WORLD
+
+
+def gather(thing):
+    """This thing (whatever pickles) of every rank, in their order; all ranks must call."""
+    if WORLD == 1:
+        return [thing]
+    from torch import distributed
+
+    things = [None] * WORLD
+    distributed.all_gather_object(things, thing)
+    return things
+
+
+def meet():
+    """Wait until all ranks are here."""
+    gather(None)
+
+
+def total(*numbers):
+    """Each number's sum over all ranks."""
+    return [sum(values) for values in zip(*gather(numbers), strict=True)]
+
+
+def mean(value, count):
+    """The mean over all ranks' samples, or tokens, from the mean over this rank's `count`; None if there are none."""
+    means = gather((value, count))
+    n = sum(count for _, count in means)
+    return sum(value * (count / n) for value, count in means if count) if n else None
+
+
+def sum_gradients(parameters):
+    """Every rank's gradients added up, in one all-reduce; a rank that had nothing to learn from adds zeros."""
+    if WORLD == 1:
+        return
+    import torch
+
+    bits = sum(p.detach().view(torch.int32).sum() for p in parameters).item()  # exact, in any order
+    assert len(set(gather(bits))) == 1, "the ranks no longer have the same weights"
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    torch.distributed.all_reduce(flat)
+    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad = grad.view_as(p)

@@ -70,6 +70,7 @@ if args.lora_rank == 0 and args.bits != 32:
 # ---------------------------------------------------------------------------------------------------------
 
 device = models.pick_device(args.device)
+rank, world = runs.join(device)
 run = runs.Run(args)
 rows = load_rows(models.rows_of(args.data, "train"), question_column=args.question_column, limit=args.limit,
                  solution_column=args.solution_column, skip_bad=args.skip_bad_rows)
@@ -118,7 +119,8 @@ def losses(chosen):
         yield -completion_logprobs(model, before, supervised, vocab=vocab, head_chunk=args.head_chunk)[0].sum()
 
 
-progress = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, unit="step", dynamic_ncols=True)
+progress = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, unit="step", dynamic_ncols=True,
+                disable=rank > 0)
 for step in progress:
     started = time.perf_counter()
     chosen = [examples[i] for i in runs.pick(len(examples), args.batch_size, step, args.seed)]
@@ -127,9 +129,11 @@ for step in progress:
         group["lr"] = args.lr * runs.schedule(step, args.steps, args.warmup_steps, 0.0, shape="cosine")
     model.train()
     loss = 0.0
-    for micro_loss in losses(chosen):
+    for micro_loss in losses(chosen[rank::world]):
         (micro_loss / tokens).backward()
         loss += micro_loss.item() / tokens
+    runs.sum_gradients(parameters)
+    (loss,) = runs.total(loss)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
     optimizer.step()
     optimizer.zero_grad()
@@ -139,7 +143,8 @@ for step in progress:
     val_loss = None
     if validation and args.eval_every and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
         with torch.no_grad():
-            val_loss = sum(micro.item() for micro in losses(validation)) / sum(len(s) for _, s in validation)
+            (val_loss,) = runs.total(sum(micro.item() for micro in losses(validation[rank::world])))
+            val_loss /= sum(len(supervised) for _, supervised in validation)
     line = run.log({"step": step, "loss": loss, "val_loss": val_loss, "lr": optimizer.param_groups[0]["lr"],
                     "grad_norm": grad_norm, "t_update": seconds, "tokens_per_s": tokens / seconds})
     progress.set_postfix_str(f"loss {loss:.4g}")

@@ -13,6 +13,7 @@ As released, the KL is estimated by the log-ratio of the sampled token; --kl exa
 token ids go from sampling to reward unchanged; the teacher is a LoRA adapter, and so is its reference.
 
     laptop, 5 minutes     python train_rlt.py --lambda 3 --alpha 0.01
+    several GPUs          torchrun --nproc_per_node=2 train_rlt.py ...
     your rows             python train_rlt.py --data rows.jsonl --model runs/my-teacher --max-new-tokens 2048 ...
 """
 
@@ -107,6 +108,10 @@ if args.kl_gradient and args.kl != "exact":
 # ---------------------------------------------------------------------------------------------------------
 
 device = models.pick_device(args.device)
+rank, world = runs.join(device)
+if args.prompts_per_step % world:
+    raise ValueError(f"--prompts-per-step {args.prompts_per_step} can't be shared evenly by {world} ranks: pass "
+                     f"{args.prompts_per_step + -args.prompts_per_step % world}.")
 run = runs.Run(args)
 student_name = args.student or models.base_of(args.model)
 rows = load_rows(models.rows_of(args.data, "train"), question_column=args.question_column, limit=args.limit,
@@ -180,8 +185,8 @@ def update(chosen, explanations, answers, scored, advantages, scales):
     old = scored.old_logprobs.split(scored.completion_lengths)
     widths = [len(a) + len(b) for a, b in zip(asked, answers, strict=True)]
     batches = list(micro_batches(widths, args.micro_batch_tokens))
-    tokens = int(lengths.sum())
-    denominator = step_denominator(args.loss, sequences=B, tokens=tokens, max_new_tokens=args.max_new_tokens)
+    sequences, tokens = runs.total(len(lengths), int(lengths.sum()))
+    denominator = step_denominator(args.loss, sequences=sequences, tokens=tokens, max_new_tokens=args.max_new_tokens)
     reference = [None] * len(batches)
     if args.beta > 0:
         with models.using(teacher, "reference"):
@@ -208,17 +213,19 @@ def update(chosen, explanations, answers, scored, advantages, scales):
             loss.backward()
             total += loss.item()
             sums.update({key: value.item() for key, value in stats.items()})
+        runs.sum_gradients(parameters)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
         optimizer.step()
         optimizer.zero_grad()
     teacher.eval()
-    return total, grad_norm, {key: value / tokens for key, value in sums.items()}
+    total, *values = runs.total(total, *sums.values())
+    return total, grad_norm, {key: value / tokens for key, value in zip(sums, values, strict=True)}
 
 
 def summary(chosen, explanations, scored, rewards):
-    """What the log says of a step's explanations: means over them."""
-    share = lambda values: sum(values) / B  # noqa: E731
-    return {
+    """What the log says of a step's explanations: means over those of all ranks."""
+    share = lambda values: sum(values) / len(chosen)  # noqa: E731
+    means = {
         "reward": rewards.mean().item(),
         **{key: getattr(scored.reward, key).mean().item() for key in ("score", "kl", "score_min", "kl_max")},
         "closed": share(e.closed for e in explanations),
@@ -226,17 +233,18 @@ def summary(chosen, explanations, scored, rewards):
         "straddled": share(bool(e.left_over.strip()) for e in explanations),
         "leak": share(leaks(e.text, row["solution"]) for e, row in zip(explanations, chosen, strict=True)),
         "length": share(scored.completion_lengths),
-        "entropy": scored.entropies.mean().item(),
     }
+    entropy = runs.mean(scored.entropies.mean().item(), len(scored.entropies))
+    return {**{key: runs.mean(value, len(chosen)) for key, value in means.items()}, "entropy": entropy}
 
 
-rank, B = 0, args.prompts_per_step * args.group_size
-progress = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, unit="step", dynamic_ncols=True)
+progress = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, unit="step", dynamic_ncols=True,
+                disable=rank > 0)
 for step in progress:
     clock = [time.perf_counter()]
 
-    # 1. questions, and G explanations of each
-    chosen = [rows[i] for i in runs.pick(len(rows), args.prompts_per_step, step, args.seed)]
+    # 1. questions, this rank's share of the step's, and G explanations of each
+    chosen = [rows[i] for i in runs.pick(len(rows), args.prompts_per_step, step, args.seed)[rank::world]]
     chosen = [row for row in chosen for _ in range(args.group_size)]  # (B,) prompt i // G
     completions = sample(chosen, step, rank)
     clock.append(time.perf_counter())
@@ -261,14 +269,14 @@ for step in progress:
 
     # 5. measure on held-out rows, log, save
     eval_reward = None
-    if held_out and (step % args.eval_every == 0 or step + 1 == args.steps):
+    if held_out and rank == 0 and (step % args.eval_every == 0 or step + 1 == args.steps):
         eval_reward = judge(held_out, sample(held_out, "held out", step, rank))[2].mean().item()
     entry = {
         "step": step, **summary(chosen, explanations, scored, rewards), "kl_ref": stats.get("kl_ref"),
         "clip_fraction": stats["clip_fraction"], "sampler_gap": sampler_gap, "loss": loss,
         "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm, "eval_reward": eval_reward,
         **{f"t_{phase}": b - a for phase, a, b in zip(("rollout", "score", "update"), clock, clock[1:], strict=False)},
-        "tokens_per_s": sum(scored.completion_lengths) / (clock[-1] - clock[0]),
+        "tokens_per_s": runs.total(sum(scored.completion_lengths))[0] / (clock[-1] - clock[0]),
     }
     progress.write(run.log(entry))
     if warning := runs.falling(run.metrics, "reward"):
