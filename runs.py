@@ -316,6 +316,7 @@ def join(device):
                 timeout=timedelta(days=1),  # a rank waits as long as the slowest samples; torchrun sees to dead ones
             )
             atexit.register(torch.distributed.destroy_process_group)
+            sys.excepthook = one_line  # the group has put its own around it, which holds lines back until it returns
         print(f"{WORLD} ranks, this one on {device}", flush=True)
     return RANK, WORLD
 
