@@ -416,9 +416,10 @@ if __name__ == "__main__":
         # 1. sample: every world-th batch on each rank, the same draws on any number of them
         starts, drawn = range(0, len(asked), args.batch_size), []
         for at in tqdm(starts[rank::world], desc=name, unit="batch", dynamic_ncols=True, disable=rank > 0):
-            drawn.append(models.generate(
+            batch = models.generate(
                 model, tokenizer, questions[at : at + args.batch_size], max_new_tokens=args.max_new_tokens,
-                temperature=args.temperature, seed=seed_for(args.seed, "evaluate", at)))
+                temperature=args.temperature, seed=seed_for(args.seed, "evaluate", at))
+            drawn.append([c._replace(logprobs=None) for c in batch])  # nobody reads them
         drawn = runs.gather(drawn)
         completions = [c for i in range(len(starts)) for c in drawn[i % world][i // world]]
         outputs = [tokenizer.decode(c.ids[:-1] if c.finished else c.ids) for c in completions]

@@ -29,6 +29,11 @@ MADE_ON_FIRST_USE = {  # name: (folder, the command that makes it, what is being
 }
 
 
+def _torchrun(name, alone):
+    """What torchrun says to each of its processes: RANK, LOCAL_RANK or WORLD_SIZE."""
+    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
+
+
 def resolve(name):
     """The folder (or hub id) that a model's name stands for. Makes the toy when it is asked for and missing."""
     if name in MADE_ON_FIRST_USE:
@@ -37,7 +42,7 @@ def resolve(name):
         def missing():
             return not any((Path(folder) / whole).exists() for whole in ("model.safetensors", "final"))
 
-        while missing() and os.environ.get("RANK", "0") != "0":  # rank 0 makes it, in a process that has no ranks
+        while missing() and _torchrun("RANK", 0) > 0:  # rank 0 makes it, in a process of its own
             time.sleep(1)
         if missing():
             print(f"{folder} is missing: making {what}, once.", flush=True)
@@ -69,8 +74,8 @@ def pick_device(name):
         raise ValueError(f"--device {name}: expected cpu, cuda, cuda:1 or auto.")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: this machine has no usable CUDA device. Pass --device cpu or auto.")
-    if name.startswith("cuda") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        place, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if name.startswith("cuda") and _torchrun("WORLD_SIZE", 1) > 1:
+        place, devices = _torchrun("LOCAL_RANK", 0), torch.cuda.device_count()
         if name != "cuda":
             raise ValueError(f"--device {name} under torchrun: each rank has a device to itself, pass cuda.")
         if place >= devices:

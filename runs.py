@@ -29,7 +29,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's; alone 0 and 1
+RANK, WORLD = 0, 1  # which of how many processes this is
+if "TORCHELASTIC_RUN_ID" in os.environ:  # under torchrun
+    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 HASHES = ("base_hash", "student_hash", "data_hash")  # what a resumed run, and every rank, must find the same
 FREE_TO_CHANGE = {"resume", "steps", "save_every", "device"}  # flags that a resumed run may give another value
 
@@ -81,7 +83,7 @@ def one_line(kind, error, trace):
     ours = last and Path(last.tb_frame.f_code.co_filename).resolve().parent == HERE
     ours = ours and issubclass(kind, (ValueError, OSError, NotImplementedError))
     if WORLD > 1:  # torchrun ends all ranks when one has gone: by then the cause is printed, and its echoes are not
-        time.sleep((RANK > 0) + (not ours))
+        time.sleep(2 * (RANK > 0) + (not ours))
     if ours:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
     else:
@@ -254,7 +256,7 @@ class Run:
                 f"the ranks of {self.folder} have found different checkpoints, weights or rows: give all of them the "
                 "same files, on several machines in a folder that they share."
             )
-        self.config |= facts
+        self.config |= facts | {"ranks": WORLD}
         if RANK:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
