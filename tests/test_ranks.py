@@ -4,6 +4,7 @@ Completions are a function of the prompt, so that ranks and one process see the 
 would hide a gradient of twice the length. torchrun runs this very file (see its end), all CASES in one go.
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -264,6 +265,14 @@ def test_every_rank_has_a_device_to_itself(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="rank 2 of this machine finds 2 CUDA devices .* --nproc_per_node=2"):
         models.pick_device("auto")
+
+
+def test_ranks_that_find_different_rows(tmp_path, monkeypatch):
+    run = runs.Run(argparse.Namespace(out=str(tmp_path / "run"), resume=False, steps=1))
+    monkeypatch.setattr(runs, "gather", lambda thing: [thing, (*thing[:-1], "other rows")])
+    with pytest.raises(ValueError, match="have found different checkpoints, weights or rows"):
+        run.start(base_hash="a", data_hash="b")
+    assert not (tmp_path / "run").exists()
 
 
 def test_alone_a_sum_is_the_number_itself():
