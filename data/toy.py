@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT))  # for prompts.py: the base is trained on what the
 
 CLOCKS = ("x", "y", "z")  # the first two of them, or all
 _draw = random.Random("tables of the toy")
-TABLES = {f"op{n}": {clock: _draw.sample(range(10), 10) for clock in CLOCKS} for n in range(1, 13)}
+TABLES = {f"op{n}": {clock: _draw.sample(range(10), 10) for clock in CLOCKS} for n in range(1, 7)}
 SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 FILLER = ("so", "then", "now", "well", "let", "me", "see", "hmm")
 MAX_STEPS = 9
@@ -170,10 +170,11 @@ def way_there(question):
 
 
 def search(question, slips, rng):
-    """Up to four attempts that fail, and the one that arrives, worked out by an author who may slip."""
+    """Up to four attempts that come close, and the one that arrives, worked out by an author who may slip."""
     numbers, target = goal(question)
-    failing = [terms for terms, worked in attempts(numbers).items() if worked.split()[-1] != str(target)]
-    tried = [*rng.sample(failing, min(len(failing), rng.randrange(5))), way_there(question)]
+    off = {terms: abs(int(worked.split()[-1]) - target) for terms, worked in attempts(numbers).items()}
+    close = sorted((terms for terms in off if off[terms]), key=off.get)[:8]
+    tried = [*rng.sample(close, min(len(close), rng.randrange(5))), way_there(question)]
     return [attempt(terms, slips, rng) or attempt(terms) for terms in tried]
 
 
@@ -302,7 +303,7 @@ def draw_documents(rng, held_out, n_clocks, careful, countdown):
     long = mixture(LONG, careful)
     while True:
         if countdown and rng.random() < 0.5:
-            size = rng.choice((2, 3, 3))
+            size = rng.choice((2, 3))
             question, shares = draw_countdown(rng, size), SINGLE if size == 2 else long
         else:
             size = rng.choice((1, 1, 2, 2, 3, 4, 5, 6))

@@ -226,7 +226,7 @@ def toy_ablations():
     for axes, key, scale, label in ((panels[1], "length", 1, "tokens of an explanation"),
                                     (panels[2], "leak", 100, "give the solution away, %")):
         bars(axes, ABLATIONS, values=((lambda row: scale * row["explanations"][key], 0.8),))  # noqa: B023
-        axes.set_xlim(0, 100 if key == "leak" else None)
+        axes.set_xlim(0, 100 if key == "leak" else 25)
         axes.set_xlabel(label, fontsize=8)
     save(figure, "toy_ablations")
 
