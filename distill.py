@@ -71,7 +71,7 @@ parser.add_argument("--unclosed-penalty", type=number(float, 0), default=1.0, he
                     "explanation that does not end properly")
 # system
 parser.add_argument("--batch-size", type=number(int, 1), default=256, help="explanations sampled side by side")
-parser.add_argument("--micro-batch-tokens", type=number(int, 1), default=8192, help="padded tokens a scoring pass")
+parser.add_argument("--micro-batch-tokens", type=number(int, 1), default=8192, help="tokens a scoring pass")
 parser.add_argument("--head-chunk", type=number(int, 1), default=1024, help="rows of logits that exist at a time")
 parser.add_argument("--logits-dtype", choices=("float32", "bfloat16"), default="float32", help="of the logits in the "
                     "scoring pass; bfloat16 halves their traffic where the heads are bfloat16, and rounds the reward")

@@ -19,6 +19,7 @@ tokens to numbers a sequence. `score_explanations` does it all, from two models 
 """
 
 import functools
+import inspect
 import math
 import os
 import sys
@@ -401,7 +402,7 @@ def score_explanations(teacher, student, rows, *, lam=3.0, alpha=0.01, kl="exact
     policy_temperature  divides the teacher's in old log-probs and entropies; None: the same
     vocab               len(tokenizer): the head's columns beyond it are never computed
     head_chunk          tokens whose logits exist at a time, in logits_dtype or the head's if that is wider
-    micro_batch_tokens  tokens of one forward pass, padding included; a longer row goes alone
+    micro_batch_tokens  tokens of one forward pass; a longer row goes alone
 
     A thought without tokens counts as 1 in the mean and in the max of kl, as in the released code. An empty
     solution raises ValueError naming the row.
@@ -644,26 +645,78 @@ def _head(model, vocab):
 def _hidden(model, sequences, *spans):
     """The states that predict the tokens of each span -> for each span (n, H), sequences laid end to end.
 
-    sequences: B lists of ids; a span: starts (B,) and lengths (B,) of one stretch of every sequence. Padding
-    is on the right and attention causal: no mask is needed, and positions count from 0 by themselves.
+    sequences: B lists of ids; a span: starts (B,) and lengths (B,) of one stretch of every sequence. All lie in
+    one row, without padding, and none sees another; a model that can't do that reads them one by one.
     """
     model = _causal_lm(model)
-    width = max(map(len, sequences))
-    ids = _on(model.device, [s + [0] * (width - len(s)) for s in sequences])
-    states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
-    states = states.to(model.get_output_embeddings().weight.dtype)
-    before = torch.arange(len(sequences)) * width - 1
-    return [states.index_select(0, _ranges(states.device, before + starts, n)) for starts, n in spans]
+    decoder, device, lengths = model.get_decoder(), model.device, torch.tensor([len(s) for s in sequences])
+    ends = lengths.cumsum(0)
+    ids = _on(device, [[i for s in sequences for i in s]])
+    if _packs(model):
+        # The empty mask keeps transformers from making one, T x T; and if a model lost `packed` on its way to
+        # the attention, it could not go on with it.
+        states = decoder(input_ids=ids, position_ids=_ranges(device, ends * 0, lengths)[None], use_cache=False,
+                         attention_mask=torch.empty(1, 1, 0, 0),
+                         packed=(lengths.tolist(), _on(device, F.pad(ends, (1, 0)).int()))).last_hidden_state
+    else:
+        states = torch.cat([decoder(input_ids=one, use_cache=False).last_hidden_state
+                            for one in ids.split(lengths.tolist(), 1)], 1)
+    states = states[0].to(model.get_output_embeddings().weight.dtype)
+    return [states.index_select(0, _ranges(states.device, ends - lengths - 1 + start, n)) for start, n in spans]
+
+
+def _packs(model):
+    """Whether sequences can lie end to end in one row: every layer's attention is full, and torch's sdpa.
+
+    Such a model gets `_packed_attention` for good, since the backward of a checkpointed layer looks it up again.
+    Outside of here that is sdpa, mask and all: the model samples as before.
+    """
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or [getattr(config, "sliding_window", None) or "full_attention"]
+    if model._supports_attention_backend and config._attn_implementation == "sdpa" and {*kinds} == {"full_attention"}:
+        from transformers import AttentionInterface
+        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+        AttentionInterface.register("packed", _packed_attention)
+        AttentionMaskInterface.register("packed", sdpa_mask)
+        model.set_attn_implementation("packed")
+    return config._attn_implementation == "packed"
+
+
+def _packed_attention(module, query, key, value, attention_mask, packed=None, **options):
+    """Causal attention of sequences that lie end to end in one row, each for itself; no T x T mask.
+
+    query (1, heads, T, D), key and value of fewer heads, or as many -> (1, T, heads, D), None
+    packed: lengths (B,) on the host, and their running sums from 0 on (B + 1,), int32. None: this is sdpa.
+    """
+    if packed is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    (lengths, bounds), scale, dropout = packed, options["scaling"], options.get("dropout", 0.0)
+    size = query.shape[3]
+    if query.is_cuda and query.itemsize == 2 and size == value.shape[3] <= 256 and size % 8 == 0 and not dropout:
+        from torch.nn.attention.varlen import varlen_attn
+
+        fewer = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+        out = varlen_attn(*(x[0].transpose(0, 1) for x in (query, key, value)), bounds, bounds, max(lengths),
+                          max(lengths), scale=scale, window_size=(-1, 0), **fewer)  # nothing ahead: causal
+        return out[None], None
+    parts = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)
+    out = [F.scaled_dot_product_attention(*part, is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=True)
+           for part in parts]
+    return torch.cat(out, 2).transpose(1, 2), None
 
 
 def micro_batches(lengths, tokens):
-    """Lists of row numbers, longest rows first; a list padded to its longest row holds at most `tokens`."""
-    batch = []
+    """Lists of row numbers, longest rows first; a list of more than one row has at most `tokens` tokens."""
+    batch, left = [], tokens
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > tokens:
+        if batch and lengths[i] > left:
             yield batch
-            batch = []
+            batch, left = [], tokens
         batch.append(i)
+        left -= lengths[i]
     if batch:
         yield batch
 

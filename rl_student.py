@@ -80,7 +80,7 @@ parser.add_argument("--sync-ref-mix", type=number(float, 0, 1), default=0.9, hel
                     "reference. A and B are averaged each by itself, so the reference's BA differs from the average "
                     "of both BA by exactly m (1 - m) dB dA times the adapter's scale")
 # system
-parser.add_argument("--micro-batch-tokens", type=number(int, 1), default=8192, help="padded tokens a forward pass")
+parser.add_argument("--micro-batch-tokens", type=number(int, 1), default=8192, help="tokens a forward pass")
 parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in the backward "
                     "pass: less memory, a third more time")
 parser.add_argument("--head-chunk", type=number(int, 1), default=1024, help="rows of logits that exist at a time")

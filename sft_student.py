@@ -51,7 +51,7 @@ parser.add_argument("--warmup-steps", type=number(int, 0), default=10, help="ste
 parser.add_argument("--weight-decay", type=number(float, 0), default=0.0, help="of AdamW")
 parser.add_argument("--max-grad-norm", type=number(float, above=0), default=1.0, help="gradients are clipped to it")
 # system
-parser.add_argument("--micro-batch-tokens", type=number(int, 1), default=8192, help="padded tokens a forward pass")
+parser.add_argument("--micro-batch-tokens", type=number(int, 1), default=8192, help="tokens a forward pass")
 parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in the backward "
                     "pass: less memory, a third more time")
 parser.add_argument("--head-chunk", type=number(int, 1), default=1024, help="rows of logits that exist at a time")

@@ -1,0 +1,256 @@
+"""Sequences end to end in one row: each must not know of the others.   python -m pytest tests/test_packing.py"""
+
+
+import inspect
+
+import pytest
+import torch
+from torch.nn.attention import varlen
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen2Config, Qwen2ForCausalLM
+
+import models
+import rewards
+from rewards import Row, completion_logprobs, completion_logprobs_and_kl, micro_batches, score_explanations
+
+CPU, V = torch.device("cpu"), 53
+LENGTHS = (9, 1, 30, 4, 17, 2)
+
+
+def tiny(seed=0, kv_heads=2, dtype=torch.float32, **changes):
+    torch.manual_seed(seed)
+    shape = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+                 num_key_value_heads=kv_heads, initializer_range=0.3)
+    return Qwen2ForCausalLM(Qwen2Config(**{**shape, **changes})).to(dtype).eval()
+
+
+def sequences(seed=0, lengths=LENGTHS):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(V, (n,), generator=generator).tolist() for n in lengths]
+
+
+def whole(model, rows):
+    """The states that predict all tokens but the first, of every row."""
+    n = torch.tensor([len(row) for row in rows])
+    states, = rewards._hidden(model, rows, (torch.ones_like(n), n - 1))
+    return states
+
+
+def alone(model, rows):
+    """The same by transformers itself, a row at a time."""
+    return torch.cat([model.model(torch.tensor([row]), use_cache=False).last_hidden_state[0, :-1] for row in rows])
+
+
+def gradients(model, states):
+    weights = torch.linspace(-1, 1, states.numel(), dtype=states.dtype).view_as(states)
+    (states * weights).sum().backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_packed_is_alone(kv_heads, dtype, tolerance):
+    model, rows = tiny(kv_heads=kv_heads, dtype=dtype), sequences()
+    wanted = alone(model, rows)  # before the first packed pass, by the attention the model came with
+    wanted_gradients = gradients(model, wanted)
+    got = whole(model, rows)
+    assert model.config._attn_implementation == "packed"
+    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+    found = gradients(model, got)
+    assert found.keys() == wanted_gradients.keys()
+    for name in found:
+        scale = wanted_gradients[name].abs().max()
+        assert (found[name] - wanted_gradients[name]).abs().max() <= 10 * tolerance * scale.clamp(min=1), name
+
+
+def test_no_sequence_sees_another():
+    """To the bit: whatever stands in the others, and in whatever place."""
+    model, rows = tiny(), sequences()
+    before = whole(model, rows).split([n - 1 for n in LENGTHS])
+    for changed in range(len(rows)):
+        others = rows[:changed] + [sequences(seed=9)[changed]] + rows[changed + 1 :]
+        after = whole(model, others).split([n - 1 for n in LENGTHS])
+        for i, (x, y) in enumerate(zip(before, after, strict=True)):
+            assert torch.equal(x, y) == (i != changed or LENGTHS[i] == 1), f"{changed} is seen by {i}"
+    back = whole(model, rows[::-1]).split([n - 1 for n in LENGTHS[::-1]])
+    for x, y in zip(before, back[::-1], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_is_as_large_as_all_tokens_squared():
+    class Largest(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else [out]:
+                self.seen = max(self.seen, x.numel() if isinstance(x, torch.Tensor) else 0)
+            return out
+
+    model, rows = tiny(), sequences(lengths=[40] * 50)  # 2000 tokens: widest are the MLP's 48 columns
+    with torch.no_grad(), Largest() as largest:
+        whole(model, rows)
+    assert largest.seen == 2000 * 48
+
+
+def test_log_probs_and_kl_are_those_of_one_row_at_a_time():
+    teacher, student, rows = tiny(0, dtype=torch.float64), tiny(1, dtype=torch.float64), []
+    for parts in zip(*(sequences(seed, (3, 7, 1, 12)) for seed in range(6)), strict=True):
+        rows.append(Row(*parts))
+    teacher.lm_head.requires_grad_(False)
+    policy, kl = completion_logprobs_and_kl(teacher, student, rows, impl="torch")
+    single = [completion_logprobs_and_kl(teacher, student, [row], impl="torch") for row in rows]
+    for got, wanted in zip((policy, kl), map(torch.cat, zip(*single, strict=True)), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+    together = gradients(teacher, torch.cat([policy, kl]))
+    apart = gradients(teacher, torch.cat([*map(torch.cat, zip(*single, strict=True))]))
+    assert all(torch.allclose(together[name], apart[name], rtol=1e-8, atol=1e-8) for name in apart)
+
+
+def test_checkpointed_layers_pack_again_in_the_backward():
+    """They run a second time there, when the forward is long over, and whoever sampled in between."""
+    rows, plain = sequences(), tiny()
+    wanted = gradients(plain, whole(plain, rows))
+    model = tiny().train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    states = whole(model, rows)
+    with torch.no_grad():
+        model.eval()(torch.tensor([[1, 2, 3]]))
+    model.train()
+    found = gradients(model, states)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_sampling_stays_as_it_was(toy):
+    base = str(toy / "runs/toy")
+    tokenizer = models.load_tokenizer(base)
+    prompts = [[2, 8, 10, 9, 11, 3, 4], [2, 8, 3], [2, 8, 10, 9, 11, 20, 31, 21, 33, 22, 35, 3, 4]] * 3
+    model = models.load_model(base, bits=32, device=CPU)
+    draw = lambda t: models.generate(model, tokenizer, prompts, max_new_tokens=12, temperature=t, seed=3)  # noqa: E731
+    before = [draw(t) for t in (0, 1)]
+    whole(model, prompts)
+    assert model.config._attn_implementation == "packed"
+    assert [draw(t) for t in (0, 1)] == before
+
+
+@pytest.mark.parametrize("bits", [32, 16, 4])
+def test_adapters_on_off_and_reference(toy, bits):
+    base, rows = str(toy / "runs/toy"), sequences(lengths=(12, 5, 20))
+    model = models.load_lora(base, bits=bits, device=CPU, rank=4, alpha=8, targets="all-linear", seed=0, reference=True)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in models.adapter_parameters(model):
+            p.add_(0.3 * torch.randn_like(p))
+    ask = lambda some: completion_logprobs(model, [row[:2] for row in some], [row[2:] for row in some])[0]  # noqa: E731
+    tolerance = 0.05 if bits == 16 else 1e-4
+
+    def compare(speaker):
+        together, apart = ask(rows), torch.cat([ask([row]) for row in rows])
+        torch.testing.assert_close(together, apart, rtol=tolerance, atol=tolerance)
+        return speaker, together.detach()
+
+    said = dict([compare("policy")])
+    with models.using(model, "reference"):
+        said |= [compare("reference")]
+    with torch.no_grad(), model.disable_adapter():
+        said |= [compare("base")]
+    assert torch.equal(said["reference"], said["base"]), "a fresh adapter is none"
+    assert not torch.allclose(said["policy"], said["base"], atol=0.1)
+    ask(rows).sum().backward()
+    together = [p.grad.clone() for p in models.adapter_parameters(model)]
+    model.zero_grad()
+    for row in rows:
+        ask([row]).sum().backward()
+    for got, p in zip(together, models.adapter_parameters(model), strict=True):
+        assert (got - p.grad).norm() <= (0.05 if bits == 16 else 1e-4) * p.grad.norm()
+
+
+def gemma():
+    torch.manual_seed(0)
+    return Gemma3ForCausalLM(Gemma3TextConfig(
+        vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, sliding_window=4, initializer_range=0.3, final_logit_softcapping=None,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"])).eval()
+
+
+@pytest.mark.parametrize("make", [
+    gemma,
+    lambda: tiny(use_sliding_window=True, sliding_window=4, max_window_layers=0),
+    lambda: tiny(attn_implementation="eager"),
+], ids=["gemma3", "window", "eager"])
+def test_what_can_not_be_packed_is_read_one_by_one(make):
+    model, rows, shapes = make(), sequences(), []
+    wanted = alone(model, rows)
+    model.model.register_forward_pre_hook(lambda *call: shapes.append(call[2]["input_ids"].shape), with_kwargs=True)
+    assert torch.equal(whole(model, rows), wanted)
+    assert shapes == [(1, n) for n in LENGTHS] and model.config._attn_implementation != "packed"
+
+
+def test_a_model_that_loses_the_bounds_does_not_go_on(monkeypatch):
+    """Rather an error than sequences that see each other."""
+    model = tiny()
+    whole(model, sequences())
+    forward = type(model.model.layers[0]).forward
+    forget = lambda self, *args, packed=None, **kwargs: forward(self, *args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(type(model.model.layers[0]), "forward", forget)
+    with pytest.raises(RuntimeError):
+        whole(model, sequences())
+
+
+def test_a_budget_counts_tokens():
+    lengths = [5, 100, 7, 7, 3, 30, 31]
+    batches = list(micro_batches(lengths, 62))
+    assert batches == [[1], [6, 5], [2, 3, 0, 4]]
+    assert list(micro_batches([3] * 5, 6)) == [[0, 1], [2, 3], [4]]
+    assert list(micro_batches([9, 1, 1], 9)) == [[0], [1, 2]] and list(micro_batches([], 9)) == []
+
+
+def test_scoring_passes_hold_no_more_tokens_than_asked_for():
+    teacher, student, seen = tiny(0), tiny(1), []
+    rows = [Row(*parts) for parts in zip(*(sequences(seed, (3, 7, 1, 12, 2)) for seed in range(6)), strict=True)]
+    for model in (teacher, student):
+        model.model.register_forward_pre_hook(lambda *call: seen.append(call[2]["input_ids"].shape), with_kwargs=True)
+    score_explanations(teacher, student, rows, micro_batch_tokens=48, impl="torch")
+    assert {shape[0] for shape in seen} == {1} and max(shape[1] for shape in seen) == 48
+    assert sum(shape[1] for shape in seen) == sum(len(sum(r[:3], [])) + len(r[1]) + len(sum(r[3:], [])) for r in rows)
+
+
+def test_on_a_gpu_the_kernel_is_asked_for_the_same(monkeypatch):
+    """Without one: tensors that say they are on it, and the kernel by its definition, called as torch declares it."""
+    declared, calls = inspect.signature(varlen.varlen_attn), []
+
+    def kernel(*args, **kwargs):
+        calls.append("kernel")
+        asked = declared.bind(*args, **kwargs).arguments
+        query, key, value = (asked[name] for name in ("query", "key", "value"))
+        assert query.shape == (58, 8, 16) and key.shape == value.shape == (58, 2, 16) and query.stride(2) == 1
+        assert asked["window_size"] == (-1, 0) and asked["enable_gqa"] and asked["max_q"] == asked["max_k"] == 30
+        assert asked["cu_seq_q"].dtype == asked["cu_seq_k"].dtype == torch.int32
+        out = torch.empty_like(query)
+        bounds = asked["cu_seq_q"].tolist()
+        for a, b in zip(bounds, bounds[1:], strict=False):
+            for head in range(8):
+                scores = query[a:b, head].float() @ key[a:b, head // 4].float().T * asked["scale"]
+                scores = scores.masked_fill(torch.ones(b - a, b - a).triu(1).bool(), -torch.inf)
+                out[a:b, head] = (scores.softmax(1) @ value[a:b, head // 4].float()).to(out.dtype)
+        return out
+
+    class OnGPU(torch.Tensor):
+        is_cuda = property(lambda self: True)
+
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    monkeypatch.setattr(inspect, "signature", lambda _: declared)
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 58, heads, 16).bfloat16().transpose(1, 2) for heads in (8, 2, 2))
+    lengths = [9, 1, 30, 18]
+    packed = lengths, torch.tensor([0, 9, 10, 40, 58], dtype=torch.int32)
+    here, there = (rewards._packed_attention(None, q, key, value, None, packed=packed, scaling=0.2)[0].float()
+                   for q in (query, query.as_subclass(OnGPU)))
+    assert here.shape == there.shape == (1, 58, 8, 16) and calls == ["kernel"]
+    torch.testing.assert_close(here, there.as_subclass(torch.Tensor), rtol=0.02, atol=0.02)
+    full = query.as_subclass(OnGPU).float(), key.float(), value.float()  # float32 has no such kernel
+    in_float32 = rewards._packed_attention(None, *full, None, packed=packed, scaling=0.2)[0]
+    torch.testing.assert_close(in_float32.as_subclass(torch.Tensor), here, rtol=0.02, atol=0.02)
+    assert calls == ["kernel"]
