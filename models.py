@@ -7,6 +7,7 @@ made on first use. Weights are read from safetensors only, and no code is ever t
 """
 
 import hashlib
+import inspect
 import logging
 import os
 import re
@@ -304,27 +305,23 @@ class Completion(NamedTuple):
 
 
 @torch.no_grad()
-def generate(model, tokenizer, prompts, *, max_new_tokens, temperature, seed):
-    """One completion for each prompt (lists of ids), in one batch. temperature 0 is greedy.
+def generate(model, tokenizer, prompts, *, max_new_tokens, temperature, seed, engine="batch", cache_tokens=None):
+    """One completion for each prompt (lists of ids). temperature 0 is greedy.
 
     Sampled is exactly softmax(logits / temperature) over the tokenizer's vocabulary: no top-k, no top-p, no
     penalties, and the columns a model's head has beyond its tokenizer are masked. Draws depend on `seed` and the
-    batch alone. Of the log-softmax only one step's (B, V) is ever held.
-    """
-    from transformers import GenerationConfig, LogitsProcessorList
+    prompts alone (and on the engine). Of the log-softmax only one step's (B, V) is ever held.
 
-    device = next(model.parameters()).device
-    longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), tokenizer.pad_token_id)
-    mask = torch.zeros_like(ids)
-    for i, prompt in enumerate(prompts):  # on the left, so that all rows go on at the same column
-        ids[i, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[i, longest - len(prompt) :] = 1
-    sampler = _Sampler(temperature or 1.0, len(tokenizer))
+    engine: "batch" samples all prompts side by side until the last has ended. "continuous" is transformers' continuous
+    batching: keys and values live in pages, and a prompt starts as soon as another's end leaves room for it.
+    cache_tokens: what those pages hold, for all layers; None: all prompts at full length. One row must fit.
+    """
+    from transformers import GenerationConfig
+
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
-        temperature=1.0,  # the sampler divides
+        temperature=temperature or 1.0,
         top_k=0 if temperature > 0 else None,
         top_p=1.0,
         repetition_penalty=1.0,
@@ -333,6 +330,32 @@ def generate(model, tokenizer, prompts, *, max_new_tokens, temperature, seed):
     )
     training = model.training
     model.eval()  # gradient checkpointing would switch the cache off
+    if engine == "batch":
+        rows = _batch(model, prompts, config, len(tokenizer), seed)
+    else:
+        rows = _continuous(model, prompts, config, len(tokenizer), seed, cache_tokens)
+    model.train(training)
+    completions = []
+    for ids, logprobs in rows:
+        finished = tokenizer.eos_token_id in ids
+        length = ids.index(tokenizer.eos_token_id) + 1 if finished else len(ids)
+        completions.append(Completion(ids[:length], logprobs[:length], finished))
+    return completions
+
+
+def _batch(model, prompts, config, vocab, seed):
+    """(ids, log-probs) of every prompt's completion and whatever follows its end: model.generate on padded rows."""
+    from transformers import LogitsProcessorList
+
+    device = next(model.parameters()).device
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), config.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):  # on the left, so that all rows go on at the same column
+        ids[i, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[i, longest - len(prompt) :] = 1
+    sampler = _Sampler(config.temperature, vocab)
+    config.temperature = 1.0  # the sampler divides
     torch.manual_seed(seed)
     sequences = model.generate(
         input_ids=ids.to(device),
@@ -340,15 +363,8 @@ def generate(model, tokenizer, prompts, *, max_new_tokens, temperature, seed):
         generation_config=config,
         logits_processor=LogitsProcessorList([sampler]),
     )
-    model.train(training)
     sampler.take(sequences)
-    logprobs = torch.stack(sampler.taken, 1).tolist()
-    completions = []
-    for row, logps in zip(sequences[:, longest:].tolist(), logprobs, strict=True):
-        finished = tokenizer.eos_token_id in row
-        length = row.index(tokenizer.eos_token_id) + 1 if finished else len(row)
-        completions.append(Completion(row[:length], logps[:length], finished))
-    return completions
+    return zip(sequences[:, longest:].tolist(), torch.stack(sampler.taken, 1).tolist(), strict=True)
 
 
 class _Sampler:
@@ -368,3 +384,95 @@ class _Sampler:
 
     def take(self, ids):
         self.taken.append(self.held.gather(1, ids[:, -1:])[:, 0])
+
+
+PAGE = 32  # tokens a page of the continuous engine's cache
+
+
+def _continuous(model, prompts, config, vocab, seed, cache_tokens):
+    """The same by continuous batching, which knows no processors of ours: columns from vocab on are masked in the head.
+
+    No size is taken from the memory that happens to be free, and no attention kernel from a hub.
+    """
+    from transformers import ContinuousBatchingConfig
+
+    pages = [-(-(len(prompt) + config.max_new_tokens) // PAGE) for prompt in prompts]
+    room = sum(pages) if cache_tokens is None else min(sum(pages), cache_tokens // PAGE)
+    if max(pages) > room:
+        raise ValueError(f"--cache-tokens {cache_tokens}: one prompt and its completion take up to {max(pages) * PAGE} "
+                         "tokens: raise it, or lower --max-new-tokens.")
+    options = ContinuousBatchingConfig(
+        page_size=PAGE, num_blocks=room, max_batch_tokens=max(2048, len(prompts)), allow_block_sharing=False,
+        return_logprobs=True, use_cuda_graph=False, use_async_batching=False, auto_switch_to_flash=False)
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # adapters are in its layers
+    with _paged(model), _masked(model.get_output_embeddings(), vocab):
+        manager = model.init_continuous_batching(generation_config=config, continuous_batching_config=options)
+        manager.warmup()  # the cache is made here, and random numbers are seeded: anew, ours do not depend on the rank
+        torch.manual_seed(seed)
+        names, done = manager.add_requests(prompts), {}  # all before the start, or their order would be a race's
+        try:
+            manager.start()
+            while len(done) < len(prompts):
+                output = manager.get_result(timeout=1)
+                if output is None and manager.is_running():
+                    continue
+                if output is None or output.error:
+                    raise RuntimeError(f"continuous batching stopped: {output and output.error}")
+                done[output.request_id] = output
+        finally:
+            manager.stop(hard_stop=True)
+    return [(done[name].generated_tokens, done[name].logprobs) for name in names]
+
+
+@contextmanager
+def _masked(head, vocab):
+    """Inside, the head's columns from vocab on are -inf."""
+
+    def mask(module, inputs, logits):
+        logits[..., vocab:] = float("-inf")
+
+    hook = head.register_forward_hook(mask)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _paged(model):
+    """Inside, a model with torch's attention has one for pages, without transformers' mask of queries x cache."""
+    from transformers import AttentionInterface
+
+    before = model.config._attn_implementation
+    AttentionInterface.register("paged_flash", _paged_attention)  # "flash" in a name is what no mask is made for
+    if before != "eager":
+        model.config._attn_implementation = "paged_flash"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+def _paged_attention(module, query, key, value, attention_mask, **options):
+    """Attention of rows end to end, (1, heads, T, D), to what the cache holds of each and to themselves."""
+    key, value = options["cache"].update(
+        key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=options)
+    bounds, bounds_k, scale = options["cu_seq_lens_q"], options["cu_seq_lens_k"], options["scaling"]
+    window = options.get("sliding_window") or 0
+    if query.is_cuda and query.itemsize == 2 and query.shape[3] == value.shape[3] <= 256 and query.shape[3] % 8 == 0:
+        from torch.nn.attention.varlen import varlen_attn
+
+        longest, longest_k = options["max_length_q"], options["max_length_k"]
+        ahead = 0 if longest > 1 else -1  # one query a row has nothing ahead: unmasked, heads that share a key are one
+        fewer = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+        out = varlen_attn(*(x[0].transpose(0, 1) for x in (query, key, value)), bounds.int(), bounds_k.int(),
+                          longest, longest_k, scale=scale, window_size=(window - 1, ahead), **fewer)
+        return out[None], None
+    lengths, lengths_k = bounds.diff().tolist(), bounds_k.diff().tolist()
+    out = []
+    for q, k, v in zip(query.split(lengths, 2), key.split(lengths_k, 2), value.split(lengths_k, 2), strict=True):
+        before = k.shape[2] - q.shape[2]  # keys ahead of the first query's own
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(before)
+        mask = mask.triu(before - window + 1) if window else mask
+        out.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True))
+    return torch.cat(out, 2).transpose(1, 2), None
