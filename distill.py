@@ -71,6 +71,10 @@ parser.add_argument("--unclosed-penalty", type=number(float, 0), default=1.0, he
                     "explanation that does not end properly")
 # system
 parser.add_argument("--batch-size", type=number(int, 1), default=256, help="explanations sampled side by side")
+parser.add_argument("--engine", choices=("batch", "continuous"), default="batch", help="side by side until the last "
+                    "has ended, or continuous batching, where the next one starts as soon as another ends")
+parser.add_argument("--cache-tokens", type=number(int, 1), default=2**18, help="tokens, prompts included, that "
+                    "--engine continuous may hold keys and values of; 2**18 of Qwen2.5-7B take 15 GB")
 parser.add_argument("--micro-batch-tokens", type=number(int, 1), default=8192, help="tokens a scoring pass")
 parser.add_argument("--head-chunk", type=number(int, 1), default=1024, help="rows of logits that exist at a time")
 parser.add_argument("--logits-dtype", choices=("float32", "bfloat16"), default="float32", help="of the logits in the "
@@ -125,7 +129,8 @@ if rank == 0:
 
 def sample(asked, batch):
     return models.generate(teacher, tokenizer, asked, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                           seed=seed_for(args.seed, "distill", 0, batch))
+                           seed=seed_for(args.seed, "distill", 0, batch), engine=args.engine,
+                           cache_tokens=args.cache_tokens)
 
 
 def explain(asked, batch):

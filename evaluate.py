@@ -344,6 +344,10 @@ if __name__ == "__main__":
                         "None: 64 for the toy, 4096 elsewhere")
     # system
     parser.add_argument("--batch-size", type=number(int, 1), default=128, help="answers sampled side by side")
+    parser.add_argument("--engine", choices=("batch", "continuous"), default="batch", help="side by side until the "
+                        "last has ended, or continuous batching, where the next one starts as soon as another ends")
+    parser.add_argument("--cache-tokens", type=number(int, 1), default=2**18, help="tokens, prompts included, that "
+                        "--engine continuous may hold keys and values of; 2**18 of Qwen2.5-7B take 15 GB")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="of every draw")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     parser.add_argument("--out", default=None, help="folder with a folder of results for each model; "
@@ -418,7 +422,8 @@ if __name__ == "__main__":
         for at in tqdm(starts[rank::world], desc=name, unit="batch", dynamic_ncols=True, disable=rank > 0):
             batch = models.generate(
                 model, tokenizer, questions[at : at + args.batch_size], max_new_tokens=args.max_new_tokens,
-                temperature=args.temperature, seed=seed_for(args.seed, "evaluate", at))
+                temperature=args.temperature, seed=seed_for(args.seed, "evaluate", at), engine=args.engine,
+                cache_tokens=args.cache_tokens)
             drawn.append([c._replace(logprobs=None) for c in batch])  # nobody reads them
         drawn = runs.gather(drawn)
         completions = [c for i in range(len(starts)) for c in drawn[i % world][i // world]]

@@ -250,6 +250,17 @@ def using(model, adapter):
         set_trainable(model)
 
 
+@contextmanager
+def on(device, model):
+    """`with on(device, model):` inside, the model is there; afterwards back where it was. 4-bit states move along."""
+    before = next(model.parameters()).device
+    model.to(device)
+    try:
+        yield model
+    finally:
+        model.to(before)
+
+
 @torch.no_grad()
 def sync_reference(model, mix):
     """reference <- mix * policy + (1 - mix) * reference, for A and for B (TR-DPO, as in the released recipe).
@@ -314,7 +325,7 @@ def generate(model, tokenizer, prompts, *, max_new_tokens, temperature, seed, en
 
     engine: "batch" samples all prompts side by side until the last has ended. "continuous" is transformers' continuous
     batching: keys and values live in pages, and a prompt starts as soon as another's end leaves room for it.
-    cache_tokens: what those pages hold, for all layers; None: all prompts at full length. One row must fit.
+    cache_tokens: what those pages hold, but never less than one row; None: all rows at full length.
     """
     from transformers import GenerationConfig
 
@@ -397,10 +408,7 @@ def _continuous(model, prompts, config, vocab, seed, cache_tokens):
     from transformers import ContinuousBatchingConfig
 
     pages = [-(-(len(prompt) + config.max_new_tokens) // PAGE) for prompt in prompts]
-    room = sum(pages) if cache_tokens is None else min(sum(pages), cache_tokens // PAGE)
-    if max(pages) > room:
-        raise ValueError(f"--cache-tokens {cache_tokens}: one prompt and its completion take up to {max(pages) * PAGE} "
-                         "tokens: raise it, or lower --max-new-tokens.")
+    room = sum(pages) if cache_tokens is None else min(sum(pages), max(cache_tokens // PAGE, *pages))
     options = ContinuousBatchingConfig(
         page_size=PAGE, num_blocks=room, max_batch_tokens=max(2048, len(prompts)), allow_block_sharing=False,
         return_logprobs=True, use_cuda_graph=False, use_async_batching=False, auto_switch_to_flash=False)

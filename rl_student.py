@@ -57,6 +57,10 @@ parser.add_argument("--group-size", type=number(int, 2), default=16, help="answe
 parser.add_argument("--temperature", type=number(float, above=0), default=1.0, help="of sampling and log-probs")
 parser.add_argument("--max-new-tokens", type=number(int, 1), default=48, help="length limit of an answer")
 parser.add_argument("--rollout-batch", type=number(int, 1), default=256, help="answers sampled side by side")
+parser.add_argument("--engine", choices=("batch", "continuous"), default="batch", help="side by side until the last "
+                    "has ended, or continuous batching, where the next one starts as soon as another ends")
+parser.add_argument("--cache-tokens", type=number(int, 1), default=2**18, help="tokens, prompts included, that "
+                    "--engine continuous may hold keys and values of; 2**18 of Qwen2.5-7B take 15 GB")
 parser.add_argument("--max-sampler-gap", type=number(float, above=0), default=0.1, help="stop when sampler and "
                     "trainer disagree on the sampled tokens by more than this on average, nats")
 # optimisation
@@ -144,7 +148,8 @@ def sample(asked, *key):
     for at in range(0, len(asked), args.rollout_batch):
         completions += models.generate(student, tokenizer, asked[at : at + args.rollout_batch],
                                        max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                                       seed=seed_for(args.seed, *key, at))
+                                       seed=seed_for(args.seed, *key, at), engine=args.engine,
+                                       cache_tokens=args.cache_tokens)
     return completions
 
 

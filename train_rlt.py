@@ -37,6 +37,8 @@ parser.add_argument("--model", default="toy-teacher", help="teacher to start fro
 parser.add_argument("--student", default=None, help="frozen student that scores; None: the teacher's own base")
 parser.add_argument("--teacher-bits", type=int, choices=(4, 16, 32), default=32, help="bits of the teacher's base")
 parser.add_argument("--student-bits", type=int, choices=(4, 16, 32), default=4, help="bits of the student")
+parser.add_argument("--offload-student", action="store_true", help="the student waits in host memory, and is on the "
+                    "device only while it scores")
 parser.add_argument("--lora-rank", type=number(int, 1), default=16, help="rank of the teacher's adapter")
 parser.add_argument("--lora-alpha", type=number(float, above=0), default=32, help="adapter scale times its rank")
 parser.add_argument("--lora-targets", default="all-linear", help="layers with an adapter, by name, with commas")
@@ -65,6 +67,10 @@ parser.add_argument("--group-size", type=number(int, 2), default=16, help="expla
 parser.add_argument("--temperature", type=number(float, above=0), default=1.0, help="of sampling and log-probs")
 parser.add_argument("--max-new-tokens", type=number(int, 1), default=48, help="length limit of an explanation")
 parser.add_argument("--rollout-batch", type=number(int, 1), default=256, help="explanations sampled side by side")
+parser.add_argument("--engine", choices=("batch", "continuous"), default="batch", help="side by side until the last "
+                    "has ended, or continuous batching, where the next one starts as soon as another ends")
+parser.add_argument("--cache-tokens", type=number(int, 1), default=2**18, help="tokens, prompts included, that "
+                    "--engine continuous may hold keys and values of; 2**18 of Qwen2.5-7B take 15 GB")
 parser.add_argument("--max-sampler-gap", type=number(float, above=0), default=0.1, help="stop when sampler and "
                     "trainer disagree on the sampled tokens by more than this on average, nats")
 # optimisation
@@ -105,6 +111,8 @@ parser.add_argument("--eval-rows", type=number(int, 1), default=64, help="rows a
 args = parser.parse_args()
 if args.kl_gradient and args.kl != "exact":
     parser.error(f"--kl-gradient is the exact KL's, --kl is {args.kl}, which needs no such term: pass --kl exact")
+if args.kl_gradient and args.offload_student:
+    parser.error("--offload-student: --kl-gradient needs the student in every update: pass one or the other")
 # ---------------------------------------------------------------------------------------------------------
 
 device = models.pick_device(args.device)
@@ -131,13 +139,16 @@ teacher = models.load_lora(args.model, bits=args.teacher_bits, device=device, ra
                            alpha=args.lora_alpha, targets=args.lora_targets, reference=args.beta > 0,
                            checkpointing=args.gradient_checkpointing)
 student = models.load_model(student_name, bits=args.student_bits, device=device)
+student_hash = models.fingerprint(student)
+if args.offload_student:
+    student.to("cpu")
 parameters = models.adapter_parameters(teacher)
 optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
 
 if run.checkpoint:
     models.restore(teacher, run.checkpoint)
     optimizer.load_state_dict(torch.load(run.checkpoint / "optimizer.pt", map_location="cpu"))
-run.start(base_hash=models.fingerprint(teacher), student_hash=models.fingerprint(student), student=student_name,
+run.start(base_hash=models.fingerprint(teacher), student_hash=student_hash, student=student_name,
           data_hash=runs.digest(rows), device=str(device), rows=len(rows))
 print(f"{run.folder}: {sum(p.numel() for p in parameters):,} trained parameters, {len(rows)} rows, {device}, "
       f"log-probs by {implementation('auto', device.type)}", flush=True)
@@ -154,18 +165,20 @@ def sample(rows, *key):
     for at in range(0, len(rows), args.rollout_batch):
         asked = [prompts.teacher(row) for row in rows[at : at + args.rollout_batch]]
         completions += models.generate(teacher, tokenizer, asked, max_new_tokens=args.max_new_tokens,
-                                       temperature=args.temperature, seed=seed_for(args.seed, *key, at))
+                                       temperature=args.temperature, seed=seed_for(args.seed, *key, at),
+                                       engine=args.engine, cache_tokens=args.cache_tokens)
     return completions
 
 
 def judge(rows, completions):
     """Explanations taken apart, everything score_explanations measured on them, and their rewards (B,)."""
     explanations = [prompts.split(c.ids, c.finished) for c in completions]
-    scored = score_explanations(
-        teacher, student, list(map(prompts.scoring, rows, explanations)),
-        lam=args.lam, alpha=args.alpha, kl=args.kl, temperature=args.score_temperature or args.temperature,
-        policy_temperature=args.temperature, vocab=vocab, head_chunk=args.head_chunk,
-        micro_batch_tokens=args.micro_batch_tokens, logits_dtype=getattr(torch, args.logits_dtype))
+    with models.on(device, student):
+        scored = score_explanations(
+            teacher, student, list(map(prompts.scoring, rows, explanations)),
+            lam=args.lam, alpha=args.alpha, kl=args.kl, temperature=args.score_temperature or args.temperature,
+            policy_temperature=args.temperature, vocab=vocab, head_chunk=args.head_chunk,
+            micro_batch_tokens=args.micro_batch_tokens, logits_dtype=getattr(torch, args.logits_dtype))
     improper = torch.tensor([not (e.closed and e.thought) for e in explanations], device=device)
     return explanations, scored, scored.reward.reward - args.unclosed_penalty * improper
 

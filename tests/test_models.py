@@ -301,6 +301,46 @@ def test_a_rank_that_differs_from_the_saved_one_is_refused(base, tmp_path, token
         lora(str(tmp_path), rank=16)
 
 
+# -- devices
+
+
+def test_on_brings_a_model_and_takes_it_back():
+    class Model:
+        device, trips = "cpu", []
+
+        def parameters(self):
+            return iter([self])
+
+        def to(self, device):
+            self.device = device
+            self.trips.append(device)
+
+    model = Model()
+    with models.on("cuda", model):
+        assert model.device == "cuda"
+    with pytest.raises(ZeroDivisionError), models.on("cuda", model):
+        1 / 0  # noqa: B018
+    assert model.trips == ["cuda", "cpu"] * 2
+
+
+def test_four_bit_states_move_with_their_weights(base, tokenizer, monkeypatch):
+    """All of them, both ways: constants of a 4-bit weight are neither parameters nor buffers."""
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Linear4bit
+
+    model, moved, move = models.load_model(base, bits=4, device=CPU), [], QuantState.to
+    states = {id(m.weight.quant_state): m for m in model.modules() if isinstance(m, Linear4bit)}
+    ask = lambda: completion_logprobs(model, PROMPTS, [[5, 9, 1]] * 3, vocab=len(tokenizer))[0]  # noqa: E731
+    before = ask()
+    monkeypatch.setattr(QuantState, "to", lambda self, device: moved.append((id(self), device)) or move(self, device))
+    with models.on(CPU, model):
+        assert set(moved) == {(state, CPU) for state in states} and len(states) == 7 * 3
+        moved.clear()
+    assert set(moved) == {(state, CPU) for state in states}
+    assert {id(m.weight.quant_state) for m in states.values()} == set(states)
+    assert torch.equal(ask(), before)
+
+
 # -- names
 
 

@@ -367,6 +367,9 @@ CHANGES = {  # flag: (another value, what must change, in which step)
 ELSEWHERE = {  # flag: the test that shows what it does
     "--kl-gradient": "test_kl_gradient.py",
     "--logits-dtype": "test_the_logits_of_the_reward",
+    "--offload-student": "test_the_student_waits_elsewhere",
+    "--engine": "test_both_engines",
+    "--cache-tokens": "test_both_engines",
     "--model": "test_real_rows",
     "--student": "test_real_rows",
     "--data": "test_real_rows",
@@ -449,6 +452,54 @@ def test_the_reference_moves_in_the_loop(workshop, tmp_path):
 def test_the_sampler_gate(workshop, tmp_path):
     with pytest.raises(ValueError, match="sampler and trainer disagree by .* --max-sampler-gap is 1e-12"):
         train(workshop, tmp_path / "run", "--max-sampler-gap", 1e-12)
+
+
+def test_the_student_waits_elsewhere(workshop, tmp_path, monkeypatch):
+    """It is moved before and after each scoring, which alone calls it, and the numbers stay as they are."""
+    events, load, sample = [], models.load_model, models.generate
+
+    def watched(*args, **options):
+        model = load(*args, **options)
+        move = model.to
+        model.to = lambda device: events.append("move") or move(device)
+        model.model.register_forward_pre_hook(lambda *_: events.append("read"))
+        return model
+
+    def generate(*args, **options):
+        events.append("sample")
+        return sample(*args, **options)
+
+    plain, _ = train(workshop, tmp_path / "plain")
+    monkeypatch.setattr(models, "generate", generate)
+    loads = models.load_lora
+    monkeypatch.setattr(models, "load_model", watched)
+    monkeypatch.setattr(models, "load_lora", lambda *a, **o: [monkeypatch.setattr(models, "load_model", load),
+                                                              loads(*a, **o),
+                                                              monkeypatch.setattr(models, "load_model", watched)][1])
+    entries, _ = train(workshop, tmp_path / "parked", "--offload-student", "--eval-every", 1)
+    scoring = ["sample", "move", "read", "move"]
+    assert events == ["move"] + scoring * 4, "parked, then two steps and their held-out rows"
+    assert [e["reward"] for e in entries] == [e["reward"] for e in plain]
+    assert [e["grad_norm"] for e in entries] == [e["grad_norm"] for e in plain]
+    _, stderr = said(workshop, "train_rlt.py", "--offload-student", "--kl", "exact", "--kl-gradient")
+    assert "--kl-gradient needs the student in every update" in stderr
+
+
+def test_both_engines(workshop, tmp_path):
+    """In every script that samples, through a cache that holds few rows; greedy answers are the same."""
+    flags = ["--engine", "continuous", "--cache-tokens", 200]
+    [entry], _ = train(workshop, tmp_path / "teacher", *flags, "--steps", 1)
+    assert entry["sampler_gap"] < 1e-4
+    call(workshop, "rl_student.py", *TINY, *flags, "--steps", 1, "--out", tmp_path / "student")
+    assert metrics(tmp_path / "student")[0]["sampler_gap"] < 1e-4
+    call(workshop, "distill.py", "--model", "toy-teacher", "--limit", 6, *flags, "--out", tmp_path / "d.jsonl")
+    assert len(runs.read_jsonl(tmp_path / "d.jsonl")) == 6
+    for engine, *more in (("batch",), ("continuous", "--cache-tokens", 200)):
+        call(workshop, "evaluate.py", "--model", "toy", "--limit", 6, "--engine", engine, *more, "--out",
+             tmp_path / engine)
+    said_by = [[sample["output"] for sample in runs.read_jsonl(tmp_path / f"{engine}/toy/eval_toy_samples.jsonl")]
+               for engine in ("batch", "continuous")]
+    assert said_by[0] == said_by[1] and len(said_by[0]) == 6
 
 
 def test_columns_and_bad_rows(workshop, tmp_path):
