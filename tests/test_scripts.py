@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -69,6 +70,46 @@ def test_the_readmes_commands(workshop):
     assert len(rows) == 64
     assert set(rows[0]) >= {"question", "solution", "explanation", "reward", "score", "kl", "closed", "messages"}
     assert [message["role"] for message in rows[0]["messages"]] == ["system", "user", "assistant"]
+
+
+def test_the_readmes_recipe_for_vllm(workshop, tmp_path, monkeypatch):
+    """With a stand-in for vLLM: token ids in, token ids out; then distill.py scores the file as it would its own."""
+    text = (ROOT / "README.md").read_text()
+    recipe = re.search(r"Explaining a large dataset with vLLM.*?```python\n(.*?)```", text, re.S).group(1)
+    teacher = str(workshop / "runs/toy-teacher")
+    tokenizer, asked_for = models.load_tokenizer(teacher), {}
+
+    class LLM:
+        def __init__(self, base, **options):
+            assert base == models.base_of(teacher) and options["enable_lora"]
+
+        def generate(self, asked, sampling, lora_request):
+            asked_for.update(sampling)
+            model = models.load_model(lora_request[2], bits=32, device=torch.device("cpu"))
+            drawn = models.generate(model, tokenizer, [a["prompt_token_ids"] for a in asked], max_new_tokens=12,
+                                    temperature=1.0, seed=0)
+            reason = {True: "stop", False: "length"}
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(c.ids), finish_reason=reason[c.finished])])
+                    for c in drawn]
+
+    for name, names in (("vllm", {"LLM": LLM, "SamplingParams": dict}), ("vllm.inputs", {"TokensPrompt": dict}),
+                        ("vllm.lora", {}), ("vllm.lora.request", {"LoRARequest": lambda *args: args})):
+        monkeypatch.setitem(sys.modules, name, module := ModuleType(name))
+        vars(module).update(names)
+    lines = (workshop / "runs/toy/train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_text("".join(lines[:40]))
+    monkeypatch.setattr(sys, "argv", ["explain.py", teacher, str(tmp_path / "rows.jsonl"), str(tmp_path / "out.jsonl")])
+    exec(compile(recipe, "explain.py", "exec"), {})
+    assert (asked_for["top_p"], asked_for["top_k"], asked_for["stop_token_ids"]) == (1.0, 0, [tokenizer.eos_token_id])
+    assert asked_for["allowed_token_ids"] == list(range(len(tokenizer)))
+    rows = runs.read_jsonl(tmp_path / "out.jsonl")
+    assert len(rows) == 40 and {row["closed"] for row in rows} <= {True, False}
+    call(workshop, "distill.py", "--model", teacher, "--score-file", tmp_path / "out.jsonl", "--out",
+         tmp_path / "scored.jsonl")
+    scored = runs.read_jsonl(tmp_path / "scored.jsonl")
+    for key in ("question", "explanation", "closed"):
+        assert [str(row[key]).split() for row in scored] == [str(row[key]).split() for row in rows], key
+    assert all(isinstance(row["reward"], float) for row in scored)
 
 
 def test_metrics_and_samples_have_their_keys(workshop, tmp_path):
