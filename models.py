@@ -401,7 +401,7 @@ PAGE = 32  # tokens a page of the continuous engine's cache
 
 
 def _continuous(model, prompts, config, vocab, seed, cache_tokens):
-    """The same by continuous batching, which knows no processors of ours: columns from vocab on are masked in the head.
+    """The same by continuous batching. It knows no processors of ours, so columns from vocab on are masked in the head.
 
     No size is taken from the memory that happens to be free, and no attention kernel from a hub.
     """
@@ -415,9 +415,11 @@ def _continuous(model, prompts, config, vocab, seed, cache_tokens):
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # adapters are in its layers
     with _paged(model), _masked(model.get_output_embeddings(), vocab):
         manager = model.init_continuous_batching(generation_config=config, continuous_batching_config=options)
-        manager.warmup()  # the cache is made here, and random numbers are seeded: anew, ours do not depend on the rank
+        manager.warmup()  # makes the pages, and seeds random numbers by the rank: ours go by `seed` alone
         torch.manual_seed(seed)
         names, done = manager.add_requests(prompts), {}  # all before the start, or their order would be a race's
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)  # it has a stream of its own, which knows of no optimizer step
         try:
             manager.start()
             while len(done) < len(prompts):

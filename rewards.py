@@ -12,7 +12,8 @@ thought, says how likely the solution is now, and how natural the thought itself
 
 `token_stats` and `token_logprobs` reduce logits to numbers a token, `segment_stats` and `rlt_reward` reduce
 tokens to numbers a sequence. `score_explanations` does it all, from two models and token ids, and
-`completion_logprobs` is the policy pass, with a gradient. Logits exist for `head_chunk` tokens at a time.
+`completion_logprobs` is the policy pass, with a gradient. Logits exist for `head_chunk` tokens at a time, and
+sequences lie end to end in one row, without padding: see `_packs`.
 
     python rewards.py            an example computed by hand
     python rewards.py --check    torch and Triton on this machine, against float64
