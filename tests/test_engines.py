@@ -203,3 +203,16 @@ def test_on_a_gpu_the_kernel_is_asked_for_the_same(monkeypatch, lengths, lengths
         sliding_window=window)[0].as_subclass(torch.Tensor).float() for q in (query, query.as_subclass(OnGPU)))
     assert here.shape == there.shape == (1, tokens, 8, 16) and len(calls) == 1
     torch.testing.assert_close(here, there, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the test above has a stand-in")
+@pytest.mark.parametrize("dtype, gap", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_on_a_gpu_both_engines_agree_with_the_trainer(tiny_model, tokenizer, dtype, gap):
+    model = tiny_model(64, hidden_size=128, initializer_range=0.1).to("cuda", dtype)
+    for engine in ("batch", "continuous"):
+        sampled = draw(model, tokenizer, PROMPTS * 16, engine=engine, max_new_tokens=40, cache_tokens=1024)
+        ours, _ = completion_logprobs(model, PROMPTS * 16, [c.ids for c in sampled], vocab=len(tokenizer))
+        theirs = torch.tensor([p for c in sampled for p in c.logprobs], device="cuda")
+        assert (ours - theirs).abs().mean() < gap, engine
+        assert sampled == draw(model, tokenizer, PROMPTS * 16, engine=engine, max_new_tokens=40, cache_tokens=1024)

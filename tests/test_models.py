@@ -323,6 +323,23 @@ def test_on_brings_a_model_and_takes_it_back():
     assert model.trips == ["cuda", "cpu"] * 2
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the tests around this one have stand-ins")
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_parked_model_leaves_the_gpu_and_comes_back(base, tokenizer, bits):
+    cuda = torch.device("cuda")
+    model = models.load_model(base, bits=bits, device=cuda)
+    ask = lambda: completion_logprobs(model, PROMPTS, [[5, 9, 1]] * 3, vocab=len(tokenizer))[0]  # noqa: E731
+    before, held = ask(), torch.cuda.memory_allocated()
+    model.to("cpu")
+    parked = torch.cuda.memory_allocated()
+    assert parked < held
+    for _ in range(2):
+        with models.on(cuda, model):
+            assert torch.equal(ask(), before)
+        assert {p.device.type for p in model.parameters()} == {"cpu"} and torch.cuda.memory_allocated() <= parked
+
+
 def test_four_bit_states_move_with_their_weights(base, tokenizer, monkeypatch):
     """All of them, both ways: constants of a 4-bit weight are neither parameters nor buffers."""
     from bitsandbytes.functional import QuantState
