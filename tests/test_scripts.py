@@ -499,11 +499,12 @@ def test_the_student_waits_elsewhere(workshop, tmp_path, monkeypatch):
     """It is moved before and after each scoring, which alone calls it, and the numbers stay as they are."""
     events, load, sample = [], models.load_model, models.generate
 
-    def watched(*args, **options):
-        model = load(*args, **options)
-        move = model.to
-        model.to = lambda device: events.append("move") or move(device)
-        model.model.register_forward_pre_hook(lambda *_: events.append("read"))
+    def watched(name, bits, device):
+        model = load(name, bits=bits, device=device)
+        if bits == 4:  # the student
+            move = model.to
+            model.to = lambda device: events.append("move") or move(device)
+            model.model.register_forward_pre_hook(lambda *_: events.append("read"))
         return model
 
     def generate(*args, **options):
@@ -512,11 +513,7 @@ def test_the_student_waits_elsewhere(workshop, tmp_path, monkeypatch):
 
     plain, _ = train(workshop, tmp_path / "plain")
     monkeypatch.setattr(models, "generate", generate)
-    loads = models.load_lora
     monkeypatch.setattr(models, "load_model", watched)
-    monkeypatch.setattr(models, "load_lora", lambda *a, **o: [monkeypatch.setattr(models, "load_model", load),
-                                                              loads(*a, **o),
-                                                              monkeypatch.setattr(models, "load_model", watched)][1])
     entries, _ = train(workshop, tmp_path / "parked", "--offload-student", "--eval-every", 1)
     scoring = ["sample", "move", "read", "move"]
     assert events == ["move"] + scoring * 4, "parked, then two steps and their held-out rows"
