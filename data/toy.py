@@ -11,7 +11,7 @@ a chain of them, but of long problems it has mostly seen bad explanations, and w
 that the method needs is there: a student that can use a good explanation, a solution that is hard to guess,
 and a teacher whose samples hold a few good explanations among many that give the solution away.
 
-How hard it is can be set: with three clocks every operation turns them all, each hour by a table, and there is no
+How hard it is can be set: with three clocks every operation turns them all, by a table of its own, and there is no
 guessing where they end; fewer careful authors make good explanations rare, for the base (what it can solve by itself)
 and in the rows (what the warm-up teacher writes). With --countdown base and rows know a second task, to transfer to:
 
@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT))  # for prompts.py: the base is trained on what the
 
 CLOCKS = ("x", "y", "z")  # the first two of them, or all
 _draw = random.Random("tables of the toy")
-TABLES = {f"op{n}": {clock: _draw.sample(range(10), 10) for clock in CLOCKS} for n in range(1, 7)}
+TABLES = {f"op{n}": _draw.sample(range(10), 10) for n in range(1, 9)}
 SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 FILLER = ("so", "then", "now", "well", "let", "me", "see", "hmm")
 MAX_STEPS = 9
@@ -106,7 +106,7 @@ def steps(question, slips=0.0, rng=None):
     worked = []
     for number, operation in enumerate(todo, 1):
         if operation in TABLES:
-            state = {clock: TABLES[operation][clock][hour] for clock, hour in state.items()}
+            state = {clock: TABLES[operation][hour] for clock, hour in state.items()}
         elif operation == "swap":
             state["x"], state["y"] = state["y"], state["x"]
         else:

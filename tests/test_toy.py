@@ -43,14 +43,13 @@ def test_every_operation_on_every_state_is_what_python_makes_of_it():
 
 def test_three_clocks_turn_by_tables():
     table = game.TABLES["op7"]
-    want = " ".join(str(table[clock][hour]) for clock, hour in zip("xyz", (3, 7, 0), strict=True))
+    want = " ".join(str(table[hour]) for hour in (3, 7, 0))
     assert game.chain("x 3 y 7 z 0 s1 op7") == f"s1 op7 {want}"
-    assert game.solution("x 3 y 7 z 0 s1 op7 s2 op7") == game.solution(
-        " ".join(f"{clock} {hour}" for clock, hour in zip("xyz", want.split(), strict=True)) + " s1 op7")
-    for table in game.TABLES.values():
-        assert all(sorted(table[clock]) == list(range(10)) for clock in "xyz")
+    x, y, z = want.split()
+    assert game.solution("x 3 y 7 z 0 s1 op7 s2 op7") == game.solution(f"x {x} y {y} z {z} s1 op7")
+    assert all(sorted(table) == list(range(10)) for table in game.TABLES.values())
     written = json.dumps(game.TABLES)  # every published number of that setting rests on them
-    assert hashlib.sha256(written.encode()).hexdigest()[:16] == "88be47d48f576c45"
+    assert hashlib.sha256(written.encode()).hexdigest()[:16] == "fe39d11e17eaed21"
 
 
 @pytest.mark.parametrize(
