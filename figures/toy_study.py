@@ -31,8 +31,9 @@ from runs import read_jsonl  # noqa: E402
 
 SETTINGS = {  # flags of data/toy.py
     "toy": [],
-    "countdown": ["--countdown"],  # base and warm-up teacher know both tasks, RL sees one
-    **{f"base {share}": ["--clocks", 3, "--careful-base", share] for share in (0.08, 0.02, 0.0)},  # the map
+    "countdown": ["--countdown", "--steps", 3000],  # base and warm-up teacher know both tasks, RL sees one
+    **{f"base {share}": ["--clocks", 3, "--careful-base", share, "--steps", 3000]
+       for share in (0.08, 0.02, 0.0)},  # the map
 }
 ROWS = (0.2, 0.1, 0.02)  # the map's other side: share of careful authors among the rows of the teacher's warm-up
 BINARY = ["--rewards", 0, 0, 1]
