@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import memory
 import models
 import runs
 from evaluate import GOLD, gradable, grade_all
@@ -81,6 +82,8 @@ parser.add_argument("--logits-dtype", choices=("float32", "bfloat16"), default="
                     "scoring pass; bfloat16 halves their traffic where the heads are bfloat16, and rounds the reward")
 parser.add_argument("--seed", type=number(int, 0), default=0, help="of every draw")
 parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
+parser.add_argument("--dry-run", nargs="?", metavar="GB", const=0.0, type=number(float, above=0), help="check "
+                    "flags, rows and disk, estimate the memory, and stop; GB: of the GPU meant; none: this machine")
 parser.add_argument("--out", default="runs/distilled.jsonl", help="file to write")
 parser.add_argument("--resume", action="store_true", help="go on where a killed run stopped, or start")
 args = parser.parse_args()
@@ -118,6 +121,16 @@ prompts, vocab = Prompts(tokenizer, args.solution_in), len(tokenizer)
 room = models.context_of(args.model, student_name) - (0 if args.score_file else args.max_new_tokens)
 also = [lambda row: prompts.written(row)[0]] if args.score_file else []
 rows = prompts.fitting(rows, room, skip=args.skip_bad_rows, also=also)
+per_batch = max(1, args.batch_size // args.samples)  # rows, each with all its samples
+if args.dry_run is not None:
+    gpu, batch = args.dry_run > 0 or device.type == "cuda", min(per_batch, len(rows)) * args.samples
+    longest = max(len(prompts.teacher(row)) + sum(len(ids_of(row)) for ids_of in also) for row in rows)
+    shapes = [memory.Shape(**models.anatomy(args.model), bits=args.teacher_bits, gpu=gpu)]
+    if not args.solver:
+        shapes.append(memory.Shape(**models.anatomy(student_name), bits=args.student_bits, gpu=gpu))
+    raise SystemExit(memory.dry_run(
+        args, device, *shapes, vocab=vocab, row=longest + (0 if args.score_file else args.max_new_tokens),
+        rollout=None if args.score_file else (batch, longest, args.max_new_tokens), scored=not args.solver))
 teacher = models.load_model(args.model, bits=args.teacher_bits, device=device)
 student = None if args.solver else models.load_model(student_name, bits=args.student_bits, device=device)
 runs.meet()  # all ranks have read what was there
@@ -171,7 +184,6 @@ def solve(asked, batch):
         }
 
 
-per_batch = max(1, args.batch_size // args.samples)  # rows, each with all its samples
 batches = [rows[at : at + per_batch] for at in range(0, len(rows), per_batch)]
 
 

@@ -319,6 +319,7 @@ if __name__ == "__main__":
 
     from tqdm import tqdm
 
+    import memory
     import models
     from prompts import Prompts, load_rows
 
@@ -350,6 +351,9 @@ if __name__ == "__main__":
                         "--engine continuous may hold keys and values of; 2**18 of Qwen2.5-7B take 15 GB")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="of every draw")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
+    parser.add_argument("--dry-run", nargs="?", metavar="GB", const=0.0, type=number(float, above=0),
+                        help="check flags, rows and disk, estimate the memory, and stop; GB: of the GPU "
+                        "meant; none: this machine")
     parser.add_argument("--out", default=None, help="folder with a folder of results for each model; "
                         "None: beside the model, or in runs/ for a hub id")
     args = parser.parse_args()
@@ -410,12 +414,19 @@ if __name__ == "__main__":
     for name in args.model:
         tokenizer = models.load_tokenizer(name)
         prompts = Prompts(tokenizer)
-        model = models.load_model(name, bits=args.bits, device=device)
         questions = [prompts.hinted(row) if args.hinted else prompts.question(row) for row in asked]
-        longest, context = max(map(len, questions)), model.config.max_position_embeddings
+        longest, context = max(map(len, questions)), models.context_of(name)
         if longest + args.max_new_tokens > context:
             raise ValueError(f"{name} has a context of {context} tokens, the longest question has {longest}, "
                              f"--max-new-tokens is {args.max_new_tokens}: lower it, or leave the row out.")
+        if args.dry_run is not None:
+            shape = memory.Shape(**models.anatomy(name), bits=args.bits, gpu=args.dry_run > 0 or device.type == "cuda")
+            rollout = min(args.batch_size, len(asked)), longest, args.max_new_tokens
+            print(name)
+            results.append(memory.dry_run(
+                args, device, shape, vocab=len(tokenizer), row=longest + args.max_new_tokens, rollout=rollout))
+            continue
+        model = models.load_model(name, bits=args.bits, device=device)
 
         # 1. sample: every world-th batch on each rank, the same draws on any number of them
         starts, drawn = range(0, len(asked), args.batch_size), []
@@ -466,6 +477,8 @@ if __name__ == "__main__":
                               "".join(json.dumps(sample) + "\n" for sample in kept))
         print(f"{folder}/{stem}.json, and every sample in {stem}_samples.jsonl")
 
+    if args.dry_run is not None:
+        sys.exit(max(results))
     if rank:
         sys.exit()
     table = [["model", "task", "questions", "exact match",

@@ -125,6 +125,19 @@ def context_of(*names):
     return min(AutoConfig.from_pretrained(base_of(name)).max_position_embeddings for name in names)
 
 
+def anatomy(name):
+    """What is known of a model without its weights: its base's config, and rank and targets of an adapter it has."""
+    from transformers import AutoConfig
+
+    folder, adapter = resolve(name), {}
+    if (Path(folder) / "adapter_config.json").exists():
+        from peft import PeftConfig
+
+        lora = PeftConfig.from_pretrained(folder)
+        adapter = {"rank": lora.r, "targets": ",".join(sorted(lora.target_modules))}
+    return {"config": AutoConfig.from_pretrained(base_of(folder)), **adapter}
+
+
 def base_of(name):
     """The model under an adapter; any other model is its own base."""
     folder = resolve(name)

@@ -19,6 +19,7 @@ from collections import Counter
 import torch
 from tqdm import tqdm
 
+import memory
 import models
 import runs
 from evaluate import answer_of, gradable, grade_all
@@ -90,6 +91,8 @@ parser.add_argument("--gradient-checkpointing", action="store_true", help="recom
 parser.add_argument("--head-chunk", type=number(int, 1), default=1024, help="rows of logits that exist at a time")
 parser.add_argument("--seed", type=number(int, 0), default=0, help="of every draw")
 parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
+parser.add_argument("--dry-run", nargs="?", metavar="GB", const=0.0, type=number(float, above=0), help="check "
+                    "flags, rows and disk, estimate the memory, and stop; GB: of the GPU meant; none: this machine")
 # run folder
 parser.add_argument("--out", default="runs/rl_student", help="run folder")
 parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out, or start")
@@ -122,6 +125,14 @@ rows = rows[: len(rows) - len(held_out)]
 if len(rows) < args.prompts_per_step:
     raise ValueError(f"{len(rows)} rows are left to train on, a step takes {args.prompts_per_step}: give more rows, or "
                      "lower --prompts-per-step, --eval-rows or --eval-every.")
+if args.dry_run is not None:
+    lora = dict(rank=args.lora_rank, targets=args.lora_targets) | models.anatomy(args.model)
+    gpu, batch = args.dry_run > 0 or device.type == "cuda", max(args.prompts_per_step * args.group_size, len(held_out))
+    longest = max(len((prompts.hinted if args.hints else prompts.question)(row)) for row in rows + held_out)
+    raise SystemExit(memory.dry_run(
+        args, device, memory.Shape(**lora, bits=args.bits, gpu=gpu, trained="adapter", reference=args.beta > 0),
+        row=longest + args.max_new_tokens, rollout=(min(args.rollout_batch, batch), longest, args.max_new_tokens),
+        vocab=vocab, scored=True, learned=True, reference=args.beta > 0))
 
 student = models.load_lora(args.model, bits=args.bits, device=device, rank=args.lora_rank, seed=args.seed,
                            alpha=args.lora_alpha, targets=args.lora_targets, reference=args.beta > 0,

@@ -34,7 +34,7 @@ if "TORCHELASTIC_RUN_ID" in os.environ:  # under torchrun
     RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 HASHES = ("base_hash", "student_hash", "data_hash")  # what a resumed run, and every rank, must find the same
 FREE_TO_CHANGE = {  # flags that a resumed run may give another value
-    "resume", "steps", "save_every", "device", "offload_student"
+    "resume", "steps", "save_every", "device", "dry_run", "offload_student"
 }
 
 

@@ -17,6 +17,7 @@ import time
 import torch
 from tqdm import tqdm
 
+import memory
 import models
 import runs
 from prompts import Prompts, load_rows, viewed
@@ -57,6 +58,8 @@ parser.add_argument("--gradient-checkpointing", action="store_true", help="recom
 parser.add_argument("--head-chunk", type=number(int, 1), default=1024, help="rows of logits that exist at a time")
 parser.add_argument("--seed", type=number(int, 0), default=0, help="of the adapter and the order of rows")
 parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
+parser.add_argument("--dry-run", nargs="?", metavar="GB", const=0.0, type=number(float, above=0), help="check "
+                    "flags, rows and disk, estimate the memory, and stop; GB: of the GPU meant; none: this machine")
 # run folder
 parser.add_argument("--out", default=None, help="run folder; None: runs/student, for a teacher runs/toy-teacher")
 parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out, or start")
@@ -89,6 +92,12 @@ if len(examples) <= args.val_rows:
     raise ValueError(f"{len(examples)} rows, --val-rows takes {args.val_rows} of them: give more rows, or lower it.")
 validation = examples[len(examples) - args.val_rows :]
 examples = examples[: len(examples) - args.val_rows]
+if args.dry_run is not None:
+    lora = dict(rank=args.lora_rank, targets=args.lora_targets) | models.anatomy(args.model)
+    gpu = args.dry_run > 0 or device.type == "cuda"
+    raise SystemExit(memory.dry_run(
+        args, device, memory.Shape(**lora, bits=args.bits, gpu=gpu, trained="adapter" if args.lora_rank else "all"),
+        row=max(len(before) + len(supervised) for before, supervised in examples), vocab=vocab, learned=True))
 
 if args.lora_rank:
     model = models.load_lora(args.model, bits=args.bits, device=device, rank=args.lora_rank, alpha=args.lora_alpha,

@@ -423,6 +423,7 @@ ELSEWHERE = {  # flag: the test that shows what it does
     "--micro-batch-tokens": "test_nothing_depends",
     "--head-chunk": "test_nothing_depends",
     "--device": "test_bad_values",
+    "--dry-run": "test_memory.py",
     "--max-sampler-gap": "test_the_sampler_gate",
     "--epsilon-low": "test_the_clip_flags",
     "--epsilon-high": "test_the_clip_flags",
