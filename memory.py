@@ -89,7 +89,8 @@ def _attention(module, q, k, v, mask, *, padded, gpu, **_):
     if padded:
         masks += [q.new_empty(len(q), 1, q.shape[2], k.shape[2], dtype=dtype) for dtype in (torch.bool, q.dtype)]
         k, v = (repeat_kv(x, q.shape[1] // x.shape[1]) for x in (k, v))
-    return _Attention.apply(q, k, v, gpu), None
+    out = _Attention.apply(q, k, v, gpu)
+    return out if gpu or padded else out.clone(), None  # rewards.py puts the sequences together again
 
 
 class _Head(torch.autograd.Function):

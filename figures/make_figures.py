@@ -12,6 +12,7 @@ import json
 import math
 import re
 import statistics
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -489,6 +490,132 @@ def bench_text():
     replace(README, "bench text", "\n".join([*lines, ""]))
 
 
+def bench_step_rows():
+    """{(device, size): its rows}, of a repeated measurement the last."""
+    found = {}
+    for row in read("bench_step.jsonl", "python tests/bench_step.py"):
+        asked = ("part", "phase", "engine", "context", "length", "teacher_bits", "student_bits", "offload_student")
+        found.setdefault((row["device"], row["size"]), {})[tuple(row.get(key) for key in asked)] = row
+    return {machine: [row for row in rows.values() if "failed" not in row] for machine, rows in found.items()}
+
+
+def bench_step():
+    """Where a step's time and memory go: hours of the recipe by phase, peaks by phase beside what was expected."""
+    colours = {"rollout": GREY, "score": BLUE, "reference": "#e9c46a", "update": RED}
+    for (device, size), rows in bench_step_rows().items():
+        figure, panels = plt.subplots(1, 2, figsize=(8.4, 2.7))
+        recipes = [row for row in rows if row["part"] == "recipe" and row["student_bits"] == 4]
+        for i, row in enumerate(recipes):
+            bottom = 0
+            for phase, colour in colours.items():
+                panels[0].bar(i, row[f"h_{phase}"], bottom=bottom, color=colour, label=phase if i == 0 else None)
+                bottom += row[f"h_{phase}"]
+        panels[0].set_xticks(range(len(recipes)), [f"{r['engine']}\n{r['length']:,}" for r in recipes], fontsize=6)
+        panels[0].set_title("hours of 128,000 completions, by engine and mean length", fontsize=8)
+        panels[0].legend(fontsize=7)
+        steps = [row for row in rows if row["part"] == "step"]
+        settings = list(dict.fromkeys((r["teacher_bits"], r["student_bits"], r["offload_student"]) for r in steps))
+        for i, setting in enumerate(settings):
+            own = [r for r in steps if (r["teacher_bits"], r["student_bits"], r["offload_student"]) == setting]
+            for j, row in enumerate(sorted(own, key=lambda row: list(colours).index(row["phase"]))):
+                panels[1].bar(i + 0.2 * (j - 1.5), row["peak_gb"], 0.18, color=colours[row["phase"]])
+                panels[1].plot(i + 0.2 * (j - 1.5), row["expected_gb"], "k_", ms=8)
+        names = [f"teacher {t} bits, student {s}" + "\nstudent offloaded" * o for t, s, o in settings]
+        panels[1].set_xticks(range(len(settings)), names, fontsize=6)
+        panels[1].set_title("peak of a phase, GB; dash: what --dry-run expects", fontsize=8)
+        figure.suptitle(f"{device}, size {size}", fontsize=8, y=0.99)
+        save(figure, "bench_step_cpu" if device.startswith("CPU") else "bench_step_gpu")
+
+
+# Which machine, which command. Flags that all but the laptop's share stand in the README, as $RECIPE.
+MACHINES = [  # machine, bytes/s and FLOP/s of one of its GPUs, GPUs, the launcher, what is added to $RECIPE
+    ("one 24 GB GPU", 24, (0.5e12, 60e12), 1, "python", "--teacher-bits 4 --student-bits 4 --offload-student "
+     "--max-new-tokens 4096 --rollout-batch 32 --micro-batch-tokens 6144"),
+    ("one 80 GB GPU", 80, (1.7e12, 300e12), 1, "python", "--teacher-bits 16 --student-bits 4 "
+     "--max-new-tokens 16384 --rollout-batch 24 --micro-batch-tokens 18432"),
+    ("two 80 GB GPUs", 80, (1.7e12, 300e12), 2, "torchrun --nproc_per_node=2", "--teacher-bits 16 --student-bits 4 "
+     "--max-new-tokens 16384 --rollout-batch 24 --micro-batch-tokens 18432"),
+    ("two nodes of eight", 80, (1.7e12, 300e12), 16, "torchrun --nnodes=2 --nproc_per_node=8 "
+     "--rdzv_backend=c10d --rdzv_endpoint=HOST:29500", "--teacher-bits 16 --student-bits 4 --max-new-tokens 16384 "
+     "--rollout-batch 24 --micro-batch-tokens 18432"),
+]
+PROMPT = 1024  # tokens that the table counts with
+
+
+def qwen_7b():
+    """Its config, and tests/bench_step.py, where that is written out."""
+    sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
+    import bench_step
+    from transformers import Qwen2Config
+
+    sizes, *_ = bench_step.SIZES["7b"]
+    bench_step.CONFIG = Qwen2Config(**sizes, tie_word_embeddings=False, max_position_embeddings=32_768)
+    return bench_step.CONFIG, bench_step
+
+
+def expected_peak(flags):
+    """(GB, phase) of the 7B pair's largest phase, as --dry-run finds it, with prompts of 1,024 tokens."""
+    config, bench = qwen_7b()
+    import memory
+
+    words = flags.split()
+    value = {word: int(after) for word, after in zip(words, words[1:], strict=False) if not after.startswith("--")}
+    teacher = memory.Shape(config, bits=value["--teacher-bits"], gpu=True, rank=32, trained="adapter", reference=True)
+    table = memory.phases(
+        teacher, memory.Shape(config, bits=value["--student-bits"], gpu=True), vocab=151_665, head_chunk=1024,
+        tokens=max(value["--micro-batch-tokens"], PROMPT + value["--max-new-tokens"]), checkpointing=True,
+        rollout=(value["--rollout-batch"], PROMPT, value["--max-new-tokens"]), scored=True, learned=True,
+        reference=True, parked="--offload-student" in words)
+    worst = max(table, key=lambda phase: table[phase]["total"])
+    return table[worst]["total"] / memory.GB, worst
+
+
+def expected_hours(bandwidth, rate, gpus, flags):
+    """Hours of the whole recipe on so many GPUs: FLOPs at the rate, decoding at the bandwidth of weights and cache."""
+    config, bench = qwen_7b()
+    mean = int(flags.split("--max-new-tokens ")[1].split()[0]) // 4
+    told = [PROMPT + mean]
+    forward = bench.flops(told, [mean])
+    work = 5 * forward + 2 * config.hidden_size * config.num_hidden_layers * told[0] ** 2  # 2 in score, 1, 2 and more
+    batch = int(flags.split("--rollout-batch ")[1].split()[0])
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * 128 * 2
+    weights = 15.2e9 if "--teacher-bits 16" in flags else 5.5e9
+    decode = mean * (weights / batch + 3 * token * (PROMPT + mean / 2)) / bandwidth  # read, copied, read again
+    return bench.COMPLETIONS * (work / rate + decode) / 3600 / gpus
+
+
+def machines():
+    """The table of "Which machine, which command", and what of it has been measured."""
+    lines = ["| machine | command | peak of a GPU | hours |", "| --- | --- | --- | --- |",
+             "| laptop, the toy | `python train_rlt.py --lambda 3 --alpha 0.01` | under 1 GB (estimated) | five "
+             "minutes (measured: two cores, x86_64) |"]
+    for name, _, (bandwidth, rate), gpus, launcher, flags in MACHINES:
+        peak, phase = expected_peak(flags)
+        hours = expected_hours(bandwidth, rate, gpus, flags)
+        lines.append(f"| {name} | `{launcher} train_rlt.py $RECIPE {flags}` | {peak:.0f} GB in {phase} (estimated) | "
+                     f"{hours:,.0f} (estimated) |")
+    lines += ["", "Peaks are the dry run's, for Qwen2.5-7B as teacher and student and prompts of 1,024 tokens. Hours "
+              "are arithmetic: 128,000 completions a quarter as long as the limit on average, none of which waits for "
+              "another, model FLOPs at 300 TFLOP/s a GPU of 80 GB (60 on 24 GB), decoding at 1.7 TB/s (0.5)."]
+    gpu = {key: rows for key, rows in bench_step_rows().items() if not key[0].startswith("CPU")}
+    if not gpu:
+        lines += ["", "None of it has been measured on a GPU. `python tests/bench_step.py` does it, in ten minutes."]
+    for (device, size), rows in gpu.items():
+        lines += ["", f"Measured on {device}, size {size}, {rows[0]['date']}:", "",
+                  "| phase | tokens | completion tokens/s | share of matmul | peak |",
+                  "| --- | --- | --- | --- | --- |"]
+        for row in rows:
+            if "tokens_per_s" in row:
+                kind = row.get("engine") or (f"student {row['student_bits']} bits" if "student_bits" in row else "")
+                lines.append(f"| {row['part']} {kind} | {row.get('context') or row['length']:,} | "
+                             f"{row['tokens_per_s']:,.0f} | {row['of_matmul']:.0%} | {row['peak_gb']:.1f} GB |")
+        for row in rows:
+            if row["part"] == "recipe" and row["student_bits"] == 4 and row["length"] == 4096:
+                lines += ["", f"The whole recipe at 4,096 tokens, {row['engine']}: {row['h_total']:,.0f} GPU-hours, "
+                          f"{row['h_without_rollout']:,.0f} without rollouts (the paper: {row['h_paper']})."]
+    replace_in_readme("machines", "\n".join([*lines, ""]))
+
+
 def save(figure, name):
     figure.tight_layout()
     figure.savefig(HERE / f"{name}.png", dpi=150, bbox_inches="tight")
@@ -502,3 +629,5 @@ if __name__ == "__main__":
         draw()
     bench_rewards()
     bench_text()
+    bench_step()
+    machines()
