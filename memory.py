@@ -265,7 +265,7 @@ def phases(learner, student=None, *, vocab, head_chunk, tokens, rollout=None, sc
 
     block = 0 if learner.gpu else 2**20  # without Triton, rewards.py reads a block of logits at a time
     largest = max(shape.largest for shape in (learner, student) if shape)
-    phase("load", largest, activations=largest, optimizer=0, with_student=True)
+    phase("load", largest, activations=largest, optimizer=0, with_student=True)  # a tensor on its way to its dtype
     if rollout:
         rolled = learner.paging(*rollout, cache_tokens) if cache_tokens else learner.sampling(*rollout)
         cache, activations, both = rolled
