@@ -613,7 +613,7 @@ def machines():
             if row["part"] == "recipe" and row["student_bits"] == 4 and row["length"] == 4096:
                 lines += ["", f"The whole recipe at 4,096 tokens, {row['engine']}: {row['h_total']:,.0f} GPU-hours, "
                           f"{row['h_without_rollout']:,.0f} without rollouts (the paper: {row['h_paper']})."]
-    replace_in_readme("machines", "\n".join([*lines, ""]))
+    replace(README, "machines", "\n".join([*lines, ""]))
 
 
 def save(figure, name):
