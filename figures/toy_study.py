@@ -338,18 +338,18 @@ HEADLINE = ["base", "warm-up teacher", "RLT", "solutions only", "score only", "g
             "RL traces, raw", "RL traces, filtered"]
 PLAN = [  # setting, seeds, arms
     ("toy", range(5), HEADLINE),
-    *((setting, [0], ["base", "direct RL", "Guide", *(arm for careful in ROWS for arm in in_cell(careful))])
-      for setting in SETTINGS if setting.startswith("base")),
     ("toy", range(3), [arm for arm in ARMS if arm.startswith("RL after") and "rows" not in arm]),
+    ("toy", range(3), [arm for arm in ARMS if arm.startswith("rank")]),
     ("countdown", range(3), ["base", "warm-up teacher", "RLT", "direct RL", "solutions only", "ground truth",
                              "best of 10", "what RL did"]),
     ("base 0.02", range(3), ["base", "GRPO", "Guide", "Guide, naive ratio", "signal", "what Guide did"]),
-    ("toy", range(3), [arm for arm in ARMS if arm.startswith("rank")]),
-    ("toy", range(3), [f"RLT, {what}" for what in ("lambda 1", "lambda 10", "alpha 0", "alpha 0.1", "exact KL",
-                                                   "exact KL, lr 5e-3", "exact KL and gradient", "lr 5e-3")]),
+    *((setting, [0], ["base", "direct RL", "Guide", *(arm for careful in ROWS for arm in in_cell(careful))])
+      for setting in SETTINGS if setting.startswith("base")),
+    ("toy", range(3), ["long problems", "what RL did", *(arm for arm in ARMS if arm.endswith("176 rows"))]),
     ("toy", range(3), ["base, larger", "base, weaker", "warm-up teacher, larger student", "RLT, larger student",
                        "RLT, stronger reward student", "RLT, weaker reward student"]),
-    ("toy", range(3), ["long problems", "what RL did", *(arm for arm in ARMS if arm.endswith("176 rows"))]),
+    ("toy", range(3), [f"RLT, {what}" for what in ("lambda 1", "lambda 10", "alpha 0", "alpha 0.1", "exact KL",
+                                                   "exact KL, lr 5e-3", "exact KL and gradient", "lr 5e-3")]),
 ]
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
