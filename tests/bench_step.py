@@ -22,7 +22,6 @@ import argparse
 import datetime
 import gc
 import importlib.metadata
-import inspect
 import json
 import platform
 import statistics
@@ -236,7 +235,7 @@ def decode(teacher, engine, batch, context):
     from transformers import DynamicCache
 
     kv, size = CONFIG.num_key_value_heads, CONFIG.hidden_size // CONFIG.num_attention_heads
-    options, dtype = {} if engine == "batch" else {"engine": engine}, torch.bfloat16 if CUDA else torch.float32
+    dtype = torch.bfloat16 if CUDA else torch.float32
     prompts, times, new = [ids(context + 1) for _ in range(batch)], [], STEPS
     prompts[0] = prompts[0][1:]  # so that there is padding, as in life
     plain = type(teacher).generate
@@ -249,7 +248,7 @@ def decode(teacher, engine, batch, context):
         return plain(teacher, past_key_values=cache, **options)
 
     def run():
-        models.generate(teacher, Endless(), prompts, max_new_tokens=new, temperature=0.7, seed=0, **options)
+        models.generate(teacher, Endless(), prompts, max_new_tokens=new, temperature=0.7, seed=0, engine=engine)
 
     if engine == "batch":
         teacher.generate = prefilled
@@ -281,9 +280,6 @@ def rollout(teacher, rows):
         batch = max(1, HELD // context)
         for engine in ENGINES:
             what = dict(part="rollout", engine=engine, context=context, batch=batch)
-            if engine != "batch" and "engine" not in inspect.signature(models.generate).parameters:
-                rows.append(log(**what, failed="models.generate has no engines"))
-                continue
             rows.append(attempt(lambda e=engine, b=batch, c=context: decode(teacher, e, b, c), **what))
 
 
