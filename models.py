@@ -424,7 +424,8 @@ def _continuous(model, prompts, config, vocab, seed, cache_tokens):
     room = sum(pages) if cache_tokens is None else min(sum(pages), max(cache_tokens // PAGE, *pages))
     options = ContinuousBatchingConfig(
         page_size=PAGE, num_blocks=room, max_batch_tokens=max(2048, len(prompts)), allow_block_sharing=False,
-        return_logprobs=True, use_cuda_graph=False, use_async_batching=False, auto_switch_to_flash=False)
+        return_logprobs=True, use_cuda_graph=False, use_async_batching=False, auto_switch_to_flash=False,
+        safety_margin=0.0 if room == sum(pages) else None)  # the last rows need not wait where all have room
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # adapters are in its layers
     with _paged(model), _masked(model.get_output_embeddings(), vocab):
         manager = model.init_continuous_batching(generation_config=config, continuous_batching_config=options)
