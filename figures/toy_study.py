@@ -176,11 +176,15 @@ class Work:
 
     # -- what is measured
 
-    def ask(self, models, data, *flags, out, task=None):
+    @property
+    def graded(self):
+        return ["--task", self.task] + ["--max-new-tokens", 64] * (self.task == "countdown")
+
+    def ask(self, models, data, *flags, out):
         """{model: its evaluation} by one command."""
-        self.run("evaluate.py", "--task", task or self.task, "--model", *models, "--data", data, *flags,
-                 *self.few("--limit", 40), "--out", out)
-        stem = f"eval_{task or self.task}" + "_hinted" * ("--hinted" in flags)
+        self.run("evaluate.py", *self.graded, "--model", *models, "--data", data, *flags, *self.few("--limit", 40),
+                 "--out", out)
+        stem = f"eval_{self.task}" + "_hinted" * ("--hinted" in flags)
         return {model: json.loads((self.folder / out / model.replace("/", "_") / f"{stem}.json").read_text())
                 for model in models}
 
@@ -247,7 +251,7 @@ def what_rl_did(*arms):
         base, after = w.of("base"), {arm: w.of(arm) for arm in arms}
         sampled = ["--samples", 16, "--temperature", 1]
         w.ask([base, *after.values()], w.tests["test"], *sampled, out="runs/eval/16")
-        w.run("evaluate.py", "--task", w.task, "--model", base, "--data", w.tests["test"], *sampled,
+        w.run("evaluate.py", *w.graded, "--model", base, "--data", w.tests["test"], *sampled,
               *w.few("--limit", 40), "--seed", w.seed + 100, "--out", "runs/eval/16-again", seed=False)
         for arm, student in after.items():
             before, then = (f"runs/eval/16/{named(model.replace('/', '_'))}" for model in (base, student))
@@ -384,8 +388,11 @@ def do(setting, seed, arm):
     print(f"[{work.folder.name}] {arm}: {said}, {row['minutes']:.1f} min", flush=True)
 
 
+failed = set()
+
+
 def attempt(setting, seed, arm):
-    """Do this arm, unless it is done or somebody works in its folder -> whether it was done now."""
+    """Do this arm, unless it is done, has failed, or somebody works in its folder -> whether it was tried now."""
     folder = Work(setting, seed, arm).folder
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
@@ -393,9 +400,13 @@ def attempt(setting, seed, arm):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        if (setting, seed, arm) in finished():
+        if (setting, seed, arm) in finished() | failed:
             return False
-        do(setting, seed, arm)
+        try:
+            do(setting, seed, arm)
+        except RuntimeError as error:  # of a command; the other arms can do without this one
+            failed.add((setting, seed, arm))
+            print(f"[{folder.name}] {arm}: {error}", flush=True)
         return True
 
 
@@ -410,3 +421,4 @@ if __name__ == "__main__":
             if setting in args.settings and seed in args.seeds and arm in args.arms and not (args.quick and seed)]
     while any(attempt(*job) for job in todo):  # from the top again after every arm: another study may be at work, too
         pass
+    sys.exit(1 if failed else 0)
