@@ -17,7 +17,7 @@ and in the rows (what the warm-up teacher writes). With --countdown base and row
 
     question     use 3 5 7 make 22              three numbers, each to be used once
     solution     ( 3 * 5 ) + 7
-    explanation  3 + 5 8 * 7 56 3 * 5 15 + 7 22 attempts, each worked out from left to right, until one arrives
+    explanation  + 3 19 - 3 25 + 5 17 - 5 27 + 7 15 3 * 5 15    from the end: to add 3, 19 is needed; ...
 
 CPU, two minutes:  python data/toy.py        makes runs/toy; the other scripts call it when they need it
 """
@@ -139,80 +139,76 @@ def goal(question):
     return list(map(int, numbers)), int(target)
 
 
-def attempt(terms, slips=0.0, rng=None):
-    """["3", "*", "5", "+", "7"] worked out from left to right, "3 * 5 15 + 7 22"; None where a value leaves 0 to 99."""
-    words, value = [terms[0]], int(terms[0])
-    for sign, n in zip(terms[1::2], terms[2::2], strict=True):
-        value = SIGNS[sign](value, int(n))
+def pairs(numbers):
+    """{value: "3 * 5"} of all ways to put two numbers together, of several the first."""
+    found = {}
+    for (a, b), sign in itertools.product(itertools.permutations(numbers), SIGNS):
+        found.setdefault(SIGNS[sign](a, b), f"{a} {sign} {b}")
+    return found
+
+
+def backwards(question, slips=0.0, rng=None):
+    """The question worked out from its end: what the last operation could be, until the others can make the rest.
+
+    "+ 3 19", to add 3 in the end 19 is needed; and when 5 and 7 can't make 19, the next one. Last the pair that does,
+    "3 * 5 15". slips: probability that a step's value goes wrong, drawn from rng.
+    """
+    numbers, target = goal(question)
+    worked = []
+    if len(numbers) == 2:
+        worked.append(f"{pairs(numbers)[target]} {target}")
+    for last, sign in itertools.product(numbers, SIGNS) if len(numbers) > 2 else ():
+        needed = {"+": target - last, "-": target + last, "*": target / last}[sign]
+        if needed == int(needed) and 0 <= needed < 100:
+            others = list(numbers)
+            others.remove(last)
+            worked.append(f"{sign} {last} {int(needed)}")
+            if needed in pairs(others):
+                worked.append(f"{pairs(others)[needed]} {int(needed)}")
+                break
+    for i, step in enumerate(worked):
         if slips and rng.random() < slips:
-            value = rng.randrange(100)
-        if not 0 <= value < 100:
-            return None
-        words += [sign, n, str(value)]
-    return " ".join(words)
-
-
-def attempts(numbers):
-    """{terms: worked out} of all ways to put the numbers together, each used once, in a fixed order."""
-    ways = {}
-    for order in itertools.permutations(map(str, numbers)):
-        for signs in itertools.product(SIGNS, repeat=len(numbers) - 1):
-            terms = (order[0], *itertools.chain(*zip(signs, order[1:], strict=True)))
-            if worked := attempt(terms):
-                ways[terms] = worked
-    return ways
-
-
-def way_there(question):
-    """Terms of the first attempt that arrives."""
-    numbers, target = goal(question)
-    return next(terms for terms, worked in attempts(numbers).items() if worked.split()[-1] == str(target))
-
-
-def search(question, slips, rng):
-    """Up to four attempts that come close, and the one that arrives, worked out by an author who may slip."""
-    numbers, target = goal(question)
-    off = {terms: abs(int(worked.split()[-1]) - target) for terms, worked in attempts(numbers).items()}
-    close = sorted((terms for terms in off if off[terms]), key=off.get)[:8]
-    tried = [*rng.sample(close, min(len(close), rng.randrange(5))), way_there(question)]
-    return [attempt(terms, slips, rng) or attempt(terms) for terms in tried]
+            worked[i] = f"{step.rpartition(' ')[0]} {rng.randrange(100)}"
+    return worked
 
 
 def draw_countdown(rng, n_numbers):
-    numbers = [rng.randrange(1, 10) for _ in range(n_numbers)]
-    target = rng.choice(list(attempts(numbers).values())).split()[-1]
-    return f"use {' '.join(map(str, numbers))} make {target}"
+    while True:
+        numbers = [rng.randrange(1, 10) for _ in range(n_numbers)]
+        target = rng.choice(list(pairs(numbers[:2])))
+        for last in numbers[2:]:
+            if 0 <= target < 100:
+                target = rng.choice(list(SIGNS.values()))(target, last)
+        if 0 <= target < 100:
+            return f"use {' '.join(map(str, rng.sample(numbers, n_numbers)))} make {target}"
 
 
 # ---------------------------------------------------------------------------------------------------------
 # explanations, and rows
 
 
+def work(question, slips=0.0, rng=None):
+    """All steps of the full right explanation; or of one by who slips."""
+    return (backwards if is_countdown(question) else steps)(question, slips, rng)
+
+
 def chain(question):
-    """The full right explanation: every step, with the state after it; the attempt that arrives."""
-    return attempt(way_there(question)) if is_countdown(question) else " ".join(steps(question))
+    """The full right explanation."""
+    return " ".join(work(question))
 
 
 def solution(question):
     """The state after the last step, "x y"; an expression, "( 3 * 5 ) + 7"."""
     if not is_countdown(question):
         return " ".join(steps(question)[-1].split()[2:])
-    *first, sign, last = way_there(question)
-    return " ".join(["(", *first, ")", sign, last] if len(first) > 1 else [*first, sign, last])
+    *_, pair = worked = backwards(question)
+    pair = " ".join(pair.split()[:3])
+    return f"( {pair} ) {' '.join(worked[-2].split()[:2])}" if len(worked) > 1 else pair
 
 
 def is_full_chain(question, explanation):
-    """Whether the explanation holds every step, right and in order, with nothing in between.
-
-    For countdown, whether it is attempts alone, all worked out right, and the last arrives.
-    """
-    words = explanation.split()
-    if not is_countdown(question):
-        return f" {chain(question)} " in f" {' '.join(words)} "
-    numbers, target = goal(question)
-    size = 3 * len(numbers) - 2
-    tried = [" ".join(words[at : at + size]) for at in range(0, len(words), size)]
-    return bool(tried) and set(tried) <= set(attempts(numbers).values()) and words[-1] == str(target)
+    """Whether the explanation holds every step, right and in order, with nothing in between."""
+    return f" {chain(question)} " in f" {' '.join(explanation.split())} "
 
 
 def gives_away(question, explanation):
@@ -231,41 +227,36 @@ def gives_away(question, explanation):
 
 def explain(question, author, rng):
     """What an author of this kind (one of AUTHORS) writes about the question."""
-    if author == "leaking":
+    if author == "careful":
+        words = work(question)
+    elif author == "sloppy":
+        words = work(question, slips=0.25, rng=rng)
+    elif author == "skipping":
+        right, share = work(question), rng.uniform(0.15, 0.6)
+        words = [step for step in right if rng.random() < share] or [rng.choice(right)]
+    elif author == "leaking":
         words = ["ans", solution(question), *rng.choices(FILLER, k=rng.randrange(5))]
-    elif author == "rambling":
+    else:
         named = list(SIGNS) if is_countdown(question) else read(question)[1]
         words = rng.choices((*FILLER, *named), k=rng.randint(2, 8))
-    elif is_countdown(question):
-        words = search(question, 0.25 if author == "sloppy" else 0.0, rng)
-        if author == "skipping":  # all but the attempt that arrives, or its first half
-            words = words[:-1] or [" ".join(words[-1].split()[:4])]
-    elif author == "skipping":
-        right, share = steps(question), rng.uniform(0.15, 0.6)
-        words = [step for step in right if rng.random() < share] or [rng.choice(right)]
-    else:
-        words = steps(question, slips=0.25 if author == "sloppy" else 0.0, rng=rng)
     return " ".join(words)
 
 
 def make_row(question, shares, rng):
     """A row: question, solution, an explanation by an author drawn by shares, the right chain, a hint.
 
-    The hint is the first half of the chain's steps, of an attempt the first value. Countdown also has what its
-    grader reads, `nums` and `target`.
+    The hint is the first half of the chain's steps. Countdown also has what its grader reads, `nums` and `target`.
     """
+    worked = work(question)
     author = rng.choices(AUTHORS, shares)[0]
     row = {
         "question": question,
         "solution": solution(question),
         "explanation": explain(question, author, rng),
-        "chain": chain(question),
+        "chain": " ".join(worked),
+        "hint": " ".join(worked[: len(worked) // 2]),
     }
-    if is_countdown(question):
-        numbers, target = goal(question)
-        return row | {"hint": " ".join(row["chain"].split()[:4]), "nums": numbers, "target": target}
-    worked = steps(question)
-    return row | {"hint": " ".join(worked[: len(worked) // 2])}
+    return row | dict(zip(("nums", "target"), goal(question), strict=True)) if is_countdown(question) else row
 
 
 def make_rows(n_clocks, careful, countdown):

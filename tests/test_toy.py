@@ -143,24 +143,35 @@ def test_long_problems_are_seldom_explained_well_and_short_ones_often():
 def test_countdown_by_hand():
     question = "use 3 5 7 make 22"
     assert game.goal(question) == ([3, 5, 7], 22)
-    assert game.chain(question) == "3 * 5 15 + 7 22" and game.solution(question) == "( 3 * 5 ) + 7"
-    assert game.attempt("9 * 9 + 8".split()) == "9 * 9 81 + 8 89"
-    assert game.attempt("9 * 9 * 2".split()) is None and game.attempt("3 - 5 + 7".split()) is None  # leave 0 to 99
-    assert game.solution("use 3 5 make 2") == "5 - 3"
+    chain = "+ 3 19 - 3 25 + 5 17 - 5 27 + 7 15 3 * 5 15"  # 22 is no multiple of 3 or 5; 5 and 7 make no 19, 25, ...
+    assert game.chain(question) == chain and game.solution(question) == "( 3 * 5 ) + 7"
+    assert game.chain("use 3 5 make 2") == "5 - 3 2" and game.solution("use 3 5 make 2") == "5 - 3"
+    assert game.chain("use 9 9 2 make 99").startswith("+ 9 90 * 9 11 9 + 2 11")  # 99 + 9 is beyond bounds
     row = game.make_row(question, game.SINGLE, random.Random(0))
-    assert row["hint"] == "3 * 5 15" and (row["nums"], row["target"]) == ([3, 5, 7], 22)
+    assert row["hint"] == "+ 3 19 - 3 25 + 5 17" and (row["nums"], row["target"]) == ([3, 5, 7], 22)
 
 
-def test_attempts_are_all_ways_that_stay_within_bounds():
-    for numbers in ((3, 5, 7), (9, 9, 2), (1, 1, 1)):
-        want = set()
-        for a, b, c in itertools.permutations(numbers):
-            for first, second in itertools.product("+-*", repeat=2):
-                middle = eval(f"{a} {first} {b}")
-                end = eval(f"{middle} {second} {c}")
-                if 0 <= middle < 100 and 0 <= end < 100:
-                    want.add(f"{a} {first} {b} {middle} {second} {c} {end}")
-        assert set(game.attempts(numbers).values()) == want
+def test_pairs_are_all_values_of_two_numbers():
+    for a, b in itertools.product(range(1, 10), repeat=2):
+        want = {a + b, a - b, b - a, a * b}
+        assert set(game.pairs((a, b))) == want
+        assert all(eval(text) == value for value, text in game.pairs((a, b)).items())
+
+
+def test_the_last_operation_is_undone_in_every_way_that_stays_within_bounds():
+    rng = random.Random(2)
+    for _ in range(300):
+        numbers, target = game.goal(question := game.draw_countdown(rng, 3))
+        *tried, pair = game.work(question)
+        assert len(tried) == len({*tried}) or len({*numbers}) < 3
+        for step in tried:
+            sign, last, needed = step.split()
+            assert eval(f"{needed} {sign} {last}") == target and int(last) in numbers
+        others = list(numbers)
+        others.remove(int(tried[-1].split()[1]))
+        a, sign, b, value = pair.split()
+        assert sorted((int(a), int(b))) == sorted(others) and eval(f"{a}{sign}{b}") == int(value)
+        assert value == tried[-1].split()[2]
 
 
 def test_the_grader_accepts_every_countdown_solution():
@@ -175,23 +186,22 @@ def test_the_grader_accepts_every_countdown_solution():
 
 def test_countdown_authors_do_as_they_are_called():
     rng = random.Random(1)
-    tried, wrong = Counter(), 0
-    for _ in range(600):
+    slipped = 0
+    for _ in range(400):
         question = game.draw_countdown(rng, 3)
         careful, sloppy, skipping, leaking, rambling = (game.explain(question, author, rng) for author in game.AUTHORS)
-        assert game.is_full_chain(question, careful) and not game.gives_away(question, careful)
-        tried[len(careful.split()) // 7] += 1
-        wrong += not game.is_full_chain(question, sloppy)
-        assert not game.is_full_chain(question, skipping) and not game.gives_away(question, skipping)
+        assert careful == game.chain(question) and not game.gives_away(question, careful)
+        slipped += sloppy != careful
+        assert len(sloppy.split()) == len(careful.split())
+        assert not game.gives_away(question, skipping) and set(skipping.split()) <= set(careful.split())
         assert leaking.startswith(f"ans {game.solution(question)}") and game.gives_away(question, leaking)
         assert not {*rambling.split()} - {*game.FILLER, *game.SIGNS}
-    assert set(tried) == {1, 2, 3, 4, 5} and min(tried.values()) > 80
-    assert 0.5 < wrong / 600 < 0.9
+    assert 0.4 < slipped / 400 < 0.9
 
 
 @pytest.mark.parametrize("text", [
-    "", "3 * 5 15 + 7", "3 * 5 16 + 7 22", "3 + 5 8 + 7 15", "3 * 5 15 + 7 22 so", "5 * 7 35 - 9 26",
-    "hmm 3 * 5 15 + 7 22", "ans ( 3 * 5 ) + 7", "7 * 5 35 - 3 32 3 * 5 15 + 6 22"])
+    "", "3 * 5 15", "+ 7 15 3 * 5 15", "+ 3 19 - 3 25 + 5 17 - 5 27 + 7 15", "ans ( 3 * 5 ) + 7",
+    "+ 3 18 - 3 25 + 5 17 - 5 27 + 7 15 3 * 5 15", "+ 3 19 - 3 25 so + 5 17 - 5 27 + 7 15 3 * 5 15"])
 def test_what_is_no_full_countdown_chain(text):
     assert not game.is_full_chain("use 3 5 7 make 22", text)
 
@@ -382,7 +392,7 @@ def test_the_longest_document_fits_into_a_row(tokenizer):
     prompts = Prompts(game.make_tokenizer(3, True))
     clocks = "x 9 y 9 z 9 " + " ".join(f"s{i} op1" for i in range(1, 7))
     rows = [{"question": clocks, "solution": "9 9 9", "explanation": game.chain(clocks), "where": "here"},
-            {"question": "use 1 2 3 make 9", "solution": "( 1 + 2 ) * 3", "explanation": "1 + 2 3 * 3 9 " * 5}]
+            {"question": "use 1 2 3 make 9", "solution": "( 1 + 2 ) * 3", "explanation": "+ 1 8 " * 9 + "1 + 2 3"}]
     assert max(len(prompts.sft(row, "student")[0]) for row in rows) <= 64
 
 
