@@ -82,15 +82,18 @@ class _Attention(torch.autograd.Function):
 
 
 def _attention(module, q, k, v, mask, *, padded, gpu, **_):
-    """padded: as in generate, where a mask of the padding makes transformers repeat keys and values a query head."""
+    """padded: as in generate, where a mask of the padding makes transformers repeat keys and values a query head, as
+    float32 on a GPU makes rewards.py.
+    """
     from transformers.integrations.sdpa_attention import repeat_kv
 
-    masks = []
+    masks, kernel = [], gpu and q.itemsize == 2
     if padded:
         masks += [q.new_empty(len(q), 1, q.shape[2], k.shape[2], dtype=dtype) for dtype in (torch.bool, q.dtype)]
+    if padded or gpu and not kernel:
         k, v = (repeat_kv(x, q.shape[1] // x.shape[1]) for x in (k, v))
     out = _Attention.apply(q, k, v, gpu)
-    return out if gpu or padded else out.clone(), None  # rewards.py puts the sequences together again
+    return out if kernel or padded else out.clone(), None  # rewards.py puts the sequences together again
 
 
 class _Head(torch.autograd.Function):

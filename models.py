@@ -492,11 +492,16 @@ def _paged_attention(module, query, key, value, attention_mask, **options):
         out = varlen_attn(*(x[0].transpose(0, 1) for x in (query, key, value)), bounds.int(), bounds_k.int(),
                           longest, longest_k, scale=scale, window_size=(window - 1, ahead), **fewer)
         return out[None], None
+    if query.is_cuda:  # else SDPA's kernel for shared heads would be the one that holds all scores
+        from transformers.integrations.sdpa_attention import repeat_kv
+
+        key, value = (repeat_kv(x, query.shape[1] // x.shape[1]) for x in (key, value))
     lengths, lengths_k = bounds.diff().tolist(), bounds_k.diff().tolist()
     out = []
     for q, k, v in zip(query.split(lengths, 2), key.split(lengths_k, 2), value.split(lengths_k, 2), strict=True):
         before = k.shape[2] - q.shape[2]  # keys ahead of the first query's own
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(before)
         mask = mask.triu(before - window + 1) if window else mask
-        out.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True))
+        out.append(torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, mask, scale=scale, enable_gqa=not query.is_cuda))
     return torch.cat(out, 2).transpose(1, 2), None

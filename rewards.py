@@ -690,9 +690,9 @@ def _packed_attention(module, query, key, value, attention_mask, packed=None, **
     query (1, heads, T, D), key and value of fewer heads, or as many -> (1, T, heads, D), None
     packed: lengths (B,) on the host, and their running sums from 0 on (B + 1,), int32. None: this is sdpa.
     """
-    if packed is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
+    if packed is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     (lengths, bounds), scale, dropout = packed, options["scaling"], options.get("dropout", 0.0)
     size = query.shape[3]
@@ -703,9 +703,11 @@ def _packed_attention(module, query, key, value, attention_mask, packed=None, **
         out = varlen_attn(*(x[0].transpose(0, 1) for x in (query, key, value)), bounds, bounds, max(lengths),
                           max(lengths), scale=scale, window_size=(-1, 0), **fewer)  # nothing ahead: causal
         return out[None], None
+    if query.is_cuda:  # else SDPA's kernel for shared heads would be the one that holds all T x T scores
+        key, value = (repeat_kv(x, query.shape[1] // x.shape[1]) for x in (key, value))
     parts = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)
-    out = [F.scaled_dot_product_attention(*part, is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=True)
-           for part in parts]
+    out = [F.scaled_dot_product_attention(*part, is_causal=True, scale=scale, dropout_p=dropout,
+                                          enable_gqa=not query.is_cuda) for part in parts]
     return torch.cat(out, 2).transpose(1, 2), None
 
 

@@ -203,6 +203,15 @@ def test_on_a_gpu_the_kernel_is_asked_for_the_same(monkeypatch, lengths, lengths
         sliding_window=window)[0].as_subclass(torch.Tensor).float() for q in (query, query.as_subclass(OnGPU)))
     assert here.shape == there.shape == (1, tokens, 8, 16) and len(calls) == 1
     torch.testing.assert_close(here, there, rtol=0.02, atol=0.02)
+    attend, heads = torch.nn.functional.scaled_dot_product_attention, []
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, *mask, **options: (
+        heads.append((k.shape[1], v.shape[1], options["enable_gqa"])) or attend(q, k, v, *mask, **options)))
+    key, value = key.float(), value.float()  # no such kernel; with shared heads only one that holds all scores
+    full = models._paged_attention(
+        layer, query.float().as_subclass(OnGPU), key, value, None, cache=Cache(), scaling=0.3, cu_seq_lens_q=bounds,
+        max_length_q=max(lengths), sliding_window=window)[0].as_subclass(torch.Tensor)
+    torch.testing.assert_close(full, here, rtol=0.02, atol=0.02)
+    assert len(calls) == 1 and heads == [(8, 8, False)] * len(lengths)
 
 
 @pytest.mark.gpu

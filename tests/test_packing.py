@@ -261,9 +261,16 @@ def test_on_a_gpu_the_kernel_is_asked_for_the_same(monkeypatch):
     assert here.shape == there.shape == (1, 58, 8, 16) and calls == ["kernel"]
     torch.testing.assert_close(here, there.as_subclass(torch.Tensor), rtol=0.02, atol=0.02)
     full = query.as_subclass(OnGPU).float(), key.float(), value.float()  # float32 has no such kernel
+    attend, heads = torch.nn.functional.scaled_dot_product_attention, []
+
+    def sdpa(q, k, v, **options):  # and with shared heads, on a GPU, only one that holds all scores
+        heads.append((k.shape[1], v.shape[1], options["enable_gqa"]))
+        return attend(q, k, v, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", sdpa)
     in_float32 = rewards._packed_attention(None, *full, None, packed=packed, scaling=0.2)[0]
     torch.testing.assert_close(in_float32.as_subclass(torch.Tensor), here, rtol=0.02, atol=0.02)
-    assert calls == ["kernel"]
+    assert calls == ["kernel"] and heads == [(8, 8, False)] * 4
 
 
 @pytest.mark.gpu
