@@ -429,7 +429,11 @@ def _continuous(model, prompts, config, vocab, seed, cache_tokens):
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # adapters are in its layers
     with _paged(model), _masked(model.get_output_embeddings(), vocab):
         manager = model.init_continuous_batching(generation_config=config, continuous_batching_config=options)
-        manager.warmup()  # makes the pages, and seeds random numbers by the rank: ours go by `seed` alone
+        try:
+            manager.warmup()  # makes the pages, and seeds random numbers by the rank: ours go by `seed` alone
+        except MemoryError as error:  # its own reckoning, before anything is made
+            raise ValueError(f"--engine continuous would run out of memory with pages for {room * PAGE:,} tokens "
+                             f"({error}). Pass a lower --cache-tokens, now {cache_tokens}.") from None
         torch.manual_seed(seed)
         names, done = manager.add_requests(prompts), {}  # all before the start, or their order would be a race's
         if model.device.type == "cuda":

@@ -97,7 +97,9 @@ def attempt(function, **what):
     """Log what it returns, or that memory was not enough."""
     try:
         return log(**what, **function())
-    except torch.cuda.OutOfMemoryError:
+    except (RuntimeError, ValueError) as error:  # of another thread, or foreseen, where the engine is continuous
+        if "out of memory" not in str(error):
+            raise
         return log(**what, failed="out of memory")
     finally:
         gc.collect()

@@ -53,6 +53,17 @@ def test_the_recipe_adds_up(config, monkeypatch):
     assert logged[4]["failed"] == "not measured: rollout"
 
 
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("continuous batching stopped: CUDA out of memory."),
+    ValueError("--engine continuous would run out of memory")])
+def test_running_out_of_memory_is_a_result(monkeypatch, error):
+    monkeypatch.setattr(bench_step, "log", lambda **entry: entry)
+    fail = lambda error: (_ for _ in ()).throw(error)  # noqa: E731
+    assert bench_step.attempt(lambda: fail(error), part="rollout") == dict(part="rollout", failed="out of memory")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        bench_step.attempt(lambda: fail(RuntimeError("an illegal memory access was encountered")))
+
+
 def test_it_runs_and_the_dry_run_is_right(tmp_path):
     """Three settings, four phases each: the estimate is within a tenth of the peak."""
     run_script(tmp_path, "tests/bench_step.py", "--size", "tiny", "--parts", "step", "--out", tmp_path / "log.jsonl")

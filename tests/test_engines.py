@@ -136,6 +136,15 @@ def test_pages_are_bounded_by_the_prompts_and_the_flag(tiny_model, tokenizer, mo
     assert made == [(2 + 2 + 2 + 4, 2048, 12 * page)] * 2 + [(6, 2048, 8 * page), (4, 2048, 6 * page)]
 
 
+def test_pages_that_do_not_fit_are_refused_in_one_line(tiny_model, tokenizer, monkeypatch):
+    monkeypatch.setattr("transformers.generation.continuous_batching.cache.get_device_and_memory_breakdown",
+                        lambda: (CPU, 1000, 0, 0))
+    model = tiny_model(64)
+    with pytest.raises(ValueError, match="pages for 192 tokens .* Pass a lower --cache-tokens, now 200"):
+        draw(model, tokenizer, cache_tokens=200, max_new_tokens=40)
+    assert not model.lm_head._forward_hooks and model.config._attn_implementation == "sdpa"
+
+
 def test_a_short_row_makes_room_for_the_next(tiny_model, tokenizer):
     """Twelve rows through room for four: fewer steps than three batches that wait for their longest."""
     model, rows = tiny_model(64), []
