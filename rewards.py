@@ -86,8 +86,14 @@ def implementation(impl, device_type):
         raise RuntimeError(f"impl='triton' needs a GPU, not {device_type}: pass impl='torch', or start "
                            "Python with TRITON_INTERPRET=1 to interpret the kernels")
     if impl == "auto":
-        print(f"rewards.py: {chosen} on {device_type}", file=sys.stderr)
+        _say(f"{chosen} on {device_type}")
     return chosen
+
+
+@functools.cache
+def _say(words):
+    """Once."""
+    print(f"rewards.py: {words}", file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -660,6 +666,7 @@ def _hidden(model, sequences, *spans):
                          attention_mask=torch.empty(1, 1, 0, 0),
                          packed=(lengths.tolist(), _on(device, F.pad(ends, (1, 0)).int()))).last_hidden_state
     else:
+        _say(f"{type(model).__name__} reads sequences one by one: its attention can't be packed")
         states = torch.cat([decoder(input_ids=one, use_cache=False).last_hidden_state
                             for one in ids.split(lengths.tolist(), 1)], 1)
     states = states[0].to(model.get_output_embeddings().weight.dtype)

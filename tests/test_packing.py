@@ -190,12 +190,16 @@ def gemma():
     lambda: tiny(use_sliding_window=True, sliding_window=4, max_window_layers=0),
     lambda: tiny(attn_implementation="eager"),
 ], ids=["gemma3", "window", "eager"])
-def test_what_can_not_be_packed_is_read_one_by_one(make):
+def test_what_can_not_be_packed_is_read_one_by_one(make, capsys):
     model, rows, shapes = make(), sequences(), []
+    rewards._say.cache_clear()
     wanted = alone(model, rows)
     model.model.register_forward_pre_hook(lambda *call: shapes.append(call[2]["input_ids"].shape), with_kwargs=True)
     assert torch.equal(whole(model, rows), wanted)
     assert shapes == [(1, n) for n in LENGTHS] and model.config._attn_implementation != "packed"
+    whole(model, rows)
+    assert capsys.readouterr().err == f"rewards.py: {type(model).__name__} reads sequences one by one: its attention " \
+        "can't be packed\n"  # once
 
 
 def test_a_model_that_loses_the_bounds_does_not_go_on(monkeypatch):
