@@ -308,12 +308,15 @@ class Run:
 
 
 def join(device):
-    """Meet the other ranks -> (rank, world): NCCL between CUDA devices, gloo between CPUs. Alone (0, 1), no group."""
-    if WORLD > 1:
-        import torch
+    """Meet the other ranks -> (rank, world): NCCL between CUDA devices, gloo between CPUs. Alone (0, 1), no group.
 
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+    What asks for no device by name, as continuous batching does for its free memory, gets this one.
+    """
+    import torch
+
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    if WORLD > 1:
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group(
                 "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",

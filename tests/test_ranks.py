@@ -267,6 +267,14 @@ def test_every_rank_has_a_device_to_itself(monkeypatch):
         models.pick_device("auto")
 
 
+@pytest.mark.parametrize("name, chosen", [("cuda:1", ["cuda:1"]), ("cuda", []), ("cpu", [])])
+def test_the_device_asked_for_is_the_current_one(monkeypatch, name, chosen):
+    """Also without torchrun: continuous batching asks what is free on the current device, not on the model's."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.append(str(device)))
+    assert runs.join(torch.device(name)) == (0, 1) and asked == chosen
+
+
 def test_ranks_that_find_different_rows(tmp_path, monkeypatch):
     run = runs.Run(argparse.Namespace(out=str(tmp_path / "run"), resume=False, steps=1))
     monkeypatch.setattr(runs, "gather", lambda thing: [thing, (*thing[:-1], "other rows")])
