@@ -231,11 +231,11 @@ class Shape:
             return full, max(first - early, live.peak - before), max(first, live.peak)
 
     def paging(self, batch, prompt, new, tokens):
-        """Bytes of continuous batching, as `sampling`: pages made beforehand for at most so many tokens, a pass of up
-        to 2,048 of them, in which each layer's keys and values are copied out of the pages.
+        """Bytes of continuous batching, as `sampling`: pages made beforehand for at most so many tokens but never for
+        less than a row; a pass of up to 2,048 of them, in which each layer's keys and values are copied out of them.
         """
         each = self.sampling(1, 1024, 3)[0] // 1026  # the last token is never read
-        cache = each * min(tokens, batch * (prompt + new))
+        cache = each * min(max(tokens, prompt + new), batch * (prompt + new))
         activations = self.reading(max(2048, batch))[0] + cache // self.model.config.get_text_config().num_hidden_layers
         return cache, activations, cache + activations
 

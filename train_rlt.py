@@ -139,7 +139,8 @@ if len(rows) < args.prompts_per_step:
                      "lower --prompts-per-step, --eval-rows or --eval-every.")
 if args.dry_run is not None:
     lora = dict(rank=args.lora_rank, targets=args.lora_targets) | models.anatomy(args.model)
-    gpu, batch = args.dry_run > 0 or device.type == "cuda", max(args.prompts_per_step * args.group_size, len(held_out))
+    gpu = args.dry_run > 0 or device.type == "cuda"
+    batch = max(args.prompts_per_step // world * args.group_size, len(held_out))
     longest = max(len(prompts.teacher(row)) for row in rows + held_out)
     raise SystemExit(memory.dry_run(
         args, device, memory.Shape(**lora, bits=args.teacher_bits, gpu=gpu, trained="adapter", reference=args.beta > 0),

@@ -10,6 +10,7 @@ from conftest import call
 
 import memory
 import models
+import runs
 from rewards import Row, completion_logprobs, completion_logprobs_and_kl, score_explanations
 
 CPU = torch.device("cpu")
@@ -120,7 +121,7 @@ def test_pages_are_bounded():
     config, _, _ = SHAPES["depth"]
     shape = memory.Shape(config, bits=16, gpu=True, rank=8)
     token = 2 * 12 * 2 * 16 * 2  # keys and values, layers, heads, numbers, bytes
-    for tokens, held in ((1000, 1000), (10**6, 8 * 300)):
+    for tokens, held in ((1000, 1000), (10**6, 8 * 300), (50, 300)):  # models.generate always has room for one row
         numbers = memory.phases(shape, vocab=2000, head_chunk=64, tokens=64, rollout=(8, 100, 200), cache_tokens=tokens)
         reading = shape.reading(2048)[0]
         assert numbers["rollout"]["cache"] == held * token
@@ -236,6 +237,18 @@ def test_a_dry_run(workshop, no_weights, command):
     assert "fits: " in printed and "24 GB on the GPU asked for" in printed
     status, printed = dry(workshop, script, *flags, "--limit", 400, *out, "--dry-run", 0.1)
     assert status == 1 and "does not fit: " in printed and "First: --" in printed
+
+
+@pytest.mark.parametrize("script", ["train_rlt.py", "rl_student.py"])
+def test_ranks_share_a_steps_rows(workshop, no_weights, monkeypatch, script):
+    """Two of them sample as many as one that is asked half the questions."""
+    def rollout(ranks, questions):
+        monkeypatch.setattr(runs, "join", lambda device: (0, ranks))
+        printed = dry(workshop, script, "--limit", 400, "--out", "runs/never", "--dry-run", "24", "--eval-rows", 8,
+                      "--rollout-batch", 10_000, "--prompts-per-step", questions)[1]
+        return next(line for line in printed.splitlines() if line.startswith("rollout"))
+
+    assert rollout(2, 64) == rollout(1, 32) != rollout(1, 64)
 
 
 def test_a_dry_run_finds_what_a_run_would(workshop, no_weights, tmp_path, monkeypatch):
