@@ -601,7 +601,8 @@ def machines():
                      f"{hours:,.0f} (estimated) |")
     lines += ["", "Peaks are the dry run's, for Qwen2.5-7B as teacher and student and prompts of 1,024 tokens. Hours "
               "are arithmetic: 128,000 completions a quarter as long as the limit on average, none of which waits for "
-              "another, model FLOPs at 300 TFLOP/s a GPU of 80 GB (60 on 24 GB), decoding at 1.7 TB/s (0.5)."]
+              "another (by the commands' `--engine batch` each waits for the longest of its batch: so many hours at "
+              "least), model FLOPs at 300 TFLOP/s a GPU of 80 GB (60 on 24 GB), decoding at 1.7 TB/s (0.5)."]
     gpu = {key: rows for key, rows in bench_step_rows().items() if not key[0].startswith("CPU")}
     if not gpu:
         lines += ["", "None of it has been measured on a GPU. `python tests/bench_step.py` does it, in ten minutes."]
