@@ -362,9 +362,10 @@ def remedy(flags, phase, numbers, row):
     passing = [half("micro_batch_tokens")] if flags.get("micro_batch_tokens", 0) >= 2 * row else shorter
     if phase == "update" and not flags.get("gradient_checkpointing"):
         passing = ["--gradient-checkpointing"]
+    helps = flags.get("offload_student") is False and phase in ("rollout", "reference", "update")
     remedies = {
         "weights": [f"--{flag.replace('_', '-')} 4" for flag in ("student_bits", "teacher_bits", "bits")
-                    if flags.get(flag, 4) > 4] + ["--offload-student"] * (flags.get("offload_student") is False),
+                    if flags.get(flag, 4) > 4] + ["--offload-student"] * (helps and not flags.get("kl_gradient")),
         "adapters, AdamW": [half("lora_rank")] if flags.get("lora_rank", 1) > 1 else [],
         "cache": sampling + shorter,
         "activations": sampling + shorter if phase == "rollout" else passing,

@@ -296,6 +296,8 @@ def test_what_to_change_first():
     assert first("load", "weights", student_bits=16) == "--student-bits 4"
     assert first("update", "weights", teacher_bits=4, offload_student=False) == "--offload-student"
     assert first("update", "weights", teacher_bits=4) == "a smaller model"
+    assert first("score", "weights", teacher_bits=4, offload_student=False) == "a smaller model"  # it is there to score
+    assert first("rollout", "weights", teacher_bits=4, offload_student=False, kl_gradient=True) == "a smaller model"
     assert first("rollout", "cache") == first("rollout", "head") == "--rollout-batch 32"
     assert first("rollout", "cache", rollout_batch=1) == "--max-new-tokens 500"
     assert first("update", "activations", gradient_checkpointing=False) == "--gradient-checkpointing"
