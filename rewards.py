@@ -86,14 +86,8 @@ def implementation(impl, device_type):
         raise RuntimeError(f"impl='triton' needs a GPU, not {device_type}: pass impl='torch', or start "
                            "Python with TRITON_INTERPRET=1 to interpret the kernels")
     if impl == "auto":
-        _say(f"{chosen} on {device_type}")
+        print(f"rewards.py: {chosen} on {device_type}", file=sys.stderr)
     return chosen
-
-
-@functools.cache
-def _say(words):
-    """Once."""
-    print(f"rewards.py: {words}", file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -666,11 +660,17 @@ def _hidden(model, sequences, *spans):
                          attention_mask=torch.empty(1, 1, 0, 0),
                          packed=(lengths.tolist(), _on(device, F.pad(ends, (1, 0)).int()))).last_hidden_state
     else:
-        _say(f"{type(model).__name__} reads sequences one by one: its attention can't be packed")
+        _one_by_one(type(model).__name__)
         states = torch.cat([decoder(input_ids=one, use_cache=False).last_hidden_state
                             for one in ids.split(lengths.tolist(), 1)], 1)
     states = states[0].to(model.get_output_embeddings().weight.dtype)
     return [states.index_select(0, _ranges(states.device, ends - lengths - 1 + start, n)) for start, n in spans]
+
+
+@functools.cache
+def _one_by_one(name):
+    """Says so, once."""
+    print(f"rewards.py: {name} reads sequences one by one: its attention can't be packed", file=sys.stderr)
 
 
 def _packs(model):

@@ -192,7 +192,7 @@ def gemma():
 ], ids=["gemma3", "window", "eager"])
 def test_what_can_not_be_packed_is_read_one_by_one(make, capsys):
     model, rows, shapes = make(), sequences(), []
-    rewards._say.cache_clear()
+    rewards._one_by_one.cache_clear()
     wanted = alone(model, rows)
     model.model.register_forward_pre_hook(lambda *call: shapes.append(call[2]["input_ids"].shape), with_kwargs=True)
     assert torch.equal(whole(model, rows), wanted)
