@@ -487,7 +487,8 @@ def _paged_attention(module, query, key, value, attention_mask, **options):
         key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=options)
     bounds, bounds_k, scale = options["cu_seq_lens_q"], options["cu_seq_lens_k"], options["scaling"]
     window = options.get("sliding_window") or 0
-    if query.is_cuda and query.itemsize == 2 and query.shape[3] == value.shape[3] <= 256 and query.shape[3] % 8 == 0:
+    flash = query.is_cuda and query.itemsize == 2 and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    if flash and query.shape[3] == value.shape[3] <= 256 and query.shape[3] % 8 == 0:
         from torch.nn.attention.varlen import varlen_attn
 
         longest, longest_k = options["max_length_q"], options["max_length_k"]

@@ -703,7 +703,8 @@ def _packed_attention(module, query, key, value, attention_mask, packed=None, **
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     (lengths, bounds), scale, dropout = packed, options["scaling"], options.get("dropout", 0.0)
     size = query.shape[3]
-    if query.is_cuda and query.itemsize == 2 and size == value.shape[3] <= 256 and size % 8 == 0 and not dropout:
+    flash = query.is_cuda and query.itemsize == 2 and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    if flash and size == value.shape[3] <= 256 and size % 8 == 0 and not dropout:
         from torch.nn.attention.varlen import varlen_attn
 
         fewer = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}

@@ -255,6 +255,7 @@ def test_on_a_gpu_the_kernel_is_asked_for_the_same(monkeypatch):
         is_cuda = property(lambda self: True)
 
     monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(inspect, "signature", lambda _: declared)
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 58, heads, 16).bfloat16().transpose(1, 2) for heads in (8, 2, 2))
@@ -275,6 +276,10 @@ def test_on_a_gpu_the_kernel_is_asked_for_the_same(monkeypatch):
     in_float32 = rewards._packed_attention(None, *full, None, packed=packed, scaling=0.2)[0]
     torch.testing.assert_close(in_float32.as_subclass(torch.Tensor), here, rtol=0.02, atol=0.02)
     assert calls == ["kernel"] and heads == [(8, 8, False)] * 4
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))  # nor does a GPU before Ampere
+    old = rewards._packed_attention(None, query.as_subclass(OnGPU), key, value, None, packed=packed, scaling=0.2)[0]
+    torch.testing.assert_close(old.as_subclass(torch.Tensor).float(), here, rtol=0.02, atol=0.02)
+    assert calls == ["kernel"]
 
 
 @pytest.mark.gpu
