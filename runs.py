@@ -210,9 +210,12 @@ def _git():
 def check_same_flags(out, then, now):
     """A resumed run goes on with the flags it was started with."""
     for flag in sorted(set(now) - FREE_TO_CHANGE):
-        if then.get(flag) != now[flag]:
+        if flag not in then:
+            raise ValueError(f"--resume: {out} was started by a version without the flag {flag}. Go on with that one, "
+                             "whose commit is in its config.json, or start anew with another --out.")
+        if then[flag] != now[flag]:
             raise ValueError(
-                f"--resume: {out} was started with {flag} = {then.get(flag)}, now it is {now[flag]}. "
+                f"--resume: {out} was started with {flag} = {then[flag]}, now it is {now[flag]}. "
                 "Pass the flags it was started with, or another --out."
             )
 

@@ -122,6 +122,8 @@ def test_resuming_with_other_flags_or_another_base_is_refused(tmp_path):
     start(tmp_path, lr=1.0, steps=4).start(base_hash="a" * 64)
     with pytest.raises(ValueError, match="started with lr = 1.0, now it is 2.0"):
         start(tmp_path, resume=True, lr=2.0, steps=4)
+    with pytest.raises(ValueError, match="by a version without the flag engine"):  # that no flag can make good
+        start(tmp_path, resume=True, lr=1.0, steps=4, engine="batch")
     run = start(tmp_path, resume=True, lr=1.0, steps=8)
     with pytest.raises(ValueError, match="base_hash is not what it was when"):
         run.start(base_hash="b" * 64)
