@@ -630,9 +630,13 @@ def save(figure, name):
 
 
 if __name__ == "__main__":
-    for draw in (toy_accuracy, toy_reward, toy_few_and_long, toy_cold_start, toy_transfer, toy_ranks, toy_ablations,
-                 toy_students, toy_guide, toy_map, toy_table, claims_table):
+    for draw in (toy_accuracy, toy_reward, toy_cold_start, toy_ranks, toy_ablations, toy_table, claims_table):
         draw()
+    for draw, setting, arm in (  # which the log may not hold yet
+            (toy_few_and_long, "toy", "long problems"), (toy_transfer, "countdown", "RLT"),
+            (toy_students, "toy", "base, larger"), (toy_guide, "base 0.02", "signal"), (toy_map, "base 0.0", "base")):
+        if of(arm, setting):
+            draw()
     bench_rewards()
     bench_text()
     bench_step()
