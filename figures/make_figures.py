@@ -592,8 +592,8 @@ def expected_hours(bandwidth, rate, gpus, flags):
 def machines():
     """The table of "Which machine, which command", and what of it has been measured."""
     lines = ["| machine | command | peak of a GPU | hours |", "| --- | --- | --- | --- |",
-             "| laptop, the toy | `python train_rlt.py --lambda 3 --alpha 0.01` | under 1 GB (estimated) | five "
-             "minutes (measured: two cores, x86_64) |"]
+             "| laptop, the toy | `python train_rlt.py --lambda 3 --alpha 0.01` | under 1 GB (estimated) | "
+             "minutes on two cores, timed by `.ci/run` |"]
     for name, _, (bandwidth, rate), gpus, launcher, flags in MACHINES:
         peak, phase = expected_peak(flags)
         hours = expected_hours(bandwidth, rate, gpus, flags)

@@ -100,10 +100,10 @@ class Work:
         return self.run("sft_student.py", "--format", "teacher", "--data", f"rows-{careful}.jsonl",
                         *self.few("--steps", 2), out=f"runs/toy-teacher-{careful}")
 
-    def teach(self, *flags, model=None):
-        """RLT, from the warm-up teacher."""
+    def teach(self, *flags, model):
+        """RLT, from this warm-up teacher."""
         teacher = f"runs/{self.name}"
-        self.run("train_rlt.py", *(["--model", model] if model else []), *flags, *self.few("--steps", 2), out=teacher)
+        self.run("train_rlt.py", "--model", model, *flags, *self.few("--steps", 2), out=teacher)
         metrics = read_jsonl(self.folder / teacher / "metrics.jsonl")
         keep = ("step", "reward", "score", "kl", "closed", "leak", "length", "entropy", "kl_ref", "eval_reward")
         self.facts["curve"] = [{key: entry[key] for key in keep} for entry in metrics]
@@ -254,7 +254,7 @@ def what_rl_did(*arms):
         w.run("evaluate.py", *w.graded, "--model", base, "--data", w.tests["test"], *sampled,
               *w.few("--limit", 40), "--seed", w.seed + 100, "--out", "runs/eval/16-again", seed=False)
         for arm, student in after.items():
-            before, then = (f"runs/eval/16/{named(model.replace('/', '_'))}" for model in (base, student))
+            before, then = (f"runs/eval/16/{model.replace('/', '_')}" for model in (base, student))
             w.run("evaluate.py", "--task", w.task, "--compare", before, then, "--floor",
                   "runs/eval/16-again/runs_toy", seed=False)
             report = json.loads((w.folder / then / f"compare_{w.task}.json").read_text())
@@ -293,7 +293,6 @@ def in_cell(careful):
 
 
 BEST = ["--samples", 10, "--keep", "best"]  # as many sampled tokens as RL and its explanations
-CHAIN = ["RLT", "best of 10", "RL traces, filtered"]
 ARMS = {
     # Figure 1, Table 1
     "base": lambda w: w.base(),
