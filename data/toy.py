@@ -13,11 +13,11 @@ and a teacher whose samples hold a few good explanations among many that give th
 
 How hard it is can be set: with three clocks every operation turns them all, by a table of its own, and there is no
 guessing where they end; fewer careful authors make good explanations rare, for the base (what it can solve by itself)
-and in the rows (what the warm-up teacher writes). With --countdown base and rows know a second task, to transfer to:
+and in the rows (what the warm-up teacher writes). With --paths base and rows know a second task, to transfer to:
 
-    question     use 3 5 7 make 22              three numbers, each to be used once
-    solution     ( 3 * 5 ) + 7
-    explanation  + 3 19 - 3 25 + 5 17 - 5 27 + 7 15 3 * 5 15    from the end: to add 3, 19 is needed; ...
+    question     b>e d>a e>c a>b c>d from b take 4         eight places (here five) and where one goes from each
+    solution     a                                         where the walk ends
+    explanation  s1 b>e s2 e>c s3 c>d s4 d>a
 
 CPU, two minutes:  python data/toy.py        makes runs/toy; the other scripts call it when they need it
 """
@@ -26,7 +26,6 @@ import argparse
 import itertools
 import json
 import math
-import operator
 import os
 import random
 import sys
@@ -39,8 +38,8 @@ sys.path.insert(0, str(ROOT))  # for prompts.py: the base is trained on what the
 
 CLOCKS = ("x", "y", "z")  # the first two of them, or all
 _draw = random.Random("tables of the toy")
-TABLES = {f"op{n}": _draw.sample(range(10), 10) for n in range(1, 9)}
-SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+TABLES = {f"op{n}": _draw.sample(range(10), 10) for n in range(1, 5)}
+PLACES = "abcdefgh"
 FILLER = ("so", "then", "now", "well", "let", "me", "see", "hmm")
 MAX_STEPS = 9
 
@@ -48,12 +47,12 @@ MAX_STEPS = 9
 AUTHORS = ("careful", "sloppy", "skipping", "leaking", "rambling")
 SINGLE = (1, 0, 0, 0, 0)  # pretraining, one step: how the base learns what a step is
 SHORT = (0.50, 0.05, 0.15, 0.20, 0.10)  # pretraining, 2 and 3 steps: how it learns to go on from a step
-LONG = (0.08, 0.05, 0.25, 0.30, 0.32)  # pretraining, 4 steps and more, countdown: why it explains those badly
+LONG = (0.08, 0.05, 0.25, 0.30, 0.32)  # pretraining, 4 steps and more: why it explains those badly
 ROWS = (0.10, 0.05, 0.20, 0.35, 0.30)  # the rows' explanations, on which the teacher is warmed up
 
 # split: (rows, numbers of steps)
 SPLITS = {"train": (3000, (4, 5)), "val": (400, (4, 5)), "test": (800, (4, 5)), "long": (400, (6,))}
-COUNTDOWN = {"countdown-train": 3000, "countdown-val": 400, "countdown-test": 800}
+PATHS = {"paths-train": 3000, "paths-val": 400, "paths-test": 800}  # of 4 and 5 steps, too
 
 
 def mixture(shares, careful):
@@ -126,61 +125,34 @@ def draw_question(rng, n_steps, n_clocks):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# countdown
+# paths
 
 
-def is_countdown(question):
-    return question.startswith("use ")
+def is_path(question):
+    return " from " in question
 
 
-def goal(question):
-    """(numbers, target) of a countdown question."""
-    _, *numbers, _, target = question.split()
-    return list(map(int, numbers)), int(target)
+def walk(question, slips=0.0, rng=None):
+    """The question worked out, one "s1 b>e" per step: its number, where it leads from and to.
 
-
-def pairs(numbers):
-    """{value: "3 * 5"} of all ways to put two numbers together, of several the first."""
-    found = {}
-    for (a, b), sign in itertools.product(itertools.permutations(numbers), SIGNS):
-        found.setdefault(SIGNS[sign](a, b), f"{a} {sign} {b}")
-    return found
-
-
-def backwards(question, slips=0.0, rng=None):
-    """The question worked out from its end: what the last operation could be, until the others can make the rest.
-
-    "+ 3 19", to add 3 in the end 19 is needed; and when 5 and 7 can't make 19, the next one. Last the pair that does,
-    "3 * 5 15". slips: probability that a step's value goes wrong, drawn from rng.
+    slips: probability that a step leads elsewhere, drawn from rng. Who slips goes on from there.
     """
-    numbers, target = goal(question)
+    *arrows, _, place, _, n_steps = question.split()
+    leads = dict(arrow.split(">") for arrow in arrows)
     worked = []
-    if len(numbers) == 2:
-        worked.append(f"{pairs(numbers)[target]} {target}")
-    for last, sign in itertools.product(numbers, SIGNS) if len(numbers) > 2 else ():
-        needed = {"+": target - last, "-": target + last, "*": target / last}[sign]
-        if needed == int(needed) and 0 <= needed < 100:
-            others = list(numbers)
-            others.remove(last)
-            worked.append(f"{sign} {last} {int(needed)}")
-            if needed in pairs(others):
-                worked.append(f"{pairs(others)[needed]} {int(needed)}")
-                break
-    for i, step in enumerate(worked):
+    for number in range(1, int(n_steps) + 1):
+        start, place = place, leads[place]
         if slips and rng.random() < slips:
-            worked[i] = f"{step.rpartition(' ')[0]} {rng.randrange(100)}"
+            place = rng.choice(PLACES)
+        worked.append(f"s{number} {start}>{place}")
     return worked
 
 
-def draw_countdown(rng, n_numbers):
-    while True:
-        numbers = [rng.randrange(1, 10) for _ in range(n_numbers)]
-        target = rng.choice(list(pairs(numbers[:2])))
-        for last in numbers[2:]:
-            if 0 <= target < 100:
-                target = rng.choice(list(SIGNS.values()))(target, last)
-        if 0 <= target < 100:
-            return f"use {' '.join(map(str, rng.sample(numbers, n_numbers)))} make {target}"
+def draw_path(rng, n_steps):
+    """A question about eight places in a circle, so that every walk up to seven steps ends somewhere new."""
+    circle = rng.sample(PLACES, len(PLACES))
+    arrows = [f"{a}>{b}" for a, b in zip(circle, circle[1:] + circle[:1], strict=True)]
+    return f"{' '.join(rng.sample(arrows, len(arrows)))} from {rng.choice(PLACES)} take {n_steps}"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -189,7 +161,7 @@ def draw_countdown(rng, n_numbers):
 
 def work(question, slips=0.0, rng=None):
     """All steps of the full right explanation; or of one by who slips."""
-    return (backwards if is_countdown(question) else steps)(question, slips, rng)
+    return (walk if is_path(question) else steps)(question, slips, rng)
 
 
 def chain(question):
@@ -198,12 +170,9 @@ def chain(question):
 
 
 def solution(question):
-    """The state after the last step, "x y"; an expression, "( 3 * 5 ) + 7"."""
-    if not is_countdown(question):
-        return " ".join(steps(question)[-1].split()[2:])
-    *_, pair = worked = backwards(question)
-    pair = " ".join(pair.split()[:3])
-    return f"( {pair} ) {' '.join(worked[-2].split()[:2])}" if len(worked) > 1 else pair
+    """The state after the last step, "x y"; the place where a walk ends."""
+    last = work(question)[-1]
+    return last[-1] if is_path(question) else " ".join(last.split()[2:])
 
 
 def is_full_chain(question, explanation):
@@ -214,13 +183,10 @@ def is_full_chain(question, explanation):
 def gives_away(question, explanation):
     """Whether the explanation states the solution other than as the state after one of its right steps.
 
-    Exact where prompts.leaks, which knows no chain, goes by the place. In countdown only who gives the solution away
-    writes parentheses.
+    Exact where prompts.leaks, which knows no chain, goes by the place. Who walks names no place without an arrow.
     """
     text = f" {' '.join(explanation.split())} "
-    if is_countdown(question):
-        return " ( " in text
-    for step in steps(question):
+    for step in work(question):
         text = text.replace(f" {step} ", " | ")
     return f" {solution(question)} " in text
 
@@ -237,7 +203,7 @@ def explain(question, author, rng):
     elif author == "leaking":
         words = ["ans", solution(question), *rng.choices(FILLER, k=rng.randrange(5))]
     else:
-        named = list(SIGNS) if is_countdown(question) else read(question)[1]
+        named = question.split()[: len(PLACES)] if is_path(question) else read(question)[1]
         words = rng.choices((*FILLER, *named), k=rng.randint(2, 8))
     return " ".join(words)
 
@@ -245,21 +211,20 @@ def explain(question, author, rng):
 def make_row(question, shares, rng):
     """A row: question, solution, an explanation by an author drawn by shares, the right chain, a hint.
 
-    The hint is the first half of the chain's steps. Countdown also has what its grader reads, `nums` and `target`.
+    The hint is the first half of the chain's steps.
     """
     worked = work(question)
     author = rng.choices(AUTHORS, shares)[0]
-    row = {
+    return {
         "question": question,
         "solution": solution(question),
         "explanation": explain(question, author, rng),
         "chain": " ".join(worked),
         "hint": " ".join(worked[: len(worked) // 2]),
     }
-    return row | dict(zip(("nums", "target"), goal(question), strict=True)) if is_countdown(question) else row
 
 
-def make_rows(n_clocks, careful, countdown):
+def make_rows(n_clocks, careful, paths):
     """{split: rows}, the same for every seed of the model, so that all are measured on the same questions.
 
     No question is there twice, in whatever split. Authors have draws of their own, so that other
@@ -278,36 +243,36 @@ def make_rows(n_clocks, careful, countdown):
 
     for split, (size, lengths) in SPLITS.items():
         fill(split, size, lambda: draw_question(questions, questions.choice(lengths), n_clocks))  # noqa: B023
-    if countdown:
-        for split, size in COUNTDOWN.items():
-            fill(split, size, lambda: draw_countdown(questions, 3))
-        pairs = zip(splits["train"], splits["countdown-train"], strict=True)
+    if paths:
+        for split, size in PATHS.items():
+            fill(split, size, lambda: draw_path(questions, questions.choice((4, 5))))
+        pairs = zip(splits["train"], splits["paths-train"], strict=True)
         splits["both-train"] = list(itertools.chain(*pairs))  # for the teacher's warm-up
     return splits
 
 
-def draw_documents(rng, held_out, n_clocks, careful, countdown):
+def draw_documents(rng, held_out, n_clocks, careful, paths, hints):
     """Rows to pretrain on, without end: short problems mostly explained well, long ones mostly badly.
 
     careful: the share of careful authors among those who explain long problems.
     """
     long = mixture(LONG, careful)
     while True:
-        if countdown and rng.random() < 0.5:
-            size = rng.choice((2, 3))
-            question, shares = draw_countdown(rng, size), SINGLE if size == 2 else long
-        else:
-            size = rng.choice((1, 1, 2, 2, 3, 4, 5, 6))
-            question, shares = draw_question(rng, size, n_clocks), SINGLE if size == 1 else SHORT if size < 4 else long
+        on_paths = paths and rng.random() < 0.5
+        size = rng.choice((1, 1, 2, 2, 3, 4, 5, 6))
+        question = draw_path(rng, size) if on_paths else draw_question(rng, size, n_clocks)
+        hinted = hints and rng.random() < 0.25
+        shares = SINGLE if size == 1 else SHORT if size < 4 or hinted else long
         if question not in held_out:
-            yield make_row(question, shares, rng)
+            row = make_row(question, shares, rng)
+            yield row | {"question": f"{question} {row['hint']}"} if hinted else row
 
 
 # ---------------------------------------------------------------------------------------------------------
 # tokenizer and base model
 
 
-def make_tokenizer(n_clocks, countdown):
+def make_tokenizer(n_clocks, paths):
     """One token a word; blanks and newlines separate words and vanish. An unknown word raises an exception.
 
     The tags of the explanation become those of the thought, so that teacher and student share their tokens.
@@ -321,8 +286,8 @@ def make_tokenizer(n_clocks, countdown):
     clocks = CLOCKS[:n_clocks]
     words = [pad, eos, "<|user|>", "<|assistant|>", *THOUGHT, *SOLUTION, *clocks, *map(str, range(10))]
     words += [*(f"s{n}" for n in range(1, MAX_STEPS + 1)), *operations(clocks), "ans", *FILLER]
-    if countdown:
-        words += ["use", "make", "(", ")", *SIGNS, *map(str, range(10, 100))]
+    if paths:
+        words += ["from", "take", *PLACES, *map(">".join, itertools.product(PLACES, repeat=2))]
     # WordLevel raises on unknown words as long as its unk_token is not a word
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=""))
     backend.normalizer = normalizers.Replace("of_explanation|>", "of_thought|>")
@@ -402,7 +367,7 @@ def pretrain(model, tokenizer, documents, n_steps):
     with tqdm(range(n_steps), desc="base model", unit="step") as bar:
         for _ in bar:
             batch = [prompts.sft(next(documents), "student") for _ in range(64)]
-            input_ids, position_ids, labels = pack(batch, width=64)
+            input_ids, position_ids, labels = pack(batch, width=max(64, *(len(ids) for ids, _ in batch)))
             # neither cache nor mask: only then are documents kept apart
             logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
             loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
@@ -415,7 +380,7 @@ def pretrain(model, tokenizer, documents, n_steps):
     model.eval()
 
 
-def make(out, seed, n_steps, *, hidden_size, clocks, careful_base, careful_rows, countdown):
+def make(out, seed, n_steps, *, hidden_size, clocks, careful_base, careful_rows, paths, hints):
     """Write model, tokenizer and rows to the folder `out`, which appears whole or not at all -> {split: rows}."""
     from transformers.utils.logging import disable_progress_bar
 
@@ -425,13 +390,13 @@ def make(out, seed, n_steps, *, hidden_size, clocks, careful_base, careful_rows,
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
         folder = Path(beside) / out.name
         folder.mkdir()
-        splits = make_rows(clocks, careful_rows, countdown)
+        splits = make_rows(clocks, careful_rows, paths)
         for split, rows in splits.items():
             (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        tokenizer = make_tokenizer(clocks, countdown)
+        tokenizer = make_tokenizer(clocks, paths)
         model = make_model(seed, len(tokenizer), hidden_size)
         held_out = {row["question"] for split in splits if "train" not in split for row in splits[split]}
-        documents = draw_documents(random.Random(f"documents of {seed}"), held_out, clocks, careful_base, countdown)
+        documents = draw_documents(random.Random(f"documents of {seed}"), held_out, clocks, careful_base, paths, hints)
         pretrain(model, tokenizer, documents, n_steps)
         tokenizer.save_pretrained(folder)
         model.save_pretrained(folder)
@@ -454,8 +419,9 @@ if __name__ == "__main__":
                         "problems the base reads: how often it solves one")
     parser.add_argument("--careful-rows", type=float, default=ROWS[0], help="the same among the rows: how often the "
                         "warm-up teacher explains well (at 0, too, some who skip steps skip none)")
-    parser.add_argument("--countdown", action="store_true", help="base and rows know a second task, too: "
-                        "countdown-*.jsonl, and both-train.jsonl for the warm-up")
+    parser.add_argument("--paths", action="store_true", help="base and rows know a second task, too: "
+                        "paths-*.jsonl, and both-train.jsonl for the warm-up")
+    parser.add_argument("--hints", action="store_true", help="the base learns what a hint is (Guide-GRPO)")
     args = parser.parse_args()
     if args.out.exists():
         parser.error(f"{args.out} exists already: delete it, or choose another --out.")

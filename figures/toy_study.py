@@ -31,9 +31,8 @@ from runs import read_jsonl  # noqa: E402
 
 SETTINGS = {  # flags of data/toy.py
     "toy": [],
-    "countdown": ["--countdown", "--steps", 3000],  # base and warm-up teacher know both tasks, RL sees one
-    **{f"base {share}": ["--clocks", 3, "--careful-base", share, "--steps", 3000]
-       for share in (0.08, 0.02, 0.0)},  # the map
+    "paths": ["--paths", "--steps", 4000],  # base and warm-up teacher know both tasks, RL sees one
+    **{f"base {share}": ["--clocks", 3, "--hints", "--careful-base", share] for share in (0.08, 0.02, 0.0)},  # the map
 }
 ROWS = (0.2, 0.1, 0.02)  # the map's other side: share of careful authors among the rows of the teacher's warm-up
 BINARY = ["--rewards", 0, 0, 1]
@@ -51,14 +50,10 @@ class Work:
         self.folder = ROOT / "runs/study" / f"{'quick-' * args.quick}{setting.replace(' ', '-')}-seed{seed}"
         self.name = named(arm)
         self.commands, self.facts = [], {}
-        if self.task == "countdown":
-            self.rows, self.tests = "runs/toy/countdown-train.jsonl", {"test": "runs/toy/countdown-test.jsonl"}
-        else:
-            self.rows, self.tests = "toy", {split: f"runs/toy/{split}.jsonl" for split in ("val", "test")}
-
-    @property
-    def task(self):
-        return "countdown" if self.setting == "countdown" else "toy"
+        task = "paths-" * (setting == "paths")
+        self.rows = f"runs/toy/{task}train.jsonl"
+        self.source = ["--data", self.rows] if task else []
+        self.tests = {split: f"runs/toy/{task}{split}.jsonl" for split in ("val", "test")}
 
     def run(self, script, *flags, out=None, seed=True):
         """One command in the folder, remembered as it would be typed. out: skip it where this is whole."""
@@ -92,7 +87,7 @@ class Work:
     def warm_up(self, careful=None):
         """The warm-up teacher, on the toy's rows, or on others with this share of careful authors."""
         if careful is None:
-            data = ["--data", "runs/toy/both-train.jsonl"] if self.setting == "countdown" else []
+            data = ["--data", "runs/toy/both-train.jsonl"] if self.setting == "paths" else []
             return self.run("sft_student.py", "--format", "teacher", *data, *self.few("--steps", 2),
                             out="runs/toy-teacher")
         rows = toy.make_rows(3, careful, False)["train"]
@@ -115,8 +110,7 @@ class Work:
     def explain(self, teacher, *flags, out=None):
         """What a teacher writes for the training questions, scored alike for all: exact KL, lambda 3."""
         data = f"runs/{out or self.name}.jsonl"
-        source = ["--data", self.rows] if self.rows != "toy" else []
-        self.run("distill.py", "--model", teacher, *source, *flags, *self.few("--limit", 80), out=data)
+        self.run("distill.py", "--model", teacher, *self.source, *flags, *self.few("--limit", 80), out=data)
         rows = read_jsonl(self.folder / data)
         mean = lambda key: sum(row[key] for row in rows) / len(rows)  # noqa: E731
         self.facts["explanations"] = {key: mean(key) for key in ("reward", "score", "kl", "length", "closed")} | {
@@ -143,7 +137,7 @@ class Work:
 
     def instead(self, of):
         """The training rows with something else for an explanation."""
-        rows = read_jsonl(self.folder / ("runs/toy/train.jsonl" if self.rows == "toy" else self.rows))
+        rows = read_jsonl(self.folder / self.rows)
         return self.write(f"runs/{self.name}.jsonl", [{**row, "explanation": of(row)} for row in rows])
 
     def learn(self, data, *flags):
@@ -153,8 +147,7 @@ class Work:
 
     def rl(self, *flags):
         """A student by RL on correctness."""
-        source = ["--task", self.task, "--data", self.rows] if self.rows != "toy" else []
-        student = self.run("rl_student.py", *source, *flags, *self.few("--steps", 2), out=f"runs/{self.name}")
+        student = self.run("rl_student.py", *self.source, *flags, *self.few("--steps", 2), out=f"runs/{self.name}")
         metrics = read_jsonl(self.folder / student / "metrics.jsonl")
         keep = ("step", "reward", "solved", "zero_groups", "usable_groups", "hinted", "hinted_solved", "length",
                 "guided_log_ratio", "eval_solved")
@@ -176,15 +169,11 @@ class Work:
 
     # -- what is measured
 
-    @property
-    def graded(self):
-        return ["--task", self.task] + ["--max-new-tokens", 64] * (self.task == "countdown")
-
     def ask(self, models, data, *flags, out):
         """{model: its evaluation} by one command."""
-        self.run("evaluate.py", *self.graded, "--model", *models, "--data", data, *flags, *self.few("--limit", 40),
+        self.run("evaluate.py", "--task", "toy", "--model", *models, "--data", data, *flags, *self.few("--limit", 40),
                  "--out", out)
-        stem = f"eval_{self.task}" + "_hinted" * ("--hinted" in flags)
+        stem = "eval_toy" + "_hinted" * ("--hinted" in flags)
         return {model: json.loads((self.folder / out / model.replace("/", "_") / f"{stem}.json").read_text())
                 for model in models}
 
@@ -251,13 +240,13 @@ def what_rl_did(*arms):
         base, after = w.of("base"), {arm: w.of(arm) for arm in arms}
         sampled = ["--samples", 16, "--temperature", 1]
         w.ask([base, *after.values()], w.tests["test"], *sampled, out="runs/eval/16")
-        w.run("evaluate.py", *w.graded, "--model", base, "--data", w.tests["test"], *sampled,
+        w.run("evaluate.py", "--task", "toy", "--model", base, "--data", w.tests["test"], *sampled,
               *w.few("--limit", 40), "--seed", w.seed + 100, "--out", "runs/eval/16-again", seed=False)
         for arm, student in after.items():
             before, then = (f"runs/eval/16/{model.replace('/', '_')}" for model in (base, student))
-            w.run("evaluate.py", "--task", w.task, "--compare", before, then, "--floor",
+            w.run("evaluate.py", "--task", "toy", "--compare", before, then, "--floor",
                   "runs/eval/16-again/runs_toy", seed=False)
-            report = json.loads((w.folder / then / f"compare_{w.task}.json").read_text())
+            report = json.loads((w.folder / then / "compare_toy.json").read_text())
             kept = ("pass_at", "split", "samples", "reach")
             w.facts.setdefault("compare", {})[arm] = {key: report[key] for key in kept}
 
@@ -343,7 +332,7 @@ PLAN = [  # setting, seeds, arms
     ("toy", range(5), HEADLINE),
     ("toy", range(3), [arm for arm in ARMS if arm.startswith("RL after") and "rows" not in arm]),
     ("toy", range(3), [arm for arm in ARMS if arm.startswith("rank")]),
-    ("countdown", range(3), ["base", "warm-up teacher", "RLT", "direct RL", "solutions only", "ground truth",
+    ("paths", range(3), ["base", "warm-up teacher", "RLT", "direct RL", "solutions only", "ground truth",
                              "best of 10", "what RL did"]),
     ("base 0.02", range(3), ["base", "GRPO", "Guide", "Guide, naive ratio", "signal", "what Guide did"]),
     *((setting, [0], ["base", "direct RL", "Guide", *(arm for careful in ROWS for arm in in_cell(careful))])

@@ -12,14 +12,13 @@ from conftest import run_script
 from torch.nn.functional import cross_entropy
 
 from data import toy as game  # `toy` is the fixture: a folder that holds runs/toy
-from evaluate import grade
 from models import load_tokenizer
 from prompts import EXPLANATION, SOLUTION, THOUGHT, Prompts
 
 QUESTION = "x 3 y 7 s1 x+=y s2 y*=3 s3 swap s4 y+=5"
 CHAIN = "s1 x+=y 0 7 s2 y*=3 0 1 s3 swap 1 0 s4 y+=5 1 5"
-TOY = {"n_clocks": 2, "careful": game.LONG[0], "countdown": False}  # what python data/toy.py makes
-ROWS = TOY | {"careful": game.ROWS[0]}
+ROWS = {"n_clocks": 2, "careful": game.ROWS[0], "paths": False}  # what python data/toy.py makes
+TOY = ROWS | {"careful": game.LONG[0], "hints": False}
 
 
 # -- the task
@@ -42,14 +41,14 @@ def test_every_operation_on_every_state_is_what_python_makes_of_it():
 
 
 def test_three_clocks_turn_by_tables():
-    table = game.TABLES["op7"]
+    table = game.TABLES["op3"]
     want = " ".join(str(table[hour]) for hour in (3, 7, 0))
-    assert game.chain("x 3 y 7 z 0 s1 op7") == f"s1 op7 {want}"
+    assert game.chain("x 3 y 7 z 0 s1 op3") == f"s1 op3 {want}"
     x, y, z = want.split()
-    assert game.solution("x 3 y 7 z 0 s1 op7 s2 op7") == game.solution(f"x {x} y {y} z {z} s1 op7")
+    assert game.solution("x 3 y 7 z 0 s1 op3 s2 op3") == game.solution(f"x {x} y {y} z {z} s1 op3")
     assert all(sorted(table) == list(range(10)) for table in game.TABLES.values())
     written = json.dumps(game.TABLES)  # every published number of that setting rests on them
-    assert hashlib.sha256(written.encode()).hexdigest()[:16] == "fe39d11e17eaed21"
+    assert hashlib.sha256(written.encode()).hexdigest()[:16] == "2d42f333224c965e"
 
 
 @pytest.mark.parametrize(
@@ -137,89 +136,83 @@ def test_long_problems_are_seldom_explained_well_and_short_ones_often():
     assert abs(steps[1] / 8000 - 0.25) < 0.02 and abs(steps[6] / 8000 - 0.125) < 0.02
 
 
-# -- countdown
+# -- paths
+
+PATH = "b>e d>a e>c a>f f>g c>d g>h h>b from b take 4"
+WALK = "s1 b>e s2 e>c s3 c>d s4 d>a"
 
 
-def test_countdown_by_hand():
-    question = "use 3 5 7 make 22"
-    assert game.goal(question) == ([3, 5, 7], 22)
-    chain = "+ 3 19 - 3 25 + 5 17 - 5 27 + 7 15 3 * 5 15"  # 22 is no multiple of 3 or 5; 5 and 7 make no 19, 25, ...
-    assert game.chain(question) == chain and game.solution(question) == "( 3 * 5 ) + 7"
-    assert game.chain("use 3 5 make 2") == "5 - 3 2" and game.solution("use 3 5 make 2") == "5 - 3"
-    assert game.chain("use 9 9 2 make 99").startswith("+ 9 90 * 9 11 9 + 2 11")  # 99 + 9 is beyond bounds
-    row = game.make_row(question, game.SINGLE, random.Random(0))
-    assert row["hint"] == "+ 3 19 - 3 25 + 5 17" and (row["nums"], row["target"]) == ([3, 5, 7], 22)
+def test_a_walk_by_hand():
+    assert game.chain(PATH) == WALK and game.solution(PATH) == "a"
+    assert game.solution(PATH.replace("take 4", "take 8")) == "b"  # once around
+    row = game.make_row(PATH, game.SINGLE, random.Random(0))
+    assert row["hint"] == "s1 b>e s2 e>c" and row["explanation"] == row["chain"] == WALK
 
 
-def test_pairs_are_all_values_of_two_numbers():
-    for a, b in itertools.product(range(1, 10), repeat=2):
-        want = {a + b, a - b, b - a, a * b}
-        assert set(game.pairs((a, b))) == want
-        assert all(eval(text) == value for value, text in game.pairs((a, b)).items())
-
-
-def test_the_last_operation_is_undone_in_every_way_that_stays_within_bounds():
+def test_every_place_is_left_once_and_walks_end_somewhere_new():
     rng = random.Random(2)
     for _ in range(300):
-        numbers, target = game.goal(question := game.draw_countdown(rng, 3))
-        *tried, pair = game.work(question)
-        assert len(tried) == len({*tried}) or len({*numbers}) < 3
-        for step in tried:
-            sign, last, needed = step.split()
-            assert eval(f"{needed} {sign} {last}") == target and int(last) in numbers
-        others = list(numbers)
-        others.remove(int(tried[-1].split()[1]))
-        a, sign, b, value = pair.split()
-        assert sorted((int(a), int(b))) == sorted(others) and eval(f"{a}{sign}{b}") == int(value)
-        assert value == tried[-1].split()[2]
+        question = game.draw_path(rng, 7)
+        arrows = question.split()[:8]
+        assert sorted(arrow[0] for arrow in arrows) == sorted(arrow[2] for arrow in arrows) == list(game.PLACES)
+        walked = game.chain(question).split()[1::2]
+        assert set(walked) < set(arrows) and all(a[2] == b[0] for a, b in itertools.pairwise(walked))
+        assert walked[0][0] == question.split()[9] and len({arrow[2] for arrow in walked}) == 7
+        assert game.solution(question) == walked[-1][2]
 
 
-def test_the_grader_accepts_every_countdown_solution():
-    rng = random.Random(0)
-    for size in (2, 3):
-        for _ in range(300):
-            question = game.draw_countdown(rng, size)
-            row = game.make_row(question, game.ROWS, rng) | {"where": "here"}
-            assert grade("countdown", f"{SOLUTION[0]} {row['solution']} {SOLUTION[1]}", row), row
-            assert game.is_full_chain(question, row["chain"]) and not game.gives_away(question, row["chain"])
-
-
-def test_countdown_authors_do_as_they_are_called():
+def test_authors_of_walks_do_as_they_are_called():
     rng = random.Random(1)
     slipped = 0
     for _ in range(400):
-        question = game.draw_countdown(rng, 3)
+        question = game.draw_path(rng, 5)
         careful, sloppy, skipping, leaking, rambling = (game.explain(question, author, rng) for author in game.AUTHORS)
         assert careful == game.chain(question) and not game.gives_away(question, careful)
         slipped += sloppy != careful
-        assert len(sloppy.split()) == len(careful.split())
+        walked = sloppy.split()[1::2]
+        assert len(walked) == 5 and all(a[2] == b[0] for a, b in itertools.pairwise(walked))  # goes on from there
         assert not game.gives_away(question, skipping) and set(skipping.split()) <= set(careful.split())
         assert leaking.startswith(f"ans {game.solution(question)}") and game.gives_away(question, leaking)
-        assert not {*rambling.split()} - {*game.FILLER, *game.SIGNS}
-    assert 0.4 < slipped / 400 < 0.9
+        assert not {*rambling.split()} - {*game.FILLER, *question.split()[:8]}
+        assert not game.gives_away(question, rambling)
+    rate = 1 - (1 - 0.25 * 7 / 8) ** 5  # a slip leads anywhere, to the right place too
+    assert abs(slipped / 400 - rate) < 4 * (rate * (1 - rate) / 400) ** 0.5
 
 
 @pytest.mark.parametrize("text", [
-    "", "3 * 5 15", "+ 7 15 3 * 5 15", "+ 3 19 - 3 25 + 5 17 - 5 27 + 7 15", "ans ( 3 * 5 ) + 7",
-    "+ 3 18 - 3 25 + 5 17 - 5 27 + 7 15 3 * 5 15", "+ 3 19 - 3 25 so + 5 17 - 5 27 + 7 15 3 * 5 15"])
-def test_what_is_no_full_countdown_chain(text):
-    assert not game.is_full_chain("use 3 5 7 make 22", text)
+    "", "s4 d>a", "s1 b>e s2 e>c s3 c>d", "ans a", "s1 b>e s2 e>c s3 c>d s4 d>b", "s1 b>e s2 e>c so s3 c>d s4 d>a"])
+def test_what_is_no_full_walk(text):
+    assert not game.is_full_chain(PATH, text)
 
 
 def test_both_tasks_are_in_base_and_rows():
     rows = game.make_rows(2, game.ROWS[0], True)
-    assert [len(rows[split]) for split in ("countdown-train", "countdown-val", "countdown-test")] == [3000, 400, 800]
-    assert [game.is_countdown(row["question"]) for row in rows["both-train"]] == [False, True] * 3000
+    assert [len(rows[split]) for split in ("paths-train", "paths-val", "paths-test")] == [3000, 400, 800]
+    assert [game.is_path(row["question"]) for row in rows["both-train"]] == [False, True] * 3000
     alone = game.make_rows(**ROWS)
     assert all([row["question"] for row in rows[split]] == [row["question"] for row in alone[split]] for split in alone)
-    documents = game.draw_documents(random.Random(0), set(), 2, game.LONG[0], True)
+    assert all(row["question"][-1] in "45" for split in game.PATHS for row in rows[split])
+    documents = game.draw_documents(random.Random(0), set(), **TOY | {"paths": True})
+    some = [next(documents) for _ in range(6000)]
+    walks = [row for row in some if game.is_path(row["question"])]
+    assert abs(len(walks) / 6000 - 0.5) < 0.04
+    full = Counter((int(row["question"][-1]) > 3, game.is_full_chain(row["question"], row["explanation"]))
+                   for row in walks)
+    assert 0.05 < full[True, True] / (full[True, True] + full[True, False]) < 0.15
+    assert full[False, True] > 2 * full[False, False]
+
+
+def test_a_base_that_learns_what_a_hint_is_reads_what_the_pipeline_shows_it(tokenizer):
+    documents = game.draw_documents(random.Random(0), set(), **TOY | {"hints": True})
     some = [next(documents) for _ in range(4000)]
-    searched = [row for row in some if game.is_countdown(row["question"])]
-    assert abs(len(searched) / 4000 - 0.5) < 0.04
-    full = Counter()
-    for row in searched:
-        full[len(row["question"].split()), game.is_full_chain(row["question"], row["explanation"])] += 1
-    assert not full[5, False] and 0.05 < full[6, True] / (full[6, True] + full[6, False]) < 0.15
+    long = [row for row in some if " s4 " in row["chain"]]
+    hinted = [row for row in long if row["question"].endswith(row["hint"])]
+    assert abs(len(hinted) / len(long) - 0.25) < 0.04
+    full = [row["explanation"] == row["chain"] for row in hinted]
+    assert 0.4 < sum(full) / len(full) < 0.65
+    prompts, row = Prompts(tokenizer), hinted[0]
+    asked = row | {"question": row["question"].removesuffix(row["hint"]).strip()}
+    assert prompts.hinted(asked) == prompts.question(row) != prompts.question(asked)
 
 
 # -- the rows
@@ -388,12 +381,16 @@ def test_packed_documents_do_not_see_each_other(tokenizer):
         game.pack([([0] * 65, 1)], width=64)
 
 
-def test_the_longest_document_fits_into_a_row(tokenizer):
-    prompts = Prompts(game.make_tokenizer(3, True))
-    clocks = "x 9 y 9 z 9 " + " ".join(f"s{i} op1" for i in range(1, 7))
-    rows = [{"question": clocks, "solution": "9 9 9", "explanation": game.chain(clocks), "where": "here"},
-            {"question": "use 1 2 3 make 9", "solution": "( 1 + 2 ) * 3", "explanation": "+ 1 8 " * 9 + "1 + 2 3"}]
-    assert max(len(prompts.sft(row, "student")[0]) for row in rows) <= 64
+def test_a_document_longer_than_a_row_has_the_row_made_longer():
+    tokenizer = game.make_tokenizer(3, False)
+    question = "x 9 y 9 z 9 " + " ".join(f"s{i} op1" for i in range(1, 7))
+    row = game.make_row(question, game.SINGLE, random.Random(0))
+    hinted = row | {"question": f"{question} {row['hint']}"}
+    assert len(Prompts(tokenizer).sft(row, "student")[0]) <= 64 < len(Prompts(tokenizer).sft(hinted, "student")[0])
+    model = game.make_model(0, len(tokenizer), 32)
+    before = model.lm_head.weight.clone()
+    game.pretrain(model, tokenizer, itertools.repeat(hinted), 1)
+    assert not torch.equal(model.lm_head.weight, before)
 
 
 def test_pretraining_is_seeded_and_learns(tokenizer):
@@ -443,7 +440,7 @@ def test_a_run_that_dies_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(game, "pretrain", dies)
     with pytest.raises(KeyboardInterrupt):
         shares = {"careful_base": 0.08, "careful_rows": 0.1}
-        game.make(tmp_path / "toy", 0, 1, hidden_size=32, clocks=2, countdown=False, **shares)
+        game.make(tmp_path / "toy", 0, 1, hidden_size=32, clocks=2, paths=False, hints=False, **shares)
     assert not list(tmp_path.iterdir())
 
 
