@@ -49,6 +49,7 @@ SINGLE = (1, 0, 0, 0, 0)  # pretraining, one step: how the base learns what a st
 SHORT = (0.50, 0.05, 0.15, 0.20, 0.10)  # pretraining, 2 and 3 steps: how it learns to go on from a step
 LONG = (0.08, 0.05, 0.25, 0.30, 0.32)  # pretraining, 4 steps and more: why it explains those badly
 ROWS = (0.10, 0.05, 0.20, 0.35, 0.30)  # the rows' explanations, on which the teacher is warmed up
+HINTED = 0.05  # share of documents with a hint; more, and the base explains long problems well without one, too
 
 # split: (rows, numbers of steps)
 SPLITS = {"train": (3000, (4, 5)), "val": (400, (4, 5)), "test": (800, (4, 5)), "long": (400, (6,))}
@@ -261,7 +262,7 @@ def draw_documents(rng, held_out, n_clocks, careful, paths, hints):
         on_paths = paths and rng.random() < 0.5
         size = rng.choice((1, 1, 2, 2, 3, 4, 5, 6))
         question = draw_path(rng, size) if on_paths else draw_question(rng, size, n_clocks)
-        hinted = hints and rng.random() < 0.25
+        hinted = hints and rng.random() < HINTED
         shares = SINGLE if size == 1 else SHORT if size < 4 or hinted else long
         if question not in held_out:
             row = make_row(question, shares, rng)

@@ -246,7 +246,7 @@ def usable(p, group=16):
     return 1 - (1 - p) ** group - p**group
 
 
-def toy_guide(setting="base 0.02"):
+def toy_guide(setting="base 0.0"):
     """Guide against GRPO: groups with a signal, predicted and drawn; success; what was gained."""
     figure, panels = plt.subplots(1, 3, figsize=(10.5, 2.7))
     rates, plain, guided, expected = [], [], [], []
@@ -405,9 +405,9 @@ def claims():
                difference(f"RLT, rows {careful}", "direct RL", setting="base 0.0"))
     groups = lambda row: 100 * statistics.fmean(e["usable_groups"] for e in row["curve"][:10]) / 16  # noqa: E731
     yield ("Guide has more usable groups than GRPO where plain groups fail", "", "points, first 10 steps",
-           difference("Guide", "GRPO", groups, setting="base 0.02"))
-    yield ("Guide ends at a higher pass rate", "up to +4", points, difference("Guide", "GRPO", setting="base 0.02"))
-    for setting, analysis, arm in (("toy", "what RL did", "direct RL"), ("base 0.02", "what Guide did", "GRPO")):
+           difference("Guide", "GRPO", groups, setting="base 0.0"))
+    yield ("Guide ends at a higher pass rate", "up to +4", points, difference("Guide", "GRPO", setting="base 0.0"))
+    for setting, analysis, arm in (("toy", "what RL did", "direct RL"), ("base 0.0", "what Guide did", "GRPO")):
         yield (f"RL's gain is mostly self-distillation ({setting}, {arm})", "98.5 % on countdown",
                "self-distillation minus capability gain, points of questions",
                [100 * (split["self_distillation"]["mean"] - split["capability_gain"]["mean"])
@@ -634,7 +634,7 @@ if __name__ == "__main__":
         draw()
     for draw, setting, arm in (  # which the log may not hold yet
             (toy_few_and_long, "toy", "long problems"), (toy_transfer, "paths", "RLT"),
-            (toy_students, "toy", "base, larger"), (toy_guide, "base 0.02", "signal"), (toy_map, "base 0.0", "base")):
+            (toy_students, "toy", "base, larger"), (toy_guide, "base 0.0", "signal"), (toy_map, "base 0.0", "base")):
         if of(arm, setting):
             draw()
     bench_rewards()

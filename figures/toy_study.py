@@ -334,7 +334,7 @@ PLAN = [  # setting, seeds, arms
     ("toy", range(3), [arm for arm in ARMS if arm.startswith("rank")]),
     ("paths", range(3), ["base", "warm-up teacher", "RLT", "direct RL", "solutions only", "ground truth",
                              "best of 10", "what RL did"]),
-    ("base 0.02", range(3), ["base", "GRPO", "Guide", "Guide, naive ratio", "signal", "what Guide did"]),
+    ("base 0.0", range(3), ["base", "GRPO", "Guide", "Guide, naive ratio", "signal", "what Guide did"]),
     *((setting, [0], ["base", "direct RL", "Guide", *(arm for careful in ROWS for arm in in_cell(careful))])
       for setting in SETTINGS if setting.startswith("base")),
     ("toy", range(3), ["long problems", "what RL did", *(arm for arm in ARMS if arm.endswith("176 rows"))]),

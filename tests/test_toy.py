@@ -204,10 +204,10 @@ def test_both_tasks_are_in_base_and_rows():
 
 def test_a_base_that_learns_what_a_hint_is_reads_what_the_pipeline_shows_it(tokenizer):
     documents = game.draw_documents(random.Random(0), set(), **TOY | {"hints": True})
-    some = [next(documents) for _ in range(4000)]
+    some = [next(documents) for _ in range(8000)]
     long = [row for row in some if " s4 " in row["chain"]]
     hinted = [row for row in long if row["question"].endswith(row["hint"])]
-    assert abs(len(hinted) / len(long) - 0.25) < 0.04
+    assert abs(len(hinted) / len(long) - game.HINTED) < 0.015
     full = [row["explanation"] == row["chain"] for row in hinted]
     assert 0.4 < sum(full) / len(full) < 0.65
     prompts, row = Prompts(tokenizer), hinted[0]
