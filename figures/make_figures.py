@@ -83,21 +83,23 @@ def interval(values):
     return statistics.fmean(values), T95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def bars(axes, arms, setting="toy", theirs=(), values=((greedy, 1.0), (sampled, 0.45))):
+def bars(axes, arms, setting="toy", theirs=(), values=((greedy, 1.0), (sampled, 0.45)), rows_of=of):
     """A bar for each arm and measure: mean over seeds, whisker: 95 % interval, dots: seeds; the paper's is outlined."""
-    arms = [arm for arm in arms if of(arm, setting)]
+    arms = [arm for arm in arms if rows_of(arm, setting)]
+    few = ", 176 rows"  # an arm with fewer rows looks like the arm
     for y, arm in enumerate(reversed(arms)):
-        rows = of(arm, setting)
+        rows = rows_of(arm, setting)
         for i, (value, shade) in enumerate(values):
             at = y + 0.4 * (0.5 - (i + 0.5) / len(values)) * len(values) / 2
             each = [value(row) for row in rows]
             mean, half = interval(each)
-            axes.barh(at, mean, 0.8 / len(values), color=COLOURS.get(arm, GREY), alpha=shade, xerr=half,
-                      error_kw={"lw": 0.8, "capsize": 2})
+            axes.barh(at, mean, 0.8 / len(values), color=COLOURS.get(arm.removesuffix(few), GREY), alpha=shade,
+                      xerr=half, error_kw={"lw": 0.8, "capsize": 2})
             axes.plot(each, [at] * len(each), "k.", ms=2.5)
         if arm in theirs:
             axes.barh(y, theirs[arm], 0.8, **THEIRS)
-    axes.set_yticks(range(len(arms)), [LABELS.get(arm, arm) for arm in reversed(arms)])
+    names = [arm.removesuffix(few) for arm in reversed(arms)]
+    axes.set_yticks(range(len(arms)), [LABELS.get(name, name) for name in names])
     axes.grid(axis="y", visible=False)
     axes.set_xlim(0, 103)
     axes.set_ylim(-0.6, len(arms) - 0.4)
@@ -139,20 +141,13 @@ def toy_reward():
 
 def toy_few_and_long():
     """Table 1's 1K of 17K rows, and questions longer than any that was trained on."""
-    figure, (few, long) = plt.subplots(1, 2, figsize=(9.6, 2.4))
+    figure, (few, long) = plt.subplots(1, 2, figsize=(10.5, 2.8))
     theirs = {f"{arm}, 176 rows": score for arm, score in PAPER["Table 1, 1K rows"].items()}
     bars(few, [f"{arm}, 176 rows" for arm in ("warm-up teacher", "RL traces, filtered", "RLT", "ground truth")],
          theirs=theirs)
     few.set_xlabel("exact match after 176 of 3,000 rows, %\ndotted: the paper's, 1K of 17K rows", fontsize=7.5)
-    rows = of("long problems")
-    arms = list(rows[0]["long"]) if rows else []
-    for y, arm in enumerate(reversed(arms)):
-        each = [100 * row["long"][arm]["mean"] for row in rows]
-        mean, half = interval(each)
-        long.barh(y, mean, color=COLOURS.get(arm, GREY), xerr=half, error_kw={"lw": 0.8, "capsize": 2})
-        long.plot(each, [y] * len(each), "k.", ms=2.5)
-    long.set_yticks(range(len(arms)), [LABELS.get(arm, arm) for arm in reversed(arms)], fontsize=7)
-    long.grid(axis="y", visible=False)
+    bars(long, HEADLINE, values=((lambda exact: 100 * exact["mean"], 1.0),),
+         rows_of=lambda arm, _: [row["long"][arm] for row in of("long problems") if arm in row["long"]])
     long.set_xlabel("exact match on 6 steps, trained on 4 and 5, %, greedy", fontsize=7.5)
     save(figure, "toy_few_and_long")
 
@@ -378,6 +373,14 @@ def claims():
     for kind, theirs in (("raw", ""), ("filtered", above)):
         yield (f"RLT above the correctness-trained model's traces, {kind}", theirs, points,
                difference("RLT", f"RL traces, {kind}"))
+    table = PAPER["Table 1, 1K rows"]
+    above = f"{table['RLT'] - table['RL traces, filtered']:+.1f} (R1's traces)"
+    yield ("the same, filtered, with few rows (176)", above, points,
+           difference("RLT, 176 rows", "RL traces, filtered, 176 rows"))
+    long = lambda arm: lambda row: 100 * row["long"][arm]["mean"]  # noqa: E731
+    for other in ("warm-up teacher", "direct RL"):
+        yield (f"on longer problems than any learned from: RLT above {other}", "", points,
+               [long("RLT")(row) - long(other)(row) for row in of("long problems")])
     yield "RLT above best of 10 without RL (not in the paper)", "", points, difference("RLT", "best of 10")
     yield ("the same at T = 1", "", "exact match, points, T = 1", difference("RLT", "best of 10", sampled))
     yield ("score-only explanations leak the answer", "", "share that leaks minus the warm-up teacher's, points",
