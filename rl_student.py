@@ -10,7 +10,9 @@ ratio is the new policy's, which doesn't see it, over the old one's, which did; 
 
     laptop                python rl_student.py
     after a cold start    python rl_student.py --model runs/student --out runs/cold-start
-    with hints            python rl_student.py --hints --rewards 0 0 1 --out runs/guide
+    with hints            python rl_student.py --hints --rewards 0 0 1 --model runs/hints --data runs/hints/train.jsonl
+                          (the plain toy's base has never seen a hint; this one's has:
+                          python data/toy.py --clocks 3 --careful-base 0 --hints --out runs/hints)
 """
 
 import time
