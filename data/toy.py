@@ -13,11 +13,11 @@ and a teacher whose samples hold a few good explanations among many that give th
 
 How hard it is can be set: with three clocks every operation turns them all, by a table of its own, and there is no
 guessing where they end; fewer careful authors make good explanations rare, for the base (what it can solve by itself)
-and in the rows (what the warm-up teacher writes). With --paths base and rows know a second task, to transfer to:
+and in the rows (what the warm-up teacher writes). With --rooms base and rows know a second task, to transfer to:
 
-    question     b>e d>a e>c a>b c>d from b take 4         eight places (here five) and where one goes from each
-    solution     a                                         where the walk ends
-    explanation  s1 b>e s2 e>c s3 c>d s4 d>a
+    question     room b s1 left s2 up s3 left s4 in        twelve rooms with six doors each, by a fixed plan
+    solution     e                                         the room where one ends
+    explanation  s1 left e s2 up e s3 left a s4 in e
 
 CPU, two minutes:  python data/toy.py        makes runs/toy; the other scripts call it when they need it
 """
@@ -37,9 +37,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for prompts.py: the base is trained on what the pipeline will show it
 
 CLOCKS = ("x", "y", "z")  # the first two of them, or all
+HOURS, ROOMS = range(10), "abcdefghijkl"
 _draw = random.Random("tables of the toy")
-TABLES = {f"op{n}": _draw.sample(range(10), 10) for n in range(1, 5)}
-PLACES = "abcdefgh"
+TURNS, DOORS = (  # what three clocks do, and where a door leads from each room
+    {name: dict(zip(places, _draw.sample(places, len(places)), strict=True)) for name in names}
+    for places, names in ((HOURS, ("op1", "op2", "op3", "op4")), (ROOMS, ("left", "right", "up", "down", "in", "out")))
+)
 FILLER = ("so", "then", "now", "well", "let", "me", "see", "hmm")
 MAX_STEPS = 9
 
@@ -53,7 +56,6 @@ HINTED = 0.05  # share of documents with a hint; more, and the base explains lon
 
 # split: (rows, numbers of steps)
 SPLITS = {"train": (3000, (4, 5)), "val": (400, (4, 5)), "test": (800, (4, 5)), "long": (400, (6,))}
-PATHS = {"paths-train": 3000, "paths-val": 400, "paths-test": 800}  # of 4 and 5 steps, too
 
 
 def mixture(shares, careful):
@@ -65,36 +67,42 @@ def mixture(shares, careful):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# the clocks
+# the clocks, and the room
 
 
-def operations(clocks):
-    """What can happen to the clocks, as words: arithmetic for two of them, tables for three."""
-    if len(clocks) == 3:
-        return tuple(TABLES)
+def operations(names):
+    """What can happen to what the names stand for, as words: two clocks, three, or ("room",)."""
+    if len(names) != 2:
+        return tuple(DOORS if names == ("room",) else TURNS)
     return (
-        *(f"{clock}+={n}" for clock in clocks for n in range(1, 6)),
-        *(f"{clock}*={n}" for clock in clocks for n in (3, 7)),  # 3 and 7 have inverses modulo 10
-        *(f"{a}+={b}" for a, b in itertools.permutations(clocks)),
+        *(f"{clock}+={n}" for clock in names for n in range(1, 6)),
+        *(f"{clock}*={n}" for clock in names for n in (3, 7)),  # 3 and 7 have inverses modulo 10
+        *(f"{a}+={b}" for a, b in itertools.permutations(names)),
         "swap",
     )
 
 
+def places(names):
+    return ROOMS if names == ("room",) else HOURS
+
+
 def read(question):
-    """({clock: hour}, operations) of a question. Raises ValueError on anything but a question about clocks."""
+    """({clock: hour} or {"room": room}, operations) of a question. Raises ValueError on anything else."""
     words = question.split()
     n = words.index("s1") if "s1" in words else 0
-    clocks, hours, numbers, todo = words[:n:2], words[1:n:2], words[n::2], words[n + 1 :: 2]
+    start, numbers, todo = dict(zip(words[:n:2], words[1:n:2], strict=False)), words[n::2], words[n + 1 :: 2]
+    names = tuple(sorted(start) if len(start) == 3 else start)
+    known = {str(place): place for place in places(names)}
     if (
-        tuple(clocks) not in (CLOCKS[:2], CLOCKS)
-        or len(hours) != len(clocks)
-        or not set(hours) <= set("0123456789")
+        names not in (CLOCKS[:2], CLOCKS, ("room",))
+        or n != 2 * len(names)
+        or not set(start.values()) <= set(known)
         or not todo
         or numbers != [f"s{n}" for n in range(1, len(todo) + 1)]
-        or not set(todo) <= set(operations(clocks))
+        or not set(todo) <= set(operations(names))
     ):
         raise ValueError(f"{question!r} is no toy question: expected one like 'x 3 y 7 s1 x+=y s2 y*=3'.")
-    return dict(zip(clocks, map(int, hours), strict=True)), todo
+    return {name: known[start[name]] for name in names}, todo
 
 
 def steps(question, slips=0.0, rng=None):
@@ -105,8 +113,8 @@ def steps(question, slips=0.0, rng=None):
     state, todo = read(question)
     worked = []
     for number, operation in enumerate(todo, 1):
-        if operation in TABLES:
-            state = {clock: TABLES[operation][hour] for clock, hour in state.items()}
+        if table := (TURNS | DOORS).get(operation):
+            state = {name: table[place] for name, place in state.items()}
         elif operation == "swap":
             state["x"], state["y"] = state["y"], state["x"]
         else:
@@ -114,66 +122,31 @@ def steps(question, slips=0.0, rng=None):
             amount = state[operand] if operand in state else int(operand)
             state[clock] = (state[clock] + amount if sign == "+" else state[clock] * amount) % 10
         if slips and rng.random() < slips:
-            state[rng.choice(list(state))] = rng.randrange(10)
+            state[rng.choice(list(state))] = rng.choice(places(tuple(state)))
         worked.append(" ".join([f"s{number}", operation, *map(str, state.values())]))
     return worked
 
 
-def draw_question(rng, n_steps, n_clocks):
-    clocks = CLOCKS[:n_clocks]
-    todo = " ".join(f"s{n} {rng.choice(operations(clocks))}" for n in range(1, n_steps + 1))
-    return " ".join([*(f"{clock} {rng.randrange(10)}" for clock in clocks), todo])
-
-
-# ---------------------------------------------------------------------------------------------------------
-# paths
-
-
-def is_path(question):
-    return " from " in question
-
-
-def walk(question, slips=0.0, rng=None):
-    """The question worked out, one "s1 b>e" per step: its number, where it leads from and to.
-
-    slips: probability that a step leads elsewhere, drawn from rng. Who slips goes on from there.
-    """
-    *arrows, _, place, _, n_steps = question.split()
-    leads = dict(arrow.split(">") for arrow in arrows)
-    worked = []
-    for number in range(1, int(n_steps) + 1):
-        start, place = place, leads[place]
-        if slips and rng.random() < slips:
-            place = rng.choice(PLACES)
-        worked.append(f"s{number} {start}>{place}")
-    return worked
-
-
-def draw_path(rng, n_steps):
-    """A question about eight places in a circle, so that every walk up to seven steps ends somewhere new."""
-    circle = rng.sample(PLACES, len(PLACES))
-    arrows = [f"{a}>{b}" for a, b in zip(circle, circle[1:] + circle[:1], strict=True)]
-    return f"{' '.join(rng.sample(arrows, len(arrows)))} from {rng.choice(PLACES)} take {n_steps}"
+def draw_question(rng, n_steps, names):
+    todo = " ".join(f"s{n} {rng.choice(operations(names))}" for n in range(1, n_steps + 1))
+    start = [f"{name} {rng.choice(places(names))}" for name in names]
+    if len(names) == 3:  # in any order: else some bases find the third by its distance, and lose it as questions grow
+        rng.shuffle(start)
+    return " ".join([*start, todo])
 
 
 # ---------------------------------------------------------------------------------------------------------
 # explanations, and rows
 
 
-def work(question, slips=0.0, rng=None):
-    """All steps of the full right explanation; or of one by who slips."""
-    return (walk if is_path(question) else steps)(question, slips, rng)
-
-
 def chain(question):
     """The full right explanation."""
-    return " ".join(work(question))
+    return " ".join(steps(question))
 
 
 def solution(question):
-    """The state after the last step, "x y"; the place where a walk ends."""
-    last = work(question)[-1]
-    return last[-1] if is_path(question) else " ".join(last.split()[2:])
+    """The state after the last step, "x y", or the room."""
+    return " ".join(steps(question)[-1].split()[2:])
 
 
 def is_full_chain(question, explanation):
@@ -184,10 +157,10 @@ def is_full_chain(question, explanation):
 def gives_away(question, explanation):
     """Whether the explanation states the solution other than as the state after one of its right steps.
 
-    Exact where prompts.leaks, which knows no chain, goes by the place. Who walks names no place without an arrow.
+    Exact where prompts.leaks, which knows no chain, goes by the place.
     """
     text = f" {' '.join(explanation.split())} "
-    for step in work(question):
+    for step in steps(question):
         text = text.replace(f" {step} ", " | ")
     return f" {solution(question)} " in text
 
@@ -195,17 +168,16 @@ def gives_away(question, explanation):
 def explain(question, author, rng):
     """What an author of this kind (one of AUTHORS) writes about the question."""
     if author == "careful":
-        words = work(question)
+        words = steps(question)
     elif author == "sloppy":
-        words = work(question, slips=0.25, rng=rng)
+        words = steps(question, slips=0.25, rng=rng)
     elif author == "skipping":
-        right, share = work(question), rng.uniform(0.15, 0.6)
+        right, share = steps(question), rng.uniform(0.15, 0.6)
         words = [step for step in right if rng.random() < share] or [rng.choice(right)]
     elif author == "leaking":
         words = ["ans", solution(question), *rng.choices(FILLER, k=rng.randrange(5))]
     else:
-        named = question.split()[: len(PLACES)] if is_path(question) else read(question)[1]
-        words = rng.choices((*FILLER, *named), k=rng.randint(2, 8))
+        words = rng.choices((*FILLER, *read(question)[1]), k=rng.randint(2, 8))
     return " ".join(words)
 
 
@@ -214,7 +186,7 @@ def make_row(question, shares, rng):
 
     The hint is the first half of the chain's steps.
     """
-    worked = work(question)
+    worked = steps(question)
     author = rng.choices(AUTHORS, shares)[0]
     return {
         "question": question,
@@ -225,7 +197,7 @@ def make_row(question, shares, rng):
     }
 
 
-def make_rows(n_clocks, careful, paths):
+def make_rows(n_clocks, careful, rooms):
     """{split: rows}, the same for every seed of the model, so that all are measured on the same questions.
 
     No question is there twice, in whatever split. Authors have draws of their own, so that other
@@ -243,25 +215,26 @@ def make_rows(n_clocks, careful, paths):
                 splits[split].append(make_row(question, shares, authors))
 
     for split, (size, lengths) in SPLITS.items():
-        fill(split, size, lambda: draw_question(questions, questions.choice(lengths), n_clocks))  # noqa: B023
-    if paths:
-        for split, size in PATHS.items():
-            fill(split, size, lambda: draw_path(questions, questions.choice((4, 5))))
-        pairs = zip(splits["train"], splits["paths-train"], strict=True)
+        fill(split, size, lambda: draw_question(questions, questions.choice(lengths), CLOCKS[:n_clocks]))  # noqa: B023
+    if rooms:
+        for split in ("train", "val", "test"):
+            size, lengths = SPLITS[split]
+            fill(f"rooms-{split}", size, lambda: draw_question(questions, questions.choice(lengths), ("room",)))  # noqa: B023
+        pairs = zip(splits["train"], splits["rooms-train"], strict=True)
         splits["both-train"] = list(itertools.chain(*pairs))  # for the teacher's warm-up
     return splits
 
 
-def draw_documents(rng, held_out, n_clocks, careful, paths, hints):
+def draw_documents(rng, held_out, n_clocks, careful, rooms, hints):
     """Rows to pretrain on, without end: short problems mostly explained well, long ones mostly badly.
 
     careful: the share of careful authors among those who explain long problems.
     """
     long = mixture(LONG, careful)
     while True:
-        on_paths = paths and rng.random() < 0.5
+        names = ("room",) if rooms and rng.random() < 0.5 else CLOCKS[:n_clocks]
         size = rng.choice((1, 1, 2, 2, 3, 4, 5, 6))
-        question = draw_path(rng, size) if on_paths else draw_question(rng, size, n_clocks)
+        question = draw_question(rng, size, names)
         hinted = hints and rng.random() < HINTED
         shares = SINGLE if size == 1 else SHORT if size < 4 or hinted else long
         if question not in held_out:
@@ -273,7 +246,7 @@ def draw_documents(rng, held_out, n_clocks, careful, paths, hints):
 # tokenizer and base model
 
 
-def make_tokenizer(n_clocks, paths):
+def make_tokenizer(n_clocks, rooms):
     """One token a word; blanks and newlines separate words and vanish. An unknown word raises an exception.
 
     The tags of the explanation become those of the thought, so that teacher and student share their tokens.
@@ -287,8 +260,8 @@ def make_tokenizer(n_clocks, paths):
     clocks = CLOCKS[:n_clocks]
     words = [pad, eos, "<|user|>", "<|assistant|>", *THOUGHT, *SOLUTION, *clocks, *map(str, range(10))]
     words += [*(f"s{n}" for n in range(1, MAX_STEPS + 1)), *operations(clocks), "ans", *FILLER]
-    if paths:
-        words += ["from", "take", *PLACES, *map(">".join, itertools.product(PLACES, repeat=2))]
+    if rooms:
+        words += ["room", *ROOMS, *DOORS]
     # WordLevel raises on unknown words as long as its unk_token is not a word
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=""))
     backend.normalizer = normalizers.Replace("of_explanation|>", "of_thought|>")
@@ -381,7 +354,7 @@ def pretrain(model, tokenizer, documents, n_steps):
     model.eval()
 
 
-def make(out, seed, n_steps, *, hidden_size, clocks, careful_base, careful_rows, paths, hints):
+def make(out, seed, n_steps, *, hidden_size, clocks, careful_base, careful_rows, rooms, hints):
     """Write model, tokenizer and rows to the folder `out`, which appears whole or not at all -> {split: rows}."""
     from transformers.utils.logging import disable_progress_bar
 
@@ -391,13 +364,13 @@ def make(out, seed, n_steps, *, hidden_size, clocks, careful_base, careful_rows,
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
         folder = Path(beside) / out.name
         folder.mkdir()
-        splits = make_rows(clocks, careful_rows, paths)
+        splits = make_rows(clocks, careful_rows, rooms)
         for split, rows in splits.items():
             (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        tokenizer = make_tokenizer(clocks, paths)
+        tokenizer = make_tokenizer(clocks, rooms)
         model = make_model(seed, len(tokenizer), hidden_size)
         held_out = {row["question"] for split in splits if "train" not in split for row in splits[split]}
-        documents = draw_documents(random.Random(f"documents of {seed}"), held_out, clocks, careful_base, paths, hints)
+        documents = draw_documents(random.Random(f"documents of {seed}"), held_out, clocks, careful_base, rooms, hints)
         pretrain(model, tokenizer, documents, n_steps)
         tokenizer.save_pretrained(folder)
         model.save_pretrained(folder)
@@ -420,8 +393,8 @@ if __name__ == "__main__":
                         "problems the base reads: how often it solves one")
     parser.add_argument("--careful-rows", type=float, default=ROWS[0], help="the same among the rows: how often the "
                         "warm-up teacher explains well (at 0, too, some who skip steps skip none)")
-    parser.add_argument("--paths", action="store_true", help="base and rows know a second task, too: "
-                        "paths-*.jsonl, and both-train.jsonl for the warm-up")
+    parser.add_argument("--rooms", action="store_true", help="base and rows know a second task, too: "
+                        "rooms-*.jsonl, and both-train.jsonl for the warm-up")
     parser.add_argument("--hints", action="store_true", help="the base learns what a hint is (Guide-GRPO)")
     args = parser.parse_args()
     if args.out.exists():

@@ -179,11 +179,11 @@ def toy_cold_start():
 
 
 def toy_transfer():
-    """The countdown figure, with walks: a teacher that never saw them in RL explains them; and RL on them."""
+    """The countdown figure, with rooms: a teacher that never saw them in RL explains them; and RL on them."""
     figure, axes = plt.subplots(figsize=(6.4, 2.6))
     bars(axes, ["base", "solutions only", "warm-up teacher", "best of 10", "RLT", "direct RL", "ground truth"],
-         setting="paths", theirs=PAPER["countdown"])
-    axes.set_xlabel("paths: exact match, %; the teacher's RL saw the clocks alone, direct RL the paths\n"
+         setting="rooms", theirs=PAPER["countdown"])
+    axes.set_xlabel("rooms: exact match, %; the teacher's RL saw the clocks alone, direct RL the rooms\n"
                     "dotted: the paper's direct RL on countdown", fontsize=7.5)
     save(figure, "toy_transfer")
 
@@ -396,9 +396,9 @@ def claims():
     yield ("the same against direct RL, over the whole run", "", "solved in training, points, mean of 60 steps",
            difference("RL after RLT", "direct RL", along))
     yield ("zero-shot transfer: RLT above the warm-up teacher on the unseen task", "", points,
-           difference("RLT", "warm-up teacher", setting="paths"))
+           difference("RLT", "warm-up teacher", setting="rooms"))
     yield ("zero-shot transfer: RLT above direct RL on that task", "+1.5 to +5.8", points,
-           difference("RLT", "direct RL", setting="paths"))
+           difference("RLT", "direct RL", setting="rooms"))
     yield ("a stronger reward student makes a stronger teacher", "", points + ", against a weaker one",
            difference("RLT, stronger reward student", "RLT, weaker reward student"))
     yield ("a larger student learns more from the same explanations", "", points,
@@ -636,7 +636,7 @@ if __name__ == "__main__":
     for draw in (toy_accuracy, toy_reward, toy_cold_start, toy_ranks, toy_ablations, toy_table, claims_table):
         draw()
     for draw, setting, arm in (  # which the log may not hold yet
-            (toy_few_and_long, "toy", "long problems"), (toy_transfer, "paths", "RLT"),
+            (toy_few_and_long, "toy", "long problems"), (toy_transfer, "rooms", "RLT"),
             (toy_students, "toy", "base, larger"), (toy_guide, "base 0.0", "signal"), (toy_map, "base 0.0", "base")):
         if of(arm, setting):
             draw()

@@ -31,7 +31,7 @@ from runs import read_jsonl  # noqa: E402
 
 SETTINGS = {  # flags of data/toy.py
     "toy": [],
-    "paths": ["--paths", "--steps", 4000],  # base and warm-up teacher know both tasks, RL sees one
+    "rooms": ["--rooms", "--steps", 4000],  # base and warm-up teacher know both tasks, RL sees one
     **{f"base {share}": ["--clocks", 3, "--hints", "--careful-base", share] for share in (0.08, 0.02, 0.0)},  # the map
 }
 ROWS = (0.2, 0.1, 0.02)  # the map's other side: share of careful authors among the rows of the teacher's warm-up
@@ -50,7 +50,7 @@ class Work:
         self.folder = ROOT / "runs/study" / f"{'quick-' * args.quick}{setting.replace(' ', '-')}-seed{seed}"
         self.name = named(arm)
         self.commands, self.facts = [], {}
-        task = "paths-" * (setting == "paths")
+        task = "rooms-" * (setting == "rooms")
         self.rows = f"runs/toy/{task}train.jsonl"
         self.source = ["--data", self.rows] if task else []
         self.tests = {split: f"runs/toy/{task}{split}.jsonl" for split in ("val", "test")}
@@ -87,7 +87,7 @@ class Work:
     def warm_up(self, careful=None):
         """The warm-up teacher, on the toy's rows, or on others with this share of careful authors."""
         if careful is None:
-            data = ["--data", "runs/toy/both-train.jsonl"] if self.setting == "paths" else []
+            data = ["--data", "runs/toy/both-train.jsonl"] if self.setting == "rooms" else []
             return self.run("sft_student.py", "--format", "teacher", *data, *self.few("--steps", 2),
                             out="runs/toy-teacher")
         rows = toy.make_rows(3, careful, False)["train"]
@@ -332,7 +332,7 @@ PLAN = [  # setting, seeds, arms
     ("toy", range(5), HEADLINE),
     ("toy", range(3), [arm for arm in ARMS if arm.startswith("RL after") and "rows" not in arm]),
     ("toy", range(3), [arm for arm in ARMS if arm.startswith("rank")]),
-    ("paths", range(3), ["base", "warm-up teacher", "RLT", "direct RL", "solutions only", "ground truth",
+    ("rooms", range(3), ["base", "warm-up teacher", "RLT", "direct RL", "solutions only", "ground truth",
                              "best of 10", "what RL did"]),
     ("base 0.0", range(3), ["base", "GRPO", "Guide", "Guide, naive ratio", "signal", "what Guide did"]),
     *((setting, [0], ["base", "direct RL", "Guide", *(arm for careful in ROWS for arm in in_cell(careful))])

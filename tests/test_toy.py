@@ -17,7 +17,7 @@ from prompts import EXPLANATION, SOLUTION, THOUGHT, Prompts
 
 QUESTION = "x 3 y 7 s1 x+=y s2 y*=3 s3 swap s4 y+=5"
 CHAIN = "s1 x+=y 0 7 s2 y*=3 0 1 s3 swap 1 0 s4 y+=5 1 5"
-ROWS = {"n_clocks": 2, "careful": game.ROWS[0], "paths": False}  # what python data/toy.py makes
+ROWS = {"n_clocks": 2, "careful": game.ROWS[0], "rooms": False}  # what python data/toy.py makes
 TOY = ROWS | {"careful": game.LONG[0], "hints": False}
 
 
@@ -41,14 +41,14 @@ def test_every_operation_on_every_state_is_what_python_makes_of_it():
 
 
 def test_three_clocks_turn_by_tables():
-    table = game.TABLES["op3"]
+    table = game.TURNS["op3"]
     want = " ".join(str(table[hour]) for hour in (3, 7, 0))
     assert game.chain("x 3 y 7 z 0 s1 op3") == f"s1 op3 {want}"
     x, y, z = want.split()
     assert game.solution("x 3 y 7 z 0 s1 op3 s2 op3") == game.solution(f"x {x} y {y} z {z} s1 op3")
-    assert all(sorted(table) == list(range(10)) for table in game.TABLES.values())
-    written = json.dumps(game.TABLES)  # every published number of that setting rests on them
-    assert hashlib.sha256(written.encode()).hexdigest()[:16] == "2d42f333224c965e"
+    assert all(sorted(table) == list(range(10)) for table in game.TURNS.values())
+    written = json.dumps(game.TURNS)  # every published number of that setting rests on them
+    assert hashlib.sha256(written.encode()).hexdigest()[:16] == "660123c5e0775976"
 
 
 @pytest.mark.parametrize(
@@ -136,68 +136,63 @@ def test_long_problems_are_seldom_explained_well_and_short_ones_often():
     assert abs(steps[1] / 8000 - 0.25) < 0.02 and abs(steps[6] / 8000 - 0.125) < 0.02
 
 
-# -- paths
-
-PATH = "b>e d>a e>c a>f f>g c>d g>h h>b from b take 4"
-WALK = "s1 b>e s2 e>c s3 c>d s4 d>a"
+# -- rooms
 
 
-def test_a_walk_by_hand():
-    assert game.chain(PATH) == WALK and game.solution(PATH) == "a"
-    assert game.solution(PATH.replace("take 4", "take 8")) == "b"  # once around
-    row = game.make_row(PATH, game.SINGLE, random.Random(0))
-    assert row["hint"] == "s1 b>e s2 e>c" and row["explanation"] == row["chain"] == WALK
+def test_rooms_by_hand():
+    left, up = game.DOORS["left"], game.DOORS["up"]
+    there = up[left["b"]]
+    question = "room b s1 left s2 up s3 up"
+    assert game.chain(question) == f"s1 left {left['b']} s2 up {there} s3 up {up[there]}"
+    assert game.solution(question) == up[there]
+    row = game.make_row(question, game.SINGLE, random.Random(0))
+    assert row["hint"] == f"s1 left {left['b']}" and row["explanation"] == row["chain"]
+    assert all(sorted(door) == sorted(door.values()) == [*game.ROOMS] for door in game.DOORS.values())
+    for no in ("room z s1 left", "room b s1 swap", "room 3 s1 left", "room b x 3 s1 left", "room b c s1 left"):
+        with pytest.raises(ValueError, match="no toy question"):
+            game.chain(no)
 
 
-def test_every_place_is_left_once_and_walks_end_somewhere_new():
-    rng = random.Random(2)
-    for _ in range(300):
-        question = game.draw_path(rng, 7)
-        arrows = question.split()[:8]
-        assert sorted(arrow[0] for arrow in arrows) == sorted(arrow[2] for arrow in arrows) == list(game.PLACES)
-        walked = game.chain(question).split()[1::2]
-        assert set(walked) < set(arrows) and all(a[2] == b[0] for a, b in itertools.pairwise(walked))
-        assert walked[0][0] == question.split()[9] and len({arrow[2] for arrow in walked}) == 7
-        assert game.solution(question) == walked[-1][2]
-
-
-def test_authors_of_walks_do_as_they_are_called():
+def test_authors_in_rooms_do_as_they_are_called():
     rng = random.Random(1)
     slipped = 0
     for _ in range(400):
-        question = game.draw_path(rng, 5)
+        question = game.draw_question(rng, 5, ("room",))
         careful, sloppy, skipping, leaking, rambling = (game.explain(question, author, rng) for author in game.AUTHORS)
         assert careful == game.chain(question) and not game.gives_away(question, careful)
         slipped += sloppy != careful
-        walked = sloppy.split()[1::2]
-        assert len(walked) == 5 and all(a[2] == b[0] for a, b in itertools.pairwise(walked))  # goes on from there
+        room = question.split()[1]
+        wrong = 0
+        for door, after in zip(sloppy.split()[1::3], sloppy.split()[2::3], strict=True):
+            wrong, room = wrong + (game.DOORS[door][room] != after), after  # who slips goes on from there
+        assert (wrong > 0) == (sloppy != careful)
         assert not game.gives_away(question, skipping) and set(skipping.split()) <= set(careful.split())
         assert leaking.startswith(f"ans {game.solution(question)}") and game.gives_away(question, leaking)
-        assert not {*rambling.split()} - {*game.FILLER, *question.split()[:8]}
-        assert not game.gives_away(question, rambling)
-    rate = 1 - (1 - 0.25 * 7 / 8) ** 5  # a slip leads anywhere, to the right place too
+        assert not {*rambling.split()} - {*game.FILLER, *game.DOORS} and not game.gives_away(question, rambling)
+    rate = 1 - (1 - 0.25 * 11 / 12) ** 5  # a slip leads anywhere, to the right room too
     assert abs(slipped / 400 - rate) < 4 * (rate * (1 - rate) / 400) ** 0.5
 
 
-@pytest.mark.parametrize("text", [
-    "", "s4 d>a", "s1 b>e s2 e>c s3 c>d", "ans a", "s1 b>e s2 e>c s3 c>d s4 d>b", "s1 b>e s2 e>c so s3 c>d s4 d>a"])
-def test_what_is_no_full_walk(text):
-    assert not game.is_full_chain(PATH, text)
+def test_three_clocks_are_named_in_any_order():
+    rng = random.Random(0)
+    orders = {tuple(game.draw_question(rng, 4, game.CLOCKS).split()[:6:2]) for _ in range(200)}
+    assert orders == {*itertools.permutations("xyz")}
+    assert game.chain("z 0 x 3 y 7 s1 op3") == game.chain("x 3 y 7 z 0 s1 op3")
 
 
 def test_both_tasks_are_in_base_and_rows():
     rows = game.make_rows(2, game.ROWS[0], True)
-    assert [len(rows[split]) for split in ("paths-train", "paths-val", "paths-test")] == [3000, 400, 800]
-    assert [game.is_path(row["question"]) for row in rows["both-train"]] == [False, True] * 3000
+    assert [len(rows[split]) for split in ("rooms-train", "rooms-val", "rooms-test")] == [3000, 400, 800]
+    assert [row["question"].startswith("room") for row in rows["both-train"]] == [False, True] * 3000
     alone = game.make_rows(**ROWS)
     assert all([row["question"] for row in rows[split]] == [row["question"] for row in alone[split]] for split in alone)
-    assert all(row["question"][-1] in "45" for split in game.PATHS for row in rows[split])
-    documents = game.draw_documents(random.Random(0), set(), **TOY | {"paths": True})
+    tasks = [row["question"] for split in rows if split.startswith("rooms") for row in rows[split]]
+    assert len({*tasks}) == 4200 and {len(question.split()) for question in tasks} == {10, 12}  # 4 and 5 steps
+    documents = game.draw_documents(random.Random(0), set(), **TOY | {"rooms": True})
     some = [next(documents) for _ in range(6000)]
-    walks = [row for row in some if game.is_path(row["question"])]
-    assert abs(len(walks) / 6000 - 0.5) < 0.04
-    full = Counter((int(row["question"][-1]) > 3, game.is_full_chain(row["question"], row["explanation"]))
-                   for row in walks)
+    rooms = [row for row in some if row["question"].startswith("room")]
+    assert abs(len(rooms) / 6000 - 0.5) < 0.04
+    full = Counter((" s4 " in row["question"], row["explanation"] == row["chain"]) for row in rooms)
     assert 0.05 < full[True, True] / (full[True, True] + full[True, False]) < 0.15
     assert full[False, True] > 2 * full[False, False]
 
@@ -440,7 +435,7 @@ def test_a_run_that_dies_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(game, "pretrain", dies)
     with pytest.raises(KeyboardInterrupt):
         shares = {"careful_base": 0.08, "careful_rows": 0.1}
-        game.make(tmp_path / "toy", 0, 1, hidden_size=32, clocks=2, paths=False, hints=False, **shares)
+        game.make(tmp_path / "toy", 0, 1, hidden_size=32, clocks=2, rooms=False, hints=False, **shares)
     assert not list(tmp_path.iterdir())
 
 
