@@ -234,6 +234,13 @@ def long_problems(w):
     w.facts["long"] = {students[model]: result["exact_match"] for model, result in results.items()}
 
 
+def without_lists(tree):
+    """A report without the numbers of its questions."""
+    if not isinstance(tree, dict):
+        return tree
+    return {key: without_lists(value) for key, value in tree.items() if not isinstance(value, list)}
+
+
 def what_rl_did(*arms):
     """pass@k before and after, and the gain split into what was in reach before and what is new."""
     def analysis(w):
@@ -248,7 +255,7 @@ def what_rl_did(*arms):
                   "runs/eval/16-again/runs_toy", seed=False)
             report = json.loads((w.folder / then / "compare_toy.json").read_text())
             kept = ("pass_at", "split", "samples", "reach")
-            w.facts.setdefault("compare", {})[arm] = {key: report[key] for key in kept}
+            w.facts.setdefault("compare", {})[arm] = {key: without_lists(report[key]) for key in kept}
 
     return analysis
 
