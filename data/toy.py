@@ -59,11 +59,11 @@ SPLITS = {"train": (3000, (4, 5)), "val": (400, (4, 5)), "test": (800, (4, 5)), 
 
 
 def mixture(shares, careful):
-    """The shares with another one of careful authors, and of sloppy ones in proportion: all who write chains."""
+    """The shares with another one of careful authors, and in proportion of all who write steps: sloppy, skipping."""
     if careful == shares[0]:
         return shares
-    chains = [share * careful / shares[0] for share in shares[:2]]
-    return (*chains, *(share * (1 - sum(chains)) / sum(shares[2:]) for share in shares[2:]))
+    stepwise = [share * careful / shares[0] for share in shares[:3]]
+    return (*stepwise, *(share * (1 - sum(stepwise)) / sum(shares[3:]) for share in shares[3:]))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -392,7 +392,7 @@ if __name__ == "__main__":
     parser.add_argument("--careful-base", type=float, default=LONG[0], help="share of careful authors among the long "
                         "problems the base reads: how often it solves one")
     parser.add_argument("--careful-rows", type=float, default=ROWS[0], help="the same among the rows: how often the "
-                        "warm-up teacher explains well (at 0, too, some who skip steps skip none)")
+                        "warm-up teacher explains well")
     parser.add_argument("--rooms", action="store_true", help="base and rows know a second task, too: "
                         "rooms-*.jsonl, and both-train.jsonl for the warm-up")
     parser.add_argument("--hints", action="store_true", help="the base learns what a hint is (Guide-GRPO)")
@@ -405,8 +405,8 @@ if __name__ == "__main__":
         parser.error(f"--hidden-size {args.hidden_size}: expected a multiple of 32.")
     for flag, shares in (("base", LONG), ("rows", ROWS)):
         share = getattr(args, f"careful_{flag}")
-        if not 0 <= share * (1 + shares[1] / shares[0]) <= 1:  # sloppy authors come along
-            parser.error(f"--careful-{flag} {share}: expected 0 to {1 / (1 + shares[1] / shares[0]):.2f}.")
+        if not 0 <= share * sum(shares[:3]) / shares[0] <= 1:  # sloppy and skipping authors come along
+            parser.error(f"--careful-{flag} {share}: expected 0 to {shares[0] / sum(shares[:3]):.2f}.")
 
     print(f"Making the toy in {args.out}: base model, tokenizer, rows; about two minutes on two cores, once.")
     started = time.time()

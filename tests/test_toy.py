@@ -228,17 +228,18 @@ def test_other_authors_explain_the_same_questions(rows):
     none = game.make_rows(2, 0.0, False)
     assert [row["question"] for row in none["test"]] == [row["question"] for row in rows["test"]]
     full = [game.is_full_chain(row["question"], row["explanation"]) for row in none["train"]]
-    assert sum(full) < 0.02 * len(full)  # by those who skip steps, and skip none
+    assert not any(full)
 
 
 def test_the_share_of_careful_authors_is_what_is_asked_for():
     for shares in (game.LONG, game.ROWS):
         assert game.mixture(shares, shares[0]) == shares
-        for careful in (0.0, 0.02, 0.4):
+        for careful in (0.0, 0.02, 0.2):
             other = game.mixture(shares, careful)
             assert other[0] == pytest.approx(careful) and sum(other) == pytest.approx(1)
-            assert other[1] * shares[0] == pytest.approx(shares[1] * careful)  # sloppy ones come along
-            rest, before = ([share / sum(mix[2:]) for share in mix[2:]] for mix in (other, shares))
+            for i in (1, 2):  # sloppy and skipping ones come along
+                assert other[i] * shares[0] == pytest.approx(shares[i] * careful)
+            rest, before = ([share / sum(mix[3:]) for share in mix[3:]] for mix in (other, shares))
             assert rest == pytest.approx(before)
 
 
@@ -447,8 +448,8 @@ def test_what_is_there_is_never_written_over(tmp_path):
     for flags, complaint in (
         (["--steps", "-1"], "--steps -1: expected 0 or more"),
         (["--hidden-size", "100"], "--hidden-size 100: expected a multiple of 32"),
-        (["--careful-base", "0.7"], "--careful-base 0.7: expected 0 to 0.62"),
-        (["--careful-rows", "-0.1"], "--careful-rows -0.1: expected 0 to 0.67"),
+        (["--careful-base", "0.7"], "--careful-base 0.7: expected 0 to 0.21"),
+        (["--careful-rows", "-0.1"], "--careful-rows -0.1: expected 0 to 0.29"),
     ):
         done = run_script(tmp_path, "data/toy.py", *flags, check=False)
         assert done.returncode == 2 and complaint in done.stderr
