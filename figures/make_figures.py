@@ -245,7 +245,7 @@ def toy_guide(setting="base 0.0"):
     """Guide against GRPO: groups with a signal, predicted and drawn; success; what was gained."""
     figure, panels = plt.subplots(1, 3, figsize=(10.5, 2.7))
     rates, plain, guided, expected = [], [], [], []
-    for row in of("signal", setting):
+    for row in [row for share in MAP_BASES for row in of("signal", f"base {share}")]:
         for (drawn, other), (hinted, other_hinted) in zip(row["signal"]["plain"], row["signal"]["hinted"], strict=True):
             p, q = other / 16, other_hinted / 16
             rates.append(p)
@@ -270,7 +270,8 @@ def toy_guide(setting="base 0.0"):
     panels[1].set_title("solved without a hint, %", fontsize=8)
     panels[1].set_xlabel("step")
     panels[1].legend(fontsize=7)
-    for x, arm in enumerate(("GRPO", "Guide")):
+    arms = ("GRPO", "Guide", "Guide, naive ratio")
+    for x, arm in enumerate(arms):
         rows = [row["compare"][arm]["split"]["after"] for row in of("what Guide did", setting)]
         for key, colour, offset in (("self_distillation", GREY, -0.2), ("capability_gain", RED, 0.0),
                                     ("regression", BLUE, 0.2)):
@@ -278,7 +279,7 @@ def toy_guide(setting="base 0.0"):
                 mean, half = interval([100 * row[key]["mean"] for row in rows])
                 panels[2].bar(x + offset, mean, 0.2, yerr=half, color=colour, error_kw={"lw": 0.8},
                               label=key.replace("_", " ") if x == 0 else None)
-    panels[2].set_xticks((0, 1), ("GRPO", "Guide"))
+    panels[2].set_xticks(range(3), ("GRPO", "Guide", "naive ratio"))
     panels[2].set_title("share of questions, %", fontsize=8)
     panels[2].legend(fontsize=7)
     save(figure, "toy_guide")
@@ -399,6 +400,8 @@ def claims():
            difference("RLT", "warm-up teacher", setting="rooms"))
     yield ("zero-shot transfer: RLT above direct RL on that task", "+1.5 to +5.8", points,
            difference("RLT", "direct RL", setting="rooms"))
+    yield ("the same above best of 10 without RL (not in the paper)", "", points,
+           difference("RLT", "best of 10", setting="rooms"))
     yield ("a stronger reward student makes a stronger teacher", "", points + ", against a weaker one",
            difference("RLT, stronger reward student", "RLT, weaker reward student"))
     yield ("a larger student learns more from the same explanations", "", points,
@@ -410,6 +413,8 @@ def claims():
     yield ("Guide has more usable groups than GRPO where plain groups fail", "", "points, first 10 steps",
            difference("Guide", "GRPO", groups, setting="base 0.0"))
     yield ("Guide ends at a higher pass rate", "up to +4", points, difference("Guide", "GRPO", setting="base 0.0"))
+    yield ("Guide's ratio is better than the naive one", "", points,
+           difference("Guide", "Guide, naive ratio", setting="base 0.0"))
     for setting, analysis, arm in (("toy", "what RL did", "direct RL"), ("base 0.0", "what Guide did", "GRPO")):
         yield (f"RL's gain is mostly self-distillation ({setting}, {arm})", "98.5 % on countdown",
                "self-distillation minus capability gain, points of questions",
@@ -637,7 +642,8 @@ if __name__ == "__main__":
         draw()
     for draw, setting, arm in (  # which the log may not hold yet
             (toy_few_and_long, "toy", "long problems"), (toy_transfer, "rooms", "RLT"),
-            (toy_students, "toy", "base, larger"), (toy_guide, "base 0.0", "signal"), (toy_map, "base 0.0", "base")):
+            (toy_students, "toy", "base, larger"), (toy_guide, "base 0.0", "signal"),
+            (toy_map, "base 0.0", "RL after RLT, rows 0.02")):
         if of(arm, setting):
             draw()
     bench_rewards()

@@ -328,7 +328,7 @@ ARMS = {
     "Guide": lambda w: w.rl("--hints", *BINARY),
     "Guide, naive ratio": lambda w: w.rl("--hints", "--hint-ratio", "naive", *BINARY),
     "signal": signal,
-    "what Guide did": what_rl_did("GRPO", "Guide"),
+    "what Guide did": what_rl_did("GRPO", "Guide", "Guide, naive ratio"),
     "what RL did": what_rl_did("direct RL"),
     # the map
     **{arm: make for careful in ROWS for arm, make in in_cell(careful).items()},
@@ -342,7 +342,7 @@ PLAN = [  # setting, seeds, arms
     ("rooms", range(3), ["base", "warm-up teacher", "RLT", "direct RL", "solutions only", "ground truth",
                              "best of 10", "what RL did"]),
     ("base 0.0", range(3), ["base", "GRPO", "Guide", "Guide, naive ratio", "signal", "what Guide did"]),
-    *((setting, [0], ["base", "direct RL", "Guide", *(arm for careful in ROWS for arm in in_cell(careful))])
+    *((setting, [0], ["base", "direct RL", "GRPO", "Guide", "signal", *(arm for careful in ROWS for arm in in_cell(careful))])
       for setting in SETTINGS if setting.startswith("base")),
     ("toy", range(3), ["long problems", "what RL did", *(arm for arm in ARMS if arm.endswith("176 rows"))]),
     ("toy", range(3), ["base, larger", "base, weaker", "warm-up teacher, larger student", "RLT, larger student",
