@@ -415,7 +415,8 @@ def claims():
     yield ("Guide ends at a higher pass rate", "up to +4", points, difference("Guide", "GRPO", setting="base 0.0"))
     yield ("Guide's ratio is better than the naive one", "", points,
            difference("Guide", "Guide, naive ratio", setting="base 0.0"))
-    for setting, analysis, arm in (("toy", "what RL did", "direct RL"), ("base 0.0", "what Guide did", "GRPO")):
+    for setting, analysis, arm in (("toy", "what RL did", "direct RL"),
+                                   ("base 0.0", "what Guide did", "Guide, naive ratio")):
         yield (f"RL's gain is mostly self-distillation ({setting}, {arm})", "98.5 % on countdown",
                "self-distillation minus capability gain, points of questions",
                [100 * (split["self_distillation"]["mean"] - split["capability_gain"]["mean"])
