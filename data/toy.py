@@ -43,6 +43,7 @@ TURNS, DOORS = (  # what three clocks do, and where a door leads from each room
     {name: dict(zip(places, _draw.sample(places, len(places)), strict=True)) for name in names}
     for places, names in ((HOURS, ("op1", "op2", "op3", "op4")), (ROOMS, ("left", "right", "up", "down", "in", "out")))
 )
+TABLES = TURNS | DOORS
 FILLER = ("so", "then", "now", "well", "let", "me", "see", "hmm")
 MAX_STEPS = 9
 
@@ -113,7 +114,7 @@ def steps(question, slips=0.0, rng=None):
     state, todo = read(question)
     worked = []
     for number, operation in enumerate(todo, 1):
-        if table := (TURNS | DOORS).get(operation):
+        if table := TABLES.get(operation):
             state = {name: table[place] for name, place in state.items()}
         elif operation == "swap":
             state["x"], state["y"] = state["y"], state["x"]

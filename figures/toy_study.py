@@ -88,7 +88,7 @@ class Work:
     def warm_up(self, careful=None):
         """The warm-up teacher, on the toy's rows, or on others with this share of careful authors."""
         if careful is None:
-            data = ["--data", "runs/toy/both-train.jsonl"] if self.setting == "rooms" else []
+            data = ["--data", "runs/toy/both-train.jsonl"] if self.source else []
             return self.run("sft_student.py", "--format", "teacher", *data, *self.few("--steps", 2),
                             out="runs/toy-teacher")
         rows = toy.make_rows(3, careful, False)["train"]
