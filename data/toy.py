@@ -243,6 +243,15 @@ def draw_documents(rng, held_out, n_clocks, careful, rooms, hints):
             yield row | {"question": f"{question} {row['hint']}"} if hinted else row
 
 
+def draw_lessons(rng, count):
+    """Rows to read before all others: short problems of three clocks, explained well.
+
+    A step of three clocks is hard to learn from few good explanations: without lessons some seeds never do.
+    """
+    for _ in range(count):
+        yield make_row(draw_question(rng, rng.choice((1, 2, 3)), CLOCKS), SINGLE, rng)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # tokenizer and base model
 
@@ -371,7 +380,10 @@ def make(out, seed, n_steps, *, hidden_size, clocks, careful_base, careful_rows,
         tokenizer = make_tokenizer(clocks, rooms)
         model = make_model(seed, len(tokenizer), hidden_size)
         held_out = {row["question"] for split in splits if "train" not in split for row in splits[split]}
-        documents = draw_documents(random.Random(f"documents of {seed}"), held_out, clocks, careful_base, rooms, hints)
+        rng = random.Random(f"documents of {seed}")
+        documents = draw_documents(rng, held_out, clocks, careful_base, rooms, hints)
+        if clocks == 3:
+            documents = itertools.chain(draw_lessons(rng, 16 * n_steps), documents)  # a quarter of what is read
         pretrain(model, tokenizer, documents, n_steps)
         tokenizer.save_pretrained(folder)
         model.save_pretrained(folder)

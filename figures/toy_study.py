@@ -32,7 +32,7 @@ from runs import read_jsonl  # noqa: E402
 SETTINGS = {  # flags of data/toy.py
     "toy": [],
     "rooms": ["--rooms", "--steps", 4000],  # base and warm-up teacher know both tasks, RL sees one
-    **{f"base {share}": ["--clocks", 3, "--hints", "--careful-base", share, "--steps", 4000]
+    **{f"base {share}": ["--clocks", 3, "--hints", "--careful-base", share]
        for share in (0.08, 0.02, 0.0)},  # the map
 }
 ROWS = (0.2, 0.1, 0.02)  # the map's other side: share of careful authors among the rows of the teacher's warm-up

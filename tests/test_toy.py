@@ -454,3 +454,14 @@ def test_what_is_there_is_never_written_over(tmp_path):
         done = run_script(tmp_path, "data/toy.py", *flags, check=False)
         assert done.returncode == 2 and complaint in done.stderr
     assert [path.name for path in tmp_path.rglob("*")] == ["toy", "mine"]
+
+
+@pytest.mark.parametrize("clocks, n_lessons", [(2, 0), (3, 16 * 40)])
+def test_three_clocks_are_taught_before_they_are_read_about(tmp_path, monkeypatch, clocks, n_lessons):
+    read = []
+    monkeypatch.setattr(game, "pretrain", lambda model, tokenizer, documents, n_steps: read.extend(
+        itertools.islice(documents, 64 * n_steps)))
+    game.make(tmp_path / "toy", 0, 40, hidden_size=32, clocks=clocks, rooms=False, hints=False, careful_base=0.02,
+              careful_rows=0.1)
+    easy = [row["explanation"] == row["chain"] and " s4 " not in row["chain"] for row in read]
+    assert all(easy[:n_lessons]) and 0.3 < sum(easy[n_lessons:]) / len(easy[n_lessons:]) < 0.7
