@@ -33,7 +33,7 @@ SETTINGS = {  # flags of data/toy.py
     "toy": [],
     "rooms": ["--rooms", "--steps", 4000],  # base and warm-up teacher know both tasks, RL sees one
     **{f"base {share}": ["--clocks", 3, "--hints", "--careful-base", share]
-       for share in (0.08, 0.02, 0.0)},  # the map
+       for share in (0.08, 0.005, 0.0)},  # the map
 }
 ROWS = (0.2, 0.1, 0.02)  # the map's other side: share of careful authors among the rows of the teacher's warm-up
 BINARY = ["--rewards", 0, 0, 1]
@@ -342,9 +342,11 @@ PLAN = [  # setting, seeds, arms
     ("toy", range(3), [arm for arm in ARMS if arm.startswith("rank")]),
     ("rooms", range(3), ["base", "warm-up teacher", "RLT", "direct RL", "solutions only", "ground truth",
                              "best of 10", "what RL did"]),
-    ("base 0.0", range(3), ["base", "GRPO", "Guide", "Guide, naive ratio", "signal", "what Guide did"]),
+    *((setting, range(3), ["base", "GRPO", "Guide", "Guide, naive ratio", "signal", "what Guide did"])
+      for setting in ("base 0.005", "base 0.0")),
     *((setting, [0], ["base", "direct RL", "GRPO", "Guide", "signal",
-                      *(arm for careful in ROWS for arm in in_cell(careful))])
+                      *(arm for careful in ROWS for arm in in_cell(careful)
+                        if setting == "base 0.0" or "refreshed" not in arm)])
       for setting in SETTINGS if setting.startswith("base")),
     ("toy", range(3), ["long problems", "what RL did", *(arm for arm in ARMS if arm.endswith("176 rows"))]),
     ("toy", range(3), ["base, larger", "base, weaker", "warm-up teacher, larger student", "RLT, larger student",
