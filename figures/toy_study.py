@@ -344,7 +344,7 @@ PLAN = [  # setting, seeds, arms
                              "best of 10", "what RL did"]),
     *((setting, range(3), ["base", "GRPO", "Guide", "Guide, naive ratio", "signal", "what Guide did"])
       for setting in ("base 0.005", "base 0.0")),
-    *((setting, [0], ["base", "direct RL", "GRPO", "Guide", "signal",
+    *((setting, [0], ["base", "direct RL", "Guide", "signal",
                       *(arm for careful in ROWS for arm in in_cell(careful)
                         if setting == "base 0.0" or "refreshed" not in arm)])
       for setting in SETTINGS if setting.startswith("base")),
