@@ -406,6 +406,12 @@ def claims():
            difference("RLT, stronger reward student", "RLT, weaker reward student"))
     yield ("a larger student learns more from the same explanations", "", points,
            difference("RLT, larger student", "RLT"))
+    yield ("without min and max (alpha 0) explanations are longer", "", "tokens, alpha 0 minus alpha 0.01",
+           difference("RLT, alpha 0", "RLT", lambda row: row["explanations"]["length"]))
+    yield ("the exact KL's whole gradient above its score function alone (not in the paper)", "", points,
+           difference("RLT, exact KL and gradient", "RLT, exact KL"))
+    yield ("the same above the sampled KL, at T = 1 (not in the paper)", "", "exact match, points, T = 1",
+           difference("RLT, exact KL and gradient", "RLT", sampled))
     for careful in MAP_ROWS:
         yield (f"RLT above direct RL where groups start all zero (base 0.0, rows {careful})", "", points,
                difference(f"RLT, rows {careful}", "direct RL", setting="base 0.0"))
@@ -415,6 +421,8 @@ def claims():
                "points, first 10 steps", difference("Guide", "GRPO", groups, setting=setting))
         yield (f"Guide ends at a higher pass rate ({setting})", "up to +4", points,
                difference("Guide", "GRPO", setting=setting))
+        yield ("the same over the whole run", "", "solved without a hint, points, mean of 60 steps",
+               difference("Guide", "GRPO", along, setting=setting))
         yield (f"Guide's ratio is better than the naive one ({setting})", "", points,
                difference("Guide", "Guide, naive ratio", setting=setting))
     for setting, analysis, arm in (("toy", "what RL did", "direct RL"),
@@ -645,7 +653,7 @@ if __name__ == "__main__":
         draw()
     for draw, setting, arm in (  # which the log may not hold yet
             (toy_few_and_long, "toy", "long problems"), (toy_transfer, "rooms", "RLT"),
-            (toy_students, "toy", "base, larger"), (toy_guide, "base 0.0", "signal"),
+            (toy_students, "toy", "base, larger"), (toy_guide, "base 0.005", "what Guide did"),
             (toy_map, "base 0.0", "RL after RLT, rows 0.02")):
         if of(arm, setting):
             draw()
