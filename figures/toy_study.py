@@ -282,6 +282,8 @@ def in_cell(careful):
         f"warm-up teacher, {rows}": lambda w: w.learn(w.explain(w.warm_up(careful))),
         f"RLT, {rows}": lambda w: w.learn(w.explain(w.teach(model=w.warm_up(careful)))),
         best: lambda w: w.learn(w.explain(w.warm_up(careful), *BEST)),
+        f"RLT, warmed-up student, {rows}": lambda w: w.learn(w.explain(
+            w.teach("--student", w.of(f"warm-up teacher, {rows}"), model=w.warm_up(careful)))),
         f"RLT, refreshed student, {rows}": lambda w: w.learn(w.explain(
             w.teach("--student", w.of(best), model=w.warm_up(careful)))),
         f"RL after RLT, {rows}": lambda w: w.rl("--model", w.of(f"RLT, {rows}")),
@@ -346,7 +348,7 @@ PLAN = [  # setting, seeds, arms
       for setting in ("base 0.005", "base 0.0")),
     *((setting, [0], ["base", "direct RL", "Guide", "signal",
                       *(arm for careful in ROWS for arm in in_cell(careful)
-                        if setting == "base 0.0" or "refreshed" not in arm)])
+                        if setting == "base 0.0" or "student" not in arm)])
       for setting in SETTINGS if setting.startswith("base")),
     ("toy", range(3), ["long problems", "what RL did", *(arm for arm in ARMS if arm.endswith("176 rows"))]),
     ("toy", range(3), ["base, larger", "base, weaker", "warm-up teacher, larger student", "RLT, larger student",
