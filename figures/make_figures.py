@@ -285,7 +285,7 @@ def toy_guide():
     save(figure, "toy_guide")
 
 
-MAP_BASES, MAP_ROWS = (0.08, 0.005, 0.0), (0.2, 0.1, 0.02)
+MAP_BASES, MAP_ROWS = (0.08, 0.005, 0.0), (0.1, 0.02, 0.0)
 MAP_ARMS = {"direct RL": "direct RL", "Guide": "Guide", "best of 10, {}": "best of 10", "RLT, {}": "RLT",
             "RLT, refreshed student, {}": "RLT, refreshed student", "RL after best of 10, {}": "best of 10, then RL",
             "RL after RLT, {}": "RLT, then RL"}
@@ -654,7 +654,7 @@ if __name__ == "__main__":
     for draw, setting, arm in (  # which the log may not hold yet
             (toy_few_and_long, "toy", "long problems"), (toy_transfer, "rooms", "RLT"),
             (toy_students, "toy", "base, larger"), (toy_guide, "base 0.005", "what Guide did"),
-            (toy_map, "base 0.0", "RL after RLT, rows 0.02")):
+            (toy_map, "base 0.0", "RL after RLT, rows 0.0")):
         if of(arm, setting):
             draw()
     bench_rewards()

@@ -463,5 +463,18 @@ def test_three_clocks_are_taught_before_they_are_read_about(tmp_path, monkeypatc
         itertools.islice(documents, 64 * n_steps)))
     game.make(tmp_path / "toy", 0, 40, hidden_size=32, clocks=clocks, rooms=False, hints=False, careful_base=0.02,
               careful_rows=0.1)
-    easy = [row["explanation"] == row["chain"] and " s4 " not in row["chain"] for row in read]
-    assert all(easy[:n_lessons]) and 0.3 < sum(easy[n_lessons:]) / len(easy[n_lessons:]) < 0.7
+    careful = [row["explanation"] == row["chain"] for row in read]
+    assert all(careful[:n_lessons]) and 0.3 < sum(careful[n_lessons:]) / len(careful[n_lessons:]) < 0.7
+    long = [" s4 " in row["chain"] for row in read]
+    assert not any(long[: n_lessons // 2]) and any(long[n_lessons // 2 : n_lessons]) == (clocks == 3)
+    leaks = [row["explanation"] for row in read if row["explanation"].startswith("ans")]
+    assert all(len(leak.split()) == 4 for leak in leaks) == (clocks == 3)
+
+
+def test_lessons_leave_out_what_is_held_out():
+    class SingleSteps:
+        def __contains__(self, question):
+            return " s2 " not in question
+
+    read = [row["question"] for row in game.draw_lessons(random.Random(0), SingleSteps(), 300)]
+    assert 200 < len(read) < 290 and not any(question in SingleSteps() for question in read)
