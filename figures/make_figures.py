@@ -271,10 +271,13 @@ def toy_guide():
                 curves.plot([e["step"] + 1 for e in row["curve"]], smooth([100 * e["solved"] for e in row["curve"]]),
                             color=colour, lw=0.9, label=arm if i == 0 else None)
             splits = [row["compare"][arm]["split"]["after"] for row in of("what Guide did", setting)]
-            for offset, key in ((-0.2, "self_distillation"), (0.0, "capability_gain"), (0.2, "regression")):
+            if not splits:
+                continue
+            for offset, key, shade in ((-0.2, "self_distillation", GREY), (0.0, "capability_gain", RED),
+                                       (0.2, "regression", BLUE)):
                 mean, half = interval([100 * row[key]["mean"] for row in splits])
-                split.bar(x + offset, mean, 0.2, yerr=half, error_kw={"lw": 0.8}, label=key.replace("_", " ") if x == 0
-                          else None, color={"self_distillation": GREY, "capability_gain": RED}.get(key, BLUE))
+                split.bar(x + offset, mean, 0.2, yerr=half, color=shade, error_kw={"lw": 0.8},
+                          label=key.replace("_", " ") if x == 0 else None)
         curves.set_title(f"{setting}: solved without a hint, %", fontsize=8)
         curves.set_xlabel("step")
         split.set_xticks(range(3), ("GRPO", "Guide", "naive ratio"), fontsize=7)
@@ -287,6 +290,7 @@ def toy_guide():
 
 MAP_BASES, MAP_ROWS = (0.08, 0.005, 0.0), (0.1, 0.02, 0.0)
 MAP_ARMS = {"direct RL": "direct RL", "Guide": "Guide", "best of 10, {}": "best of 10", "RLT, {}": "RLT",
+            "RLT, warmed-up student, {}": "RLT, warmed-up student",
             "RLT, refreshed student, {}": "RLT, refreshed student", "RL after best of 10, {}": "best of 10, then RL",
             "RL after RLT, {}": "RLT, then RL"}
 
@@ -421,7 +425,7 @@ def claims():
                "points, first 10 steps", difference("Guide", "GRPO", groups, setting=setting))
         yield (f"Guide ends at a higher pass rate ({setting})", "up to +4", points,
                difference("Guide", "GRPO", setting=setting))
-        yield ("the same over the whole run", "", "solved without a hint, points, mean of 60 steps",
+        yield (f"the same over the whole run ({setting})", "", "solved without a hint, points, mean of 60 steps",
                difference("Guide", "GRPO", along, setting=setting))
         yield (f"Guide's ratio is better than the naive one ({setting})", "", points,
                difference("Guide", "Guide, naive ratio", setting=setting))
