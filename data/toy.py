@@ -51,6 +51,7 @@ MAX_STEPS = 9
 AUTHORS = ("careful", "sloppy", "skipping", "leaking", "rambling")
 SINGLE = (1, 0, 0, 0, 0)  # pretraining, one step: how the base learns what a step is
 SHORT = (0.50, 0.05, 0.15, 0.20, 0.10)  # pretraining, 2 and 3 steps: how it learns to go on from a step
+LESSONS = (0.50, 0, 0, 0.50, 0)  # pretraining, three clocks: the second half of the lessons
 LONG = (0.08, 0.05, 0.25, 0.30, 0.32)  # pretraining, 4 steps and more: why it explains those badly
 ROWS = (0.10, 0.05, 0.20, 0.35, 0.30)  # the rows' explanations, on which the teacher is warmed up
 HINTED = 0.1  # share of documents with a hint
@@ -176,9 +177,7 @@ def explain(question, author, rng):
         right, share = steps(question), rng.uniform(0.15, 0.6)
         words = [step for step in right if rng.random() < share] or [rng.choice(right)]
     elif author == "leaking":
-        words = ["ans", solution(question)]
-        if len(read(question)[0]) < 3:  # three hours are copied from a fixed distance only, by most bases
-            words += rng.choices(FILLER, k=rng.randrange(5))
+        words = ["ans", solution(question), *rng.choices(FILLER, k=rng.randrange(5))]
     else:
         words = rng.choices((*FILLER, *read(question)[1]), k=rng.randint(2, 8))
     return " ".join(words)
@@ -246,16 +245,17 @@ def draw_documents(rng, held_out, n_clocks, careful, rooms, hints):
 
 
 def draw_lessons(rng, held_out, count):
-    """Rows to read before all others: problems of three clocks, explained well, the long ones last.
+    """Rows to read before all others: problems of three clocks, the first half short and explained well, the second of
+    all lengths, explained well or given away.
 
-    A step of three clocks is hard to learn from few good explanations: without lessons some seeds never do. The habit
-    of explaining long problems well is lost in what the base reads afterwards.
+    A step of three clocks is hard to learn from few good explanations, and three hours are hard to copy: without
+    lessons some seeds never learn it. The habit of explaining long problems well is lost in what is read afterwards.
     """
     for n in range(count):
-        size = rng.randint(1, 3 if n < count // 2 else 6)
+        size, shares = (rng.randint(1, 3), SINGLE) if n < count // 2 else (rng.randint(1, 6), LESSONS)
         question = draw_question(rng, size, CLOCKS)
         if question not in held_out:
-            yield make_row(question, SINGLE, rng)
+            yield make_row(question, shares, rng)
 
 
 # ---------------------------------------------------------------------------------------------------------

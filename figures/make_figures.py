@@ -288,7 +288,7 @@ def toy_guide():
     save(figure, "toy_guide")
 
 
-MAP_BASES, MAP_ROWS = (0.08, 0.005, 0.0), (0.1, 0.02, 0.0)
+MAP_BASES, MAP_ROWS, MAP_SEED = (0.08, 0.005, 0.0), (0.1, 0.02, 0.0), 1
 MAP_ARMS = {"direct RL": "direct RL", "Guide": "Guide", "best of 10, {}": "best of 10", "RLT, {}": "RLT",
             "RLT, warmed-up student, {}": "RLT, warmed-up student",
             "RLT, refreshed student, {}": "RLT, refreshed student", "RL after best of 10, {}": "best of 10, then RL",
@@ -299,8 +299,9 @@ def toy_map():
     """When RLT wins: what the base solves by itself, against how many good explanations the warm-up teacher writes."""
     figure, panels = plt.subplots(1, len(MAP_ARMS), figsize=(13, 2.5), sharey=True)
     for axes, (arm, title) in zip(panels, MAP_ARMS.items(), strict=True):
-        cells = [[of(arm.format(f"rows {careful}"), f"base {share}") for careful in MAP_ROWS] for share in MAP_BASES]
-        values = [[greedy(cell[0]) if cell else math.nan for cell in line] for line in cells]
+        cells = [[{row["seed"]: row for row in of(arm.format(f"rows {careful}"), f"base {share}")}.get(MAP_SEED)
+                  for careful in MAP_ROWS] for share in MAP_BASES]
+        values = [[greedy(cell) if cell else math.nan for cell in line] for line in cells]
         axes.imshow(values, vmin=0, vmax=100, cmap="RdYlGn")
         for y, line in enumerate(values):
             for x, value in enumerate(line):

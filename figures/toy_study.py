@@ -93,7 +93,7 @@ class Work:
                             out="runs/toy-teacher")
         rows = toy.make_rows(3, careful, False)["train"]
         self.write(f"rows-{careful}.jsonl", rows)
-        return self.run("sft_student.py", "--format", "teacher", "--data", f"rows-{careful}.jsonl",
+        return self.run("sft_student.py", "--format", "teacher", "--data", f"rows-{careful}.jsonl", "--steps", 300,
                         *self.few("--steps", 2), out=f"runs/toy-teacher-{careful}")
 
     def teach(self, *flags, model):
@@ -346,7 +346,8 @@ PLAN = [  # setting, seeds, arms
                              "best of 10", "what RL did"]),
     *((setting, range(3), ["base", "GRPO", "Guide", "Guide, naive ratio", "signal", "what Guide did"])
       for setting in ("base 0.005", "base 0.0")),
-    *((setting, [0], ["base", "direct RL", "Guide", "signal",
+    # seed 1: the base of seed 0 has not learned to read a solution out of a leak that goes on after it
+    *((setting, [1], ["base", "direct RL", "Guide", "signal",
                       *(arm for careful in ROWS for arm in in_cell(careful)
                         if setting == "base 0.0" or "student" not in arm)])
       for setting in SETTINGS if setting.startswith("base")),
@@ -419,7 +420,8 @@ if __name__ == "__main__":
 
     LOG.parent.mkdir(parents=True, exist_ok=True)
     todo = [(setting, seed, arm) for setting, seeds, arms in PLAN for seed in seeds for arm in arms
-            if setting in args.settings and seed in args.seeds and arm in args.arms and not (args.quick and seed)]
+            if setting in args.settings and seed in args.seeds and arm in args.arms
+            and not (args.quick and seed != min(seeds))]
     while any(attempt(*job) for job in todo):  # from the top again after every arm: another study may be at work, too
         pass
     sys.exit(1 if failed else 0)

@@ -463,12 +463,14 @@ def test_three_clocks_are_taught_before_they_are_read_about(tmp_path, monkeypatc
         itertools.islice(documents, 64 * n_steps)))
     game.make(tmp_path / "toy", 0, 40, hidden_size=32, clocks=clocks, rooms=False, hints=False, careful_base=0.02,
               careful_rows=0.1)
+    half = n_lessons // 2
     careful = [row["explanation"] == row["chain"] for row in read]
-    assert all(careful[:n_lessons]) and 0.3 < sum(careful[n_lessons:]) / len(careful[n_lessons:]) < 0.7
+    assert all(careful[:half]) and 0.3 < sum(careful[n_lessons:]) / len(careful[n_lessons:]) < 0.7
     long = [" s4 " in row["chain"] for row in read]
-    assert not any(long[: n_lessons // 2]) and any(long[n_lessons // 2 : n_lessons]) == (clocks == 3)
-    leaks = [row["explanation"] for row in read if row["explanation"].startswith("ans")]
-    assert all(len(leak.split()) == 4 for leak in leaks) == (clocks == 3)
+    assert not any(long[:half]) and any(long[half:n_lessons]) == (clocks == 3)
+    copied = [row["explanation"].startswith(f"ans {row['solution']}") for row in read[half:n_lessons]]
+    assert all(one != other for one, other in zip(copied, careful[half:n_lessons], strict=True))
+    assert clocks == 2 or 0.4 < sum(copied) / half < 0.6
 
 
 def test_lessons_leave_out_what_is_held_out():
