@@ -288,7 +288,7 @@ def toy_guide():
     save(figure, "toy_guide")
 
 
-MAP_BASES, MAP_ROWS, MAP_SEED = (0.08, 0.005, 0.0), (0.1, 0.02, 0.0), 1
+MAP_BASES, MAP_ROWS, MAP_SEED = (0.08, 0.005, 0.0), (0.1, 0.02, 0.0), 0
 MAP_ARMS = {"direct RL": "direct RL", "Guide": "Guide", "best of 10, {}": "best of 10", "RLT, {}": "RLT",
             "RLT, warmed-up student, {}": "RLT, warmed-up student",
             "RLT, refreshed student, {}": "RLT, refreshed student", "RL after best of 10, {}": "best of 10, then RL",
