@@ -350,7 +350,8 @@ PLAN = [  # setting, seeds, arms
                       *(arm for careful in ROWS for arm in in_cell(careful)
                         if setting == "base 0.0" or "student" not in arm)])
       for setting in SETTINGS if setting.startswith("base")),
-    ("base 0.0", range(3), ["direct RL", *(f"{arm}, rows 0.1" for arm in ("warm-up teacher", "RLT", "best of 10"))]),
+    ("base 0.0", range(3), ["direct RL", *(f"{arm}, rows 0.1" for arm in (
+        "warm-up teacher", "RLT", "best of 10", "RLT, warmed-up student"))]),
     ("toy", range(3), ["long problems", "what RL did", *(arm for arm in ARMS if arm.endswith("176 rows"))]),
     ("toy", range(3), ["base, larger", "base, weaker", "warm-up teacher, larger student", "RLT, larger student",
                        "RLT, stronger reward student", "RLT, weaker reward student"]),
