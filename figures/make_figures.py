@@ -236,9 +236,15 @@ def toy_students():
     save(figure, "toy_students")
 
 
-def usable(p, group=16):
-    """Chance that a group has both right and wrong answers, at a pass rate p."""
-    return 1 - (1 - p) ** group - p**group
+def all_of(some, draws, group=16):
+    """Chance that a group out of these draws holds nothing but `some` of them."""
+    return math.comb(some, group) / math.comb(draws, group)
+
+
+def usable(right, draws, group=16):
+    """Chance that a group out of these draws holds right and wrong ones: s(p) = 1 - (1-p)^G - p^G, but without putting
+    back. With s of an estimated p, questions that were lucky in the estimate would seem to miss the prediction."""
+    return 1 - all_of(draws - right, draws, group) - all_of(right, draws, group)
 
 
 GUIDE_ARMS = {"GRPO": GREY, "Guide": RED, "Guide, naive ratio": BLUE}
@@ -250,20 +256,21 @@ def toy_guide():
     rates, plain, guided, expected = [], [], [], []
     for row in [row for share in MAP_BASES for row in of("signal", f"base {share}")]:
         for (drawn, other), (hinted, other_hinted) in zip(row["signal"]["plain"], row["signal"]["hinted"], strict=True):
-            p, q = other / 16, other_hinted / 16
-            rates.append(p)
+            right, right_hinted = drawn + other, hinted + other_hinted
+            rates.append(right)
             plain.append(0 < drawn < 16)
             guided.append(0 < (hinted if drawn == 0 else drawn) < 16)
-            expected.append(usable(p) + (1 - p) ** 16 * usable(q))
+            expected.append(usable(right, 32) + all_of(32 - right, 32) * usable(right_hinted, 32))
     at = sorted(set(rates))
     share = lambda values, p: statistics.fmean(v for v, rate in zip(values, rates, strict=True) if rate == p)  # noqa: E731
     weights = [5 + 60 * rates.count(p) / len(rates) for p in at]
-    for drawn, predicted, colour, label in ((plain, [usable(p) for p in at], GREY, "plain groups"),
-                                            (guided, [share(expected, p) for p in at], RED, "hints where all fail")):
-        panels[0].scatter(at, [share(drawn, p) for p in at], weights, color=colour, label=label)
-        panels[0].plot(at, predicted, color=colour, lw=0.9)
-    panels[0].set_xlabel("pass rate of the question (of 16 other draws)")
-    panels[0].set_title("usable groups; lines: s(p), s(p) + (1-p)^16 s(q)", fontsize=8)
+    for drawn, predicted, colour, label in ((plain, [usable(k, 32) for k in at], GREY, "plain groups"),
+                                            (guided, [share(expected, k) for k in at], RED, "hints where all fail")):
+        panels[0].scatter(at, [100 * share(drawn, k) for k in at], weights, color=colour, label=label)
+        panels[0].plot(at, [100 * value for value in predicted], color=colour, lw=0.9)
+    panels[0].xaxis.get_major_locator().set_params(integer=True)
+    panels[0].set_xlabel("right answers in 32 draws")
+    panels[0].set_title("usable groups of 16, %; lines: predicted", fontsize=8)
     panels[0].legend(fontsize=7)
     for setting, curves, split in (("base 0.005", *panels[1:3]), ("base 0.0", *panels[3:])):
         for x, (arm, colour) in enumerate(GUIDE_ARMS.items()):
@@ -282,8 +289,10 @@ def toy_guide():
         curves.set_xlabel("step")
         split.set_xticks(range(3), ("GRPO", "Guide", "naive ratio"), fontsize=7)
         split.set_title(f"{setting}: share of questions, %", fontsize=8)
+        curves.set_ylim(0, 103)
+        split.set_ylim(0, 150)  # room for the legend
+        split.set_yticks(range(0, 101, 20))
         for axes in (curves, split):
-            axes.set_ylim(0, 103)
             axes.legend(fontsize=6)
     save(figure, "toy_guide")
 

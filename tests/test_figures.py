@@ -1,5 +1,6 @@
 """Figures and tables come from the committed logs, and are up to date.   python -m pytest tests/test_figures.py"""
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -47,8 +48,9 @@ def test_correlations_by_hand():
 
 
 def test_usable_groups_by_enumeration():
-    for p in (0.0, 0.1, 0.5, 1.0):
-        both = sum(
-            p ** bin(draw).count("1") * (1 - p) ** (4 - bin(draw).count("1")) for draw in range(1, 15)
-        )  # four answers, not all alike
-        assert make_figures.usable(p, group=4) == pytest.approx(both)
+    for right in range(9):
+        draws = [True] * right + [False] * (8 - right)
+        groups = list(itertools.combinations(draws, 4))
+        mixed = sum(0 < sum(group) < 4 for group in groups) / len(groups)
+        assert make_figures.usable(right, 8, group=4) == pytest.approx(mixed)
+        assert make_figures.all_of(8 - right, 8, group=4) == sum(not any(group) for group in groups) / len(groups)
