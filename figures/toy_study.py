@@ -282,6 +282,8 @@ def in_cell(careful):
         f"warm-up teacher, {rows}": lambda w: w.learn(w.explain(w.warm_up(careful))),
         f"RLT, {rows}": lambda w: w.learn(w.explain(w.teach(model=w.warm_up(careful)))),
         best: lambda w: w.learn(w.explain(w.warm_up(careful), *BEST)),
+        f"best of 10, warmed-up student, {rows}": lambda w: w.learn(w.explain(
+            w.warm_up(careful), *BEST, "--student", w.of(f"warm-up teacher, {rows}"))),
         f"RLT, warmed-up student, {rows}": lambda w: w.learn(w.explain(
             w.teach("--student", w.of(f"warm-up teacher, {rows}"), model=w.warm_up(careful)))),
         f"RLT, refreshed student, {rows}": lambda w: w.learn(w.explain(
@@ -351,7 +353,7 @@ PLAN = [  # setting, seeds, arms
                         if setting == "base 0.0" or "student" not in arm)])
       for setting in SETTINGS if setting.startswith("base")),
     ("base 0.0", range(3), ["direct RL", *(f"{arm}, rows 0.1" for arm in (
-        "warm-up teacher", "RLT", "best of 10", "RLT, warmed-up student"))]),
+        "warm-up teacher", "RLT", "best of 10", "RLT, warmed-up student", "best of 10, warmed-up student"))]),
     ("toy", range(3), ["long problems", "what RL did", *(arm for arm in ARMS if arm.endswith("176 rows"))]),
     ("toy", range(3), ["base, larger", "base, weaker", "warm-up teacher, larger student", "RLT, larger student",
                        "RLT, stronger reward student", "RLT, weaker reward student"]),
