@@ -311,18 +311,22 @@ def toy_map():
     for axes, (arm, title) in zip(panels, MAP_ARMS.items(), strict=True):
         cells = [[on_map(arm.format(f"rows {careful}"), share) for careful in MAP_ROWS] for share in MAP_BASES]
         values = [[greedy(cell) if cell else math.nan for cell in line] for line in cells]
-        axes.imshow(values, vmin=0, vmax=100, cmap="RdYlGn")
+        axes.imshow(values, vmin=0, vmax=100, cmap="RdYlGn", alpha=0.6)
         for y, line in enumerate(values):
             for x, value in enumerate(line):
-                axes.text(x, y, "" if math.isnan(value) else f"{value:.0f}", ha="center", va="center", fontsize=8)
-        axes.set_xticks(range(3), [f"{100 * told(f'warm-up teacher, rows {r}'):.0f} %" for r in MAP_ROWS], fontsize=7)
+                axes.text(x, y, percent(value / 100).removesuffix(" %"), ha="center", va="center", fontsize=8)
+        axes.set_xticks(range(3), [percent(told(f"warm-up teacher, rows {r}")) for r in MAP_ROWS], fontsize=7)
         axes.set_title(title, fontsize=8)
         axes.grid(visible=False)
-    panels[0].set_yticks(range(3), [f"{100 * zero_groups(share):.0f} %" for share in MAP_BASES], fontsize=7)
+    panels[0].set_yticks(range(3), [percent(zero_groups(share)) for share in MAP_BASES], fontsize=7)
     panels[0].set_ylabel("groups all zero\nat the start", fontsize=8)
-    figure.supxlabel("full right chains among the warm-up teacher's explanations (mean of three bases); greedy exact "
+    figure.supxlabel("full right chains among the warm-up teacher's explanations (mean over bases); greedy exact "
                      "match, %, one seed", fontsize=8)
     save(figure, "toy_map")
+
+
+def percent(share):
+    return "" if math.isnan(share) else f"{100 * share:.0f} %"
 
 
 def on_map(arm, share):
