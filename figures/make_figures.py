@@ -314,7 +314,7 @@ def toy_map():
         axes.imshow(values, vmin=0, vmax=100, cmap="RdYlGn", alpha=0.6)
         for y, line in enumerate(values):
             for x, value in enumerate(line):
-                axes.text(x, y, percent(value / 100).removesuffix(" %"), ha="center", va="center", fontsize=8)
+                axes.text(x, y, "" if math.isnan(value) else f"{value:.0f}", ha="center", va="center", fontsize=8)
         axes.set_xticks(range(3), [percent(told(f"warm-up teacher, rows {r}")) for r in MAP_ROWS], fontsize=7)
         axes.set_title(title, fontsize=8)
         axes.grid(visible=False)
@@ -438,12 +438,12 @@ def claims():
     for careful in MAP_ROWS:
         yield (f"RLT above direct RL where groups start all zero (base 0.0, rows {careful})", "", points,
                difference(f"RLT, rows {careful}", "direct RL", setting="base 0.0"))
-    there = "(base 0.0, rows 0.1; not in the paper)"
-    for better, worse in (("RLT, warmed-up student", "direct RL"), ("RLT, warmed-up student", "RLT"),
-                          ("RLT, warmed-up student", "best of 10, warmed-up student"), ("best of 10", "direct RL")):
-        yield (f"{better} above {worse} {there}", "", points,
-               difference(f"{better}, rows 0.1", worse if worse == "direct RL" else f"{worse}, rows 0.1",
-                          setting="base 0.0"))
+    warmed = "RLT, warmed-up student, rows 0.1"
+    for better, worse, where in (
+            (warmed, "direct RL", "base 0.0"), (warmed, "RLT, rows 0.1", "base 0.0; not in the paper"),
+            (warmed, "best of 10, warmed-up student, rows 0.1", "base 0.0; not in the paper"),
+            ("best of 10, rows 0.1", "direct RL", "base 0.0; not in the paper")):
+        yield f"{better} above {worse} ({where})", "", points, difference(better, worse, setting="base 0.0")
     groups = lambda row: 100 * statistics.fmean(e["usable_groups"] for e in row["curve"][:10]) / 16  # noqa: E731
     for setting in ("base 0.005", "base 0.0"):
         yield (f"Guide has more usable groups than GRPO where plain groups fail ({setting})", "",
