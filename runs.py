@@ -321,6 +321,10 @@ def join(device):
         torch.cuda.set_device(device)
     if WORLD > 1:
         if not torch.distributed.is_initialized():
+            # Its defaults are the group at its import. Imported later it keeps the group's threads alive past the end,
+            # and one that lets go of a tensor once the interpreter has closed aborts: one end in some hundreds.
+            import torch.distributed.nn.functional
+
             torch.distributed.init_process_group(
                 "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                 timeout=timedelta(days=1),  # a rank waits as long as the slowest samples; torchrun sees to dead ones

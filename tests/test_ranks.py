@@ -5,6 +5,7 @@ would hide a gradient of twice the length. torchrun runs this very file (see its
 """
 
 import argparse
+import atexit
 import contextlib
 import json
 import os
@@ -167,6 +168,13 @@ def test_rank_0_alone_speaks(outputs):
         assert json.loads((out / "kl/config.json").read_text())["ranks"] == ranks
 
 
+def test_the_ranks_threads_end_before_the_interpreter_does(outputs):
+    """A thread of the group's that is still there aborts the process now and then, after all its work."""
+    _, _, done = outputs
+    left = [line for line in done.stderr.splitlines() if line.startswith("threads at the end:")]
+    assert len(left) == 2 and not any("gloo" in line for line in left), left
+
+
 def test_one_rank_goes_on_where_two_have_stopped(outputs, workshop, monkeypatch):
     for out in outputs[:2]:
         monkeypatch.setitem(CASES, "rlt", (*CASES["rlt"], "--steps", 3, "--resume"))
@@ -294,6 +302,8 @@ def test_alone_a_sum_is_the_number_itself():
 if __name__ == "__main__":  # on each rank: folder, folder to write to, names of CASES
     folder, out, *names = sys.argv[1:]
     torch.set_num_threads(1)
+    threads = lambda: sorted(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))  # noqa: E731
+    atexit.register(lambda: print("threads at the end:", *threads(), file=sys.stderr))  # the first is called last
     if names == ["a rank that fails"]:
         models.generate, plain = recorded, rewards.rlt_reward
         if runs.RANK == 1:
