@@ -298,30 +298,34 @@ def toy_guide():
 
 
 MAP_BASES, MAP_ROWS, MAP_SEED = (0.08, 0.005, 0.0), (0.1, 0.02, 0.0), 0
-MAP_ARMS = {"direct RL": "direct RL", "Guide": "Guide", "best of 10, {}": "best of 10", "RLT, {}": "RLT",
+MAP_ARMS = {"direct RL": "direct RL", "best of 10, {}": "best of 10", "RLT, {}": "RLT",
+            "RL after best of 10, {}": "best of 10, then RL", "RL after RLT, {}": "RLT, then RL", "Guide": "Guide",
             "best of 10, warmed-up student, {}": "best of 10,\nwarmed-up student",
             "RLT, warmed-up student, {}": "RLT,\nwarmed-up student",
-            "RLT, refreshed student, {}": "RLT,\nrefreshed student", "RL after best of 10, {}": "best of 10,\nthen RL",
-            "RL after RLT, {}": "RLT,\nthen RL"}
+            "RLT, refreshed student, {}": "RLT,\nrefreshed student"}
 
 
 def toy_map():
     """When RLT wins: what the base solves by itself, against how many good explanations the warm-up teacher writes."""
-    figure, panels = plt.subplots(1, len(MAP_ARMS), figsize=(13, 2.5), sharey=True)
-    for axes, (arm, title) in zip(panels, MAP_ARMS.items(), strict=True):
+    figure, panels = plt.subplots(2, 5, figsize=(8.5, 4.2), sharex=True, sharey=True)
+    for axes, (arm, title) in zip(panels.flat, MAP_ARMS.items(), strict=False):
         cells = [[on_map(arm.format(f"rows {careful}"), share) for careful in MAP_ROWS] for share in MAP_BASES]
         values = [[greedy(cell) if cell else math.nan for cell in line] for line in cells]
         axes.imshow(values, vmin=0, vmax=100, cmap="RdYlGn", alpha=0.6)
         for y, line in enumerate(values):
             for x, value in enumerate(line):
-                axes.text(x, y, "" if math.isnan(value) else f"{value:.0f}", ha="center", va="center", fontsize=8)
+                axes.text(x, y, "–" if math.isnan(value) else f"{value:.0f}", ha="center", va="center", fontsize=8)
         axes.set_xticks(range(3), [percent(told(f"warm-up teacher, rows {r}")) for r in MAP_ROWS], fontsize=7)
         axes.set_title(title, fontsize=8)
         axes.grid(visible=False)
-    panels[0].set_yticks(range(3), [percent(zero_groups(share)) for share in MAP_BASES], fontsize=7)
-    panels[0].set_ylabel("groups all zero\nat the start", fontsize=8)
-    figure.supxlabel("full right chains among the warm-up teacher's explanations (mean over bases); greedy exact "
-                     "match, %, one seed", fontsize=8)
+    panels[1, 4].set_axis_off()
+    panels[0, 4].tick_params(labelbottom=True)  # nothing is below it
+    for axes in panels[:, 0]:
+        axes.set_yticks(range(3), [percent(zero_groups(share)) for share in MAP_BASES], fontsize=7)
+        axes.set_ylabel("groups all zero at the start", fontsize=7)
+    figure.supxlabel("full right chains among the warm-up teacher's explanations (mean over bases)", fontsize=8)
+    panels[1, 4].text(0.1, 0.5, "greedy exact match, %\none seed; –: not measured", fontsize=7,
+                      transform=panels[1, 4].transAxes)
     save(figure, "toy_map")
 
 
@@ -342,8 +346,8 @@ def told(arm):
 
 def zero_groups(share):
     """Share of validation questions of which the base gets none of 16 draws right."""
-    groups = [drawn for row in of("signal", f"base {share}") for drawn, _ in row["signal"]["plain"]]
-    return statistics.fmean(drawn == 0 for drawn in groups) if groups else math.nan
+    row = on_map("signal", share)
+    return statistics.fmean(drawn == 0 for drawn, _ in row["signal"]["plain"]) if row else math.nan
 
 
 def toy_table():

@@ -350,7 +350,7 @@ PLAN = [  # setting, seeds, arms
       for setting in ("base 0.005", "base 0.0")),
     *((setting, [0], ["base", "direct RL", "Guide", "signal",
                       *(arm for careful in ROWS for arm in in_cell(careful)
-                        if setting == "base 0.0" or "student" not in arm)])
+                        if setting == "base 0.0" or "refreshed" not in arm)])
       for setting in SETTINGS if setting.startswith("base")),
     ("base 0.0", range(3), ["direct RL", *(f"{arm}, rows 0.1" for arm in (
         "warm-up teacher", "RLT", "best of 10", "RLT, warmed-up student", "best of 10, warmed-up student"))]),
