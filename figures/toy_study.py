@@ -349,9 +349,9 @@ PLAN = [  # setting, seeds, arms
     *((setting, range(3), ["base", "GRPO", "Guide", "Guide, naive ratio", "signal", "what Guide did"])
       for setting in ("base 0.005", "base 0.0")),
     *((setting, [0], ["base", "direct RL", "Guide", "signal",
-                      *(arm for careful in ROWS for arm in in_cell(careful)
-                        if setting == "base 0.0" or "refreshed" not in arm)])
-      for setting in SETTINGS if setting.startswith("base")),
+                      *(arm for careful in ROWS for arm in in_cell(careful) if left_out not in arm)])
+      for setting, left_out in (("base 0.08", "student"), ("base 0.005", "refreshed"), ("base 0.0", "nothing"))),
+    ("base 0.08", range(3), ["RLT, rows 0.02", "best of 10, rows 0.02"]),
     ("base 0.0", range(3), ["direct RL", *(f"{arm}, rows 0.1" for arm in (
         "warm-up teacher", "RLT", "best of 10", "RLT, warmed-up student", "best of 10, warmed-up student"))]),
     ("toy", range(3), ["long problems", "what RL did", *(arm for arm in ARMS if arm.endswith("176 rows"))]),
