@@ -252,7 +252,8 @@ GUIDE_ARMS = {"GRPO": GREY, "Guide": RED, "Guide, naive ratio": BLUE}
 
 def toy_guide():
     """Guide against GRPO: groups with a signal, predicted and drawn; success; what was gained."""
-    figure, panels = plt.subplots(1, 5, figsize=(13.5, 2.7), width_ratios=(1.3, 1, 1, 1, 1))
+    figure, panels = plt.subplot_mosaic("gcs;gCS", figsize=(9, 4.6))
+    groups = panels["g"]
     rates, plain, guided, expected = [], [], [], []
     for row in [row for share in MAP_BASES for row in of("signal", f"base {share}")]:
         for (drawn, other), (hinted, other_hinted) in zip(row["signal"]["plain"], row["signal"]["hinted"], strict=True):
@@ -266,13 +267,13 @@ def toy_guide():
     weights = [5 + 60 * rates.count(p) / len(rates) for p in at]
     for drawn, predicted, colour, label in ((plain, [usable(k, 32) for k in at], GREY, "plain groups"),
                                             (guided, [share(expected, k) for k in at], RED, "hints where all fail")):
-        panels[0].scatter(at, [100 * share(drawn, k) for k in at], weights, color=colour, label=label)
-        panels[0].plot(at, [100 * value for value in predicted], color=colour, lw=0.9)
-    panels[0].xaxis.get_major_locator().set_params(integer=True)
-    panels[0].set_xlabel("right answers in 32 draws")
-    panels[0].set_title("usable groups of 16, %; lines: predicted", fontsize=8)
-    panels[0].legend(fontsize=7)
-    for setting, curves, split in (("base 0.005", *panels[1:3]), ("base 0.0", *panels[3:])):
+        groups.scatter(at, [100 * share(drawn, k) for k in at], weights, color=colour, label=label)
+        groups.plot(at, [100 * value for value in predicted], color=colour, lw=0.9)
+    groups.xaxis.get_major_locator().set_params(integer=True)
+    groups.set_xlabel("right answers in 32 draws")
+    groups.set_title("usable groups of 16, %; lines: predicted", fontsize=8)
+    groups.legend(fontsize=7)
+    for setting, curves, split in (("base 0.005", panels["c"], panels["s"]), ("base 0.0", panels["C"], panels["S"])):
         for x, (arm, colour) in enumerate(GUIDE_ARMS.items()):
             for i, row in enumerate(of(arm, setting)):
                 curves.plot([e["step"] + 1 for e in row["curve"]], smooth([100 * e["solved"] for e in row["curve"]]),
@@ -290,10 +291,9 @@ def toy_guide():
         split.set_xticks(range(3), ("GRPO", "Guide", "naive ratio"), fontsize=7)
         split.set_title(f"{setting}: share of questions, %", fontsize=8)
         curves.set_ylim(0, 103)
-        split.set_ylim(0, 150)  # room for the legend
-        split.set_yticks(range(0, 101, 20))
-        for axes in (curves, split):
-            axes.legend(fontsize=6)
+        split.set_ylim(0, 103)
+    panels["c"].legend(fontsize=6)
+    panels["S"].legend(fontsize=6, loc="upper center")
     save(figure, "toy_guide")
 
 
