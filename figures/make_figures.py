@@ -65,6 +65,12 @@ def of(arm, setting="toy"):
     return sorted(rows, key=lambda row: row["seed"])
 
 
+def together(arms, setting="toy"):
+    """of(), without the seeds that one of these arms lacks: what stands side by side is of the same seeds."""
+    seeds = set(range(5)).intersection(*([row["seed"] for row in rows] for arm in arms if (rows := of(arm, setting))))
+    return lambda arm, setting: [row for row in of(arm, setting) if row["seed"] in seeds]
+
+
 def greedy(row):
     return 100 * row["accuracy"]["test greedy"]["mean"]
 
@@ -152,8 +158,9 @@ def toy_few_and_long():
     save(figure, "toy_few_and_long")
 
 
-STARTS = {"direct RL": "nothing"} | {f"RL after {start}": start for start in (
-    "warm-up teacher", "RL traces, raw", "RL traces, filtered", "best of 10", "RLT")}
+STARTS = {"direct RL": ("nothing", BLUE)} | {f"RL after {start}": (start, colour) for start, colour in (
+    ("warm-up teacher", GREY), ("RL traces, raw", "#a3c585"), ("RL traces, filtered", "#386641"),
+    ("best of 10", COLOURS["best of 10"]), ("RLT", RED))}
 
 
 def smooth(values, window=5):
@@ -163,17 +170,18 @@ def smooth(values, window=5):
 def toy_cold_start():
     """Table 2: RL on correctness after a cold start."""
     figure, (curves, final) = plt.subplots(1, 2, figsize=(9.6, 2.8))
-    for arm, start in STARTS.items():
-        rows = of(arm)
+    rows_of = together(STARTS)
+    for arm, (start, colour) in STARTS.items():
+        rows = rows_of(arm, "toy")
         if not rows:
             continue
         steps = [e["step"] + 1 for e in rows[0]["curve"]]
         mean = [100 * statistics.fmean(row["curve"][i]["solved"] for row in rows) for i in range(len(steps))]
-        curves.plot(steps, smooth(mean), color=COLOURS.get(start, COLOURS.get(arm)), lw=1.2, label=start)
+        curves.plot(steps, smooth(mean), color=colour, lw=1.2, label=start)
     curves.set_xlabel("step of RL")
     curves.set_ylabel("solved in training, %")
     curves.legend(fontsize=7, title="cold start from", title_fontsize=7)
-    bars(final, STARTS, theirs=PAPER["Table 2"])
+    bars(final, STARTS, theirs=PAPER["Table 2"], rows_of=rows_of)
     final.set_xlabel("exact match after RL, %; dotted: the paper's Table 2", fontsize=7.5)
     save(figure, "toy_cold_start")
 
@@ -217,11 +225,12 @@ ABLATIONS = ["score only", "RLT, lambda 1", "RLT", "RLT, lambda 10", "RLT, alpha
 def toy_ablations():
     """Appendix D: lambda, alpha and the KL; accuracy, length and leaks."""
     figure, panels = plt.subplots(1, 3, figsize=(10, 3.2), sharey=True, width_ratios=(2, 1, 1))
-    bars(panels[0], ABLATIONS)
+    rows_of = together(ABLATIONS)
+    bars(panels[0], ABLATIONS, rows_of=rows_of)
     panels[0].set_xlabel("exact match, %", fontsize=8)
     for axes, key, scale, label in ((panels[1], "length", 1, "tokens of an explanation"),
                                     (panels[2], "leak", 100, "give the solution away, %")):
-        bars(axes, ABLATIONS, values=((lambda row: scale * row["explanations"][key], 0.8),))  # noqa: B023
+        bars(axes, ABLATIONS, values=((lambda row: scale * row["explanations"][key], 0.8),), rows_of=rows_of)  # noqa: B023
         axes.set_xlim(0, 100 if key == "leak" else 25)
         axes.set_xlabel(label, fontsize=8)
     save(figure, "toy_ablations")
@@ -230,8 +239,9 @@ def toy_ablations():
 def toy_students():
     """Appendix C.4: a larger student of the same explanations, and reward students of other strength."""
     figure, axes = plt.subplots(figsize=(6.4, 2.8))
-    bars(axes, ["base, weaker", "base", "base, larger", "warm-up teacher", "warm-up teacher, larger student", "RLT",
-                "RLT, larger student", "RLT, weaker reward student", "RLT, stronger reward student"])
+    arms = ["base, weaker", "base", "base, larger", "warm-up teacher", "warm-up teacher, larger student", "RLT",
+            "RLT, larger student", "RLT, weaker reward student", "RLT, stronger reward student"]
+    bars(axes, arms, rows_of=together(arms))
     axes.set_xlabel("exact match, %", fontsize=8)
     save(figure, "toy_students")
 
@@ -356,7 +366,8 @@ def toy_table():
     seeds = sorted({row["seed"] for row in of("RLT")})
     count = of("base")[0]["accuracy"]["test greedy"]["questions"]
     lines = [f"Exact match in %, mean over seeds {', '.join(map(str, seeds))} with its 95 % interval, {count} held-out "
-             "questions; explanations: what the teacher wrote for the training questions, at lambda 3 and exact KL.",
+             "questions; explanations: what the teacher wrote for the training questions, rewarded at lambda 3 with "
+             "the exact KL.",
              "",
              "| student of | greedy | T = 1 | tokens | gives away | full right chains | raw reward |",
              "| --- | --- | --- | --- | --- | --- | --- |"]
@@ -483,8 +494,8 @@ def claims_table():
             verdict, shown = "one seed", f"{mean:+.2f}"
         lines.append(f"| {claim} | {theirs} | {measure} | {shown} | {len(values)} | {verdict} |")
     hours = sum(row["minutes"] for row in toy_rows()) / 60
-    lines += ["", "*Holds*: the interval of the mean over seeds lies above zero. *Does not hold*: the mean is zero or "
-              "below. *Mixed*: the mean is above zero, its interval is not.", "",
+    lines += ["", "*Holds*: the interval of the mean over seeds lies above zero. *Does not hold*: the mean is zero "
+              "(no seed tells them apart) or below. *Mixed*: the mean is above zero, its interval is not.", "",
               f"All arms together took {hours:.0f} hours of one thread, most of them beside other work.", ""]
     replace(HERE / "README.md", "claims", "\n".join(lines))
 
