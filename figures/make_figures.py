@@ -65,10 +65,10 @@ def of(arm, setting="toy"):
     return sorted(rows, key=lambda row: row["seed"])
 
 
-def together(arms, setting="toy"):
-    """of(), without the seeds that one of these arms lacks: what stands side by side is of the same seeds."""
-    seeds = set(range(5)).intersection(*([row["seed"] for row in rows] for arm in arms if (rows := of(arm, setting))))
-    return lambda arm, setting: [row for row in of(arm, setting) if row["seed"] in seeds]
+def together(arms):
+    """of() for the toy's arms, on the seeds that all of them have: bars that stand side by side are paired."""
+    seeds = set(range(5)).intersection(*([row["seed"] for row in rows] for arm in arms if (rows := of(arm))))
+    return lambda arm, setting="toy": [row for row in of(arm, setting) if row["seed"] in seeds]
 
 
 def greedy(row):
@@ -172,7 +172,7 @@ def toy_cold_start():
     figure, (curves, final) = plt.subplots(1, 2, figsize=(9.6, 2.8))
     rows_of = together(STARTS)
     for arm, (start, colour) in STARTS.items():
-        rows = rows_of(arm, "toy")
+        rows = rows_of(arm)
         if not rows:
             continue
         steps = [e["step"] + 1 for e in rows[0]["curve"]]
