@@ -3,17 +3,16 @@
 The reward of Reinforcement-Learned Teachers (arXiv 2506.08388). Copy this file alone: it needs torch, and
 triton on a GPU.
 
-A teacher sees a question and its solution and writes a thought. A frozen student, shown the question and the
-thought, says how likely the solution is now, and how natural the thought itself was:
+A teacher sees a question and its solution and writes a thought. A frozen student sees the question and the thought:
+how likely is the solution to it now, and how likely was the thought itself?
 
     score  = mean + alpha * min  over solution tokens  of  log p_student(token)           equation (3)
     kl     = mean + alpha * max  over thought tokens   of  KL(p_teacher || p_student)     equation (4)
     reward = score - lambda * kl                                                          equation (5)
 
-`token_stats` and `token_logprobs` reduce logits to numbers a token, `segment_stats` and `rlt_reward` reduce
-tokens to numbers a sequence. `score_explanations` does it all, from two models and token ids, and
-`completion_logprobs` is the policy pass, with a gradient. Logits exist for `head_chunk` tokens at a time, and
-sequences lie end to end in one row, without padding: see `_packs`.
+`token_stats` and `token_logprobs` reduce logits to numbers per token; `segment_stats` and `rlt_reward` reduce tokens to
+numbers per sequence. `score_explanations` does it all, from two models and token ids. Logits exist for LOGITS_CHUNK
+tokens at a time. Sequences are packed into one row, without padding; see `enable_packed_attention`.
 
     python rewards.py            an example computed by hand
     python rewards.py --check    torch and Triton on this machine, against float64
@@ -24,6 +23,7 @@ import inspect
 import math
 import os
 import sys
+import weakref
 from collections import namedtuple
 from typing import NamedTuple
 
@@ -41,13 +41,18 @@ TokenStats = namedtuple("TokenStats", "kl teacher_logprob student_logprob teache
 SegmentStats = namedtuple("SegmentStats", "mean min max argmin argmax")
 RLTReward = namedtuple("RLTReward", "reward score kl score_mean score_min kl_mean kl_max")
 FLOOR = -1e4  # for centred log-weights: its exponential is 0, and 0 * FLOOR is 0 where 0 * -inf is NaN
+LOGITS_CHUNK = 1024  # tokens whose logits exist at a time
+
+
+class UnsupportedModel(ValueError):
+    """A model whose log-probs this file would not compute as the model itself does."""
 
 
 class Row(NamedTuple):
     """One explanation in six lists of token ids.
 
-    The teacher reads teacher_prompt + thought + teacher_end, the student student_prompt + thought + bridge +
-    solution. The kl compares the models on the thought; the score is the student's on the solution.
+    teacher reads  teacher_prompt + thought + teacher_end           kl    of the thought, teacher against student
+    student reads  student_prompt + thought + bridge + solution     score of the solution, by the student
     """
 
     teacher_prompt: list[int]
@@ -59,23 +64,25 @@ class Row(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """B rows scored. Token values are packed: sequences laid end to end, in the order of the rows."""
+    """B rows scored. Values per token are packed: sequences end to end, in the order of the rows. In nats."""
 
     reward: RLTReward  # seven tensors, each (B,)
-    token_kl: Tensor  # thought tokens
-    old_logprobs: Tensor  # thought and end tokens, under the teacher
-    entropies: Tensor  # the same tokens
-    solution_logprobs: Tensor  # solution tokens, under the student
+    token_kl: Tensor  # of thought tokens, as asked for: exact, or the log-ratio
+    old_logprobs: Tensor  # of thought and end tokens, under the teacher
+    entropies: Tensor  # of the same tokens
+    solution_logprobs: Tensor  # of solution tokens, under the student
     thought_lengths: list[int]
     completion_lengths: list[int]
     solution_lengths: list[int]
+    token_kl_exact: Tensor  # of thought tokens, over the vocabulary
+    token_log_ratio: Tensor  # of thought tokens: log p_teacher - log p_student, the k1 estimate of the KL
 
 
 @functools.cache
 def implementation(impl, device_type):
     """What `impl` means on a type of device: "triton" or "torch".
 
-    "auto" is Triton on a GPU and torch elsewhere, and says so once. A GPU without Triton raises.
+    "auto" is Triton on a GPU and torch elsewhere; which one is printed once. A GPU without Triton raises RuntimeError.
     """
     if impl not in ("auto", "torch", "triton"):
         raise ValueError(f"impl is {impl!r}, expected 'auto', 'torch' or 'triton'")
@@ -91,7 +98,7 @@ def implementation(impl, device_type):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Logits to a number a token
+# From logits to numbers per token
 
 
 def token_stats(teacher_logits, student_logits, token_ids, *, teacher_temperature=1.0,
@@ -104,9 +111,9 @@ def token_stats(teacher_logits, student_logits, token_ids, *, teacher_temperatur
         student_logprob  log p_student[token_ids]
         teacher_entropy  of p_teacher
 
-    vocab: columns from there on are ignored on both sides. None: all count, and one that a side lacks is -inf
-    there, for token_ids too. A teacher's logit above -inf where the student's is -inf gives kl = +inf. A row
-    that is -inf throughout is no distribution and gives NaN.
+    vocab: columns from there on are ignored on both sides. None: all count, and a column that one side lacks is
+    -inf there, for token_ids too. A teacher's logit above -inf where the student's is -inf gives kl = +inf. A row
+    that is -inf throughout is not a distribution and gives NaN.
     impl: "torch" carries gradients and keeps float64, "triton" does neither; "auto": see `implementation`.
     """
     teacher, student = (_checked(x, token_ids, temperature, vocab) for x, temperature in (
@@ -150,7 +157,7 @@ def _blocks(*tensors):
     return zip(*(x.split(rows) for x in tensors), strict=True)
 
 
-def _centred(logits, temperature):
+def centred(logits, temperature):
     """Log-weights with a maximum of 0. Subtracting before dividing keeps the digits of a large offset."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return (logits - logits.amax(1, keepdim=True)) / temperature
@@ -163,7 +170,7 @@ def _at(z, token_ids):
 
 
 def _token_logprobs_torch(logits, token_ids, temperature):
-    z = _centred(logits, temperature)
+    z = centred(logits, temperature)
     p = z.exp()
     total = p.sum(1)
     return _at(z, token_ids) - total.log(), total.log() - (p * z.clamp(min=FLOOR)).sum(1) / total
@@ -172,7 +179,7 @@ def _token_logprobs_torch(logits, token_ids, temperature):
 def _token_stats_torch(teacher, student, token_ids, teacher_temperature, student_temperature):
     # With t and s centred and Z = sum exp,  kl = sum p (t - s) - log Z_t + log Z_s.  The difference is taken
     # before the sum, the ratio before the logarithm: nearly equal models lose no digits to cancellation.
-    t, s = _centred(teacher, teacher_temperature), _centred(student, student_temperature)
+    t, s = centred(teacher, teacher_temperature), centred(student, student_temperature)
     width = max(t.shape[1], s.shape[1])
     t, s = (F.pad(z, (0, width - z.shape[1]), value=-torch.inf) for z in (t, s))
     p = t.exp()
@@ -186,7 +193,7 @@ def _token_stats_torch(teacher, student, token_ids, teacher_temperature, student
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The same in Triton: one pass, each logit read once, four numbers written
+# The same in Triton: one pass, each logit is read once, four numbers are written
 #
 # spec      kl = sum p (t - s) - log Z_t + log Z_s    entropy = log Z_t - sum p t    logprob = z[id] - log Z
 #           with t, s = (logits - maximum) / temperature, in base 2,  Z = sum 2^z,  p = 2^t / Z_t
@@ -330,16 +337,16 @@ def _launch(kernel, out, token_ids, *sides):
 
 
 def meta_parameters(itemsize, num_warps=8, rows=2):
-    """The row kernels' tile: a lane a thread, 16 bytes a load. tests/bench_rewards.py times others."""
+    """The row kernels' tile: one lane a thread, 16 bytes a load. bench/scoring.py times others."""
     return dict(ROWS=rows, LANES=32 * num_warps, WIDTH=16 // itemsize, num_warps=num_warps)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Tokens to a number a sequence
+# From tokens to numbers per sequence
 
 
 def segment_stats(values, lengths, *, impl="auto"):
-    """values (N,) of B sequences laid end to end, lengths (B,) on the host -> SegmentStats, each (B,).
+    """values (N,) of B packed sequences, lengths (B,) on the host -> SegmentStats, each (B,).
 
     argmin and argmax are the first position of the extreme in its own sequence: the argmin of a solution's
     log-probs is its hardest leap. An empty sequence raises ValueError. On a GPU nothing is sent to the host.
@@ -353,7 +360,7 @@ def segment_stats(values, lengths, *, impl="auto"):
             [x.indices for x in low], [x.indices for x in high])))
     out = torch.empty(3, len(lengths), device=values.device)
     position = torch.empty(2, len(lengths), dtype=torch.long, device=values.device)
-    starts = _on(values.device, F.pad(torch.tensor(lengths).cumsum(0), (1, 0)))
+    starts = to_device(values.device, F.pad(torch.tensor(lengths).cumsum(0), (1, 0)))
     with torch.cuda.device_of(values):
         _segment_stats_kernel[(len(lengths),)](
             out, position, values.float().contiguous(), starts, len(lengths), LANES=256)
@@ -386,219 +393,156 @@ def rlt_reward(solution_logprobs, solution_lengths, token_kl, thought_lengths, *
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Two models to rewards
+# From two models to rewards
 
 
 @torch.no_grad()
-def score_explanations(teacher, student, rows, *, lam=3.0, alpha=0.01, kl="exact", temperature=1.0,
-                       policy_temperature=None, vocab=None, head_chunk=1024, micro_batch_tokens=16_384,
-                       logits_dtype=torch.float32, impl="auto"):
-    """Reward explanations; the teacher's old log-probs and entropies come from the same pass -> Scored.
+def score_explanations(teacher, student, rows, *, lam=3.0, alpha=0.01, kl="exact", temperature=1.0, vocab=None,
+                       head_chunk=LOGITS_CHUNK, micro_batch_tokens=16_384, impl="auto"):
+    """Reward explanations. The teacher's old log-probs and entropies come from the same pass -> Scored.
 
-    teacher, student    Hugging Face causal LMs, a PeftModel too, in the mode (train or eval) they are in
+    teacher, student    Hugging Face causal LMs or PeftModels, in the mode (train or eval) they are in
     rows                B times the six fields of `Row`
     kl                  "exact" over the vocabulary, or "sampled": log p_teacher - log p_student of the
-                        sampled token, as in the released code
-    temperature         divides both models' logits in score and kl
-    policy_temperature  divides the teacher's in old log-probs and entropies; None: the same
+                        sampled token, the k1 estimate, as in the released code
+    temperature         divides all logits of both models
     vocab               len(tokenizer): the head's columns beyond it are never computed
-    head_chunk          tokens whose logits exist at a time, in logits_dtype or the head's if that is wider
-    micro_batch_tokens  tokens of one forward pass; a longer row goes alone
+    head_chunk          tokens whose logits exist at a time
+    micro_batch_tokens  tokens of one forward pass; a longer row is a pass of its own
 
     A thought without tokens counts as 1 in the mean and in the max of kl, as in the released code. An empty
-    solution raises ValueError naming the row.
+    solution raises ValueError naming the row. A model that `check_model` refuses raises UnsupportedModel.
     """
     if kl not in ("exact", "sampled"):
         raise ValueError(f"kl is {kl!r}, expected 'exact' or 'sampled'")
+    check_model(teacher), check_model(student)
     rows = [Row(*map(list, row)) for row in rows]
-    lengths = torch.tensor([[len(ids) for ids in row] for row in rows])  # (B, 6), on the host
-    thought, completion, solution = lengths[:, 1], lengths[:, 1] + lengths[:, 2], lengths[:, 5]
-    if 0 in solution:
-        raise ValueError(f"row {solution.tolist().index(0)} has an empty solution, expected at least one "
+    n = row_lengths(rows)
+    if 0 in n.solution:
+        raise ValueError(f"row {n.solution.tolist().index(0)} has an empty solution, expected at least one "
                          "token: there is nothing to score, drop the row")
-    policy_temperature = temperature if policy_temperature is None else policy_temperature
-    head_t, head_s = _head(teacher, vocab), _head(student, vocab)
+    head_t, head_s = output_head(teacher, vocab), output_head(student, vocab)
     device = head_t[0].device
 
-    def score(batch, tp, th, te, sp, br, so):
-        """Packed numbers of a micro-batch: kl, log-probs and entropies of thoughts and of ends, solutions."""
-        # 1. the states that predict thought and end under the teacher, thought and solution under the student
-        states_t, states_end = _hidden(
-            teacher, [r.teacher_prompt + r.thought + r.teacher_end for r in batch], (tp, th), (tp + th, te))
-        states_s, states_solution = _hidden(
-            student, [r.student_prompt + r.thought + r.bridge + r.solution for r in batch],
-            (sp, th), (sp + th + br, so))
-        buffer_t, buffer_s = (_buffer(head, head_chunk, logits_dtype) for head in (head_t, head_s))
+    # results, packed in the order of the rows; micro-batches fill them in another order
+    n_completion = n.thought + n.teacher_end
+    thought_stats = torch.empty(2, int(n.thought.sum()), device=device)  # exact kl, log-ratio
+    policy_stats = torch.empty(2, int(n_completion.sum()), device=device)  # log-probs, entropies
+    solution_logprobs = torch.empty(int(n.solution.sum()), device=device)
+    thought_at, completion_at, solution_at = (m.cumsum(0) - m for m in (n.thought, n_completion, n.solution))
 
-        # 2. thoughts: a chunk of logits of each model, reduced together
-        ids, token_kl, old = _ids([r.thought for r in batch], head_t), [], []
-        for c in _chunks(len(ids), head_chunk):
-            logits_t = _logits(states_t[c], head_t, buffer_t)
-            logits_s = _logits(states_s[c], head_s, buffer_s).to(device)
-            stats = token_stats(logits_t, logits_s, ids[c], teacher_temperature=temperature,
-                                student_temperature=temperature, impl=impl)
-            token_kl.append(stats.kl if kl == "exact" else stats.teacher_logprob - stats.student_logprob)
-            old.append(torch.stack(
-                (stats.teacher_logprob, stats.teacher_entropy) if policy_temperature == temperature
-                else token_logprobs(logits_t, ids[c], temperature=policy_temperature, impl=impl)))
-
-        # 3. the teacher's end tokens, the student's solutions
-        end = _head_logprobs(states_end, head_t, _ids([r.teacher_end for r in batch], head_t),
-                             policy_temperature, buffer_t, impl)
-        logprobs, _ = _head_logprobs(states_solution, head_s, _ids([r.solution for r in batch], head_s),
-                                     temperature, buffer_s, impl)
-        packed = torch.cat(token_kl), torch.cat(old, 1), torch.stack(end), logprobs
-        return [x.to(device, torch.float32) for x in packed]
-
-    token_kl = torch.empty(int(thought.sum()), device=device)
-    old = torch.empty(2, int(completion.sum()), device=device)
-    solution_logprobs = torch.empty(int(solution.sum()), device=device)
-    thought_at, completion_at, solution_at = (n.cumsum(0) - n for n in (thought, completion, solution))
-    width = torch.maximum(lengths[:, :3].sum(1), lengths[:, [3, 1, 4, 5]].sum(1))
+    width = torch.maximum(n.teacher_prompt + n_completion, n.student_prompt + n.thought + n.bridge + n.solution)
     for b in micro_batches(width.tolist(), micro_batch_tokens):
-        _, th, te, _, _, so = spans = lengths[b].unbind(1)
-        kl_values, old_thought, old_end, logprobs = score([rows[i] for i in b], *spans)
-        token_kl[_ranges(device, thought_at[b], th)] = kl_values
-        old[:, _ranges(device, completion_at[b], th)] = old_thought
-        old[:, _ranges(device, completion_at[b] + th, te)] = old_end
-        solution_logprobs[_ranges(device, solution_at[b], so)] = logprobs
+        thought, policy, end, solution = _score_micro_batch(
+            teacher, student, head_t, head_s, [rows[i] for i in b], temperature, head_chunk, impl)
+        thought_stats[:, ranges(device, thought_at[b], n.thought[b])] = thought
+        policy_stats[:, ranges(device, completion_at[b], n.thought[b])] = policy
+        policy_stats[:, ranges(device, completion_at[b] + n.thought[b], n.teacher_end[b])] = end
+        solution_logprobs[ranges(device, solution_at[b], n.solution[b])] = solution
 
-    counted = thought.clamp(min=1)  # an empty thought counts as one token of kl 1
-    values = torch.ones(int(counted.sum()), device=device)
-    values[_ranges(device, counted.cumsum(0) - counted, thought)] = token_kl
-    reward = rlt_reward(solution_logprobs, solution, values, counted, lam=lam, alpha=alpha, impl=impl)
-    return Scored(reward, token_kl, *old, solution_logprobs,
-                  thought.tolist(), completion.tolist(), solution.tolist())
+    token_kl = thought_stats[0 if kl == "exact" else 1]
+    n_counted = n.thought.clamp(min=1)  # an empty thought counts as one token of kl 1
+    counted_kl = torch.ones(int(n_counted.sum()), device=device)
+    counted_kl[ranges(device, n_counted.cumsum(0) - n_counted, n.thought)] = token_kl
+    reward = rlt_reward(solution_logprobs, n.solution, counted_kl, n_counted, lam=lam, alpha=alpha, impl=impl)
+    return Scored(reward, token_kl, *policy_stats, solution_logprobs, n.thought.tolist(), n_completion.tolist(),
+                  n.solution.tolist(), *thought_stats)
 
 
-def completion_logprobs(model, prompts, completions, *, temperature=1.0, vocab=None, head_chunk=1024,
-                        impl="auto"):
-    """Log-probs and entropies of B completions (lists of ids) after their prompts: packed, (N,) float32 each.
+def _score_micro_batch(teacher, student, head_t, head_s, rows, temperature, head_chunk, impl):
+    """Packed numbers of some rows, on the teacher's device: thoughts (2, N): exact kl and log-ratio; the teacher's
+    log-probs and entropies of thoughts (2, N) and of ends (2, M); the student's log-probs of solutions (S,)."""
+    n = row_lengths(rows)
+    device = head_t[0].device
 
-    One forward pass, one micro-batch: the caller splits, see `micro_batches`. Where grad is enabled the
-    log-probs carry it, and memory still does not depend on the vocabulary: the backward computes each chunk's
-    logits again. A frozen head gets no gradient buffer. Entropies carry no gradient. With grad and without,
-    values are the same bits.
+    # 1. the hidden states that predict thought and end under the teacher, thought and solution under the student
+    states_t, states_end = hidden_states(
+        teacher, [r.teacher_prompt + r.thought + r.teacher_end for r in rows],
+        (n.teacher_prompt, n.thought), (n.teacher_prompt + n.thought, n.teacher_end))
+    states_s, states_solution = hidden_states(
+        student, [r.student_prompt + r.thought + r.bridge + r.solution for r in rows],
+        (n.student_prompt, n.thought), (n.student_prompt + n.thought + n.bridge, n.solution))
+    buffer_t, buffer_s = logits_buffer(head_t, head_chunk), logits_buffer(head_s, head_chunk)
+
+    # 2. thoughts: a chunk of logits of each model, reduced together
+    ids = flat_ids([r.thought for r in rows], head_t)
+    chunks = []
+    for c in chunk_slices(len(ids), head_chunk):
+        logits_t = compute_logits(states_t[c], head_t, buffer_t)
+        logits_s = compute_logits(states_s[c], head_s, buffer_s).to(device)
+        chunks.append(token_stats(logits_t, logits_s, ids[c], teacher_temperature=temperature,
+                                  student_temperature=temperature, impl=impl))
+    token_kl, teacher_logprob, student_logprob, teacher_entropy = map(torch.cat, zip(*chunks, strict=True))
+
+    # 3. the teacher's end tokens, the student's solutions
+    ids_end = flat_ids([r.teacher_end for r in rows], head_t)
+    end = head_logprobs(states_end, head_t, ids_end, temperature, buffer_t, impl)
+    ids_solution = flat_ids([r.solution for r in rows], head_s)
+    solution, _ = head_logprobs(states_solution, head_s, ids_solution, temperature, buffer_s, impl)
+    return (torch.stack((token_kl, teacher_logprob - student_logprob)),
+            torch.stack((teacher_logprob, teacher_entropy)), torch.stack(end), solution.to(device))
+
+
+def row_lengths(rows):
+    """Lengths of the six parts of B rows, on the host: a Row of six tensors (B,)."""
+    return Row(*torch.tensor([[len(ids) for ids in row] for row in rows]).unbind(1))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Hidden states, and logits in chunks
+
+
+def output_head(model, vocab=None):
+    """weight (V, H) and bias (V,) or None of the layer that makes logits, cut to the first `vocab` rows."""
+    head = causal_lm(model).get_output_embeddings()
+    return head.weight[:vocab], head.bias if head.bias is None else head.bias[:vocab]
+
+
+def causal_lm(model):
+    """The Hugging Face model inside a PeftModel: LoRA adapters are in its layers, so nothing is lost."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def hidden_states(model, sequences, *spans):
+    """The states that predict the tokens of each span -> for each span (N, H), packed.
+
+    sequences: B lists of ids. A span is a pair of starts (B,) and lengths (B,): one part of every sequence. All
+    sequences are packed into one row and none attends to another; models that can't do that read them one by one.
     """
-    head = _head(model, vocab)
-    pairs = list(zip(prompts, completions, strict=True))
-    prompt, completion = torch.tensor([[len(p), len(c)] for p, c in pairs]).unbind(1)
-    states, = _hidden(model, [[*p, *c] for p, c in pairs], (prompt, completion))
-    return _HeadLogprobs.apply(states, *head, _ids(completions, head), temperature, head_chunk, impl)
+    packed = check_model(model)
+    model = causal_lm(model)
+    states = _packed_states(model, sequences) if packed else _states_one_by_one(model, sequences)
+    states = states.to(model.get_output_embeddings().weight.dtype)
+    ends = torch.tensor([len(s) for s in sequences]).cumsum(0)
+    begins = ends - torch.tensor([len(s) for s in sequences])
+    return [states.index_select(0, ranges(states.device, begins + start - 1, length)) for start, length in spans]
 
 
-def completion_logprobs_and_kl(teacher, student, rows, *, temperature=1.0, policy_temperature=None, vocab=None,
-                               head_chunk=1024, impl="auto"):
-    """The teacher's part of `completion_logprobs`, and its exact kl to the student, both with gradient.
-
-    rows as in `score_explanations`, one micro-batch -> log-probs of thoughts and ends, packed row by row, at
-    policy_temperature (None: the same); and kl of the thoughts' tokens at `temperature`. The gradient of the kl
-    is the one through the teacher's distribution; the student has none. Chunked and recomputed as the log-probs.
-    """
-    rows = [Row(*map(list, row)) for row in rows]
-    tp, th, te, sp, *_ = torch.tensor([[len(ids) for ids in row] for row in rows]).unbind(1)
-    head_t, head_s = _head(teacher, vocab), _head(student, vocab)
-    states_t, states_all = _hidden(teacher, [r.teacher_prompt + r.thought + r.teacher_end for r in rows],
-                                   (tp, th), (tp, th + te))
-    with torch.no_grad():
-        states_s, = _hidden(student, [r.student_prompt + r.thought for r in rows], (sp, th))
-    ids = _ids([r.thought + r.teacher_end for r in rows], head_t)
-    policy_temperature = temperature if policy_temperature is None else policy_temperature
-    logprobs, _ = _HeadLogprobs.apply(states_all, *head_t, ids, policy_temperature, head_chunk, impl)
-    return logprobs, _HeadKL.apply(states_t, *head_t, states_s, *head_s, temperature, head_chunk, impl)
+def _packed_states(model, sequences):
+    """One forward pass of all sequences in one row -> (N, H)."""
+    lengths = [len(s) for s in sequences]
+    bounds = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
+    positions = ranges(model.device, torch.zeros(len(lengths), dtype=torch.long), torch.tensor(lengths))
+    # The empty mask keeps transformers from making one of T x T. A model that loses `packed` on the way to its
+    # attention can't run with it.
+    return model.get_decoder()(
+        input_ids=to_device(model.device, [[i for s in sequences for i in s]]), position_ids=positions[None],
+        attention_mask=torch.empty(1, 1, 0, 0), use_cache=False,
+        packed=(lengths, to_device(model.device, bounds))).last_hidden_state[0]
 
 
-class _HeadKL(torch.autograd.Function):
-    """states of the teacher and of the student, (N, H) each -> kl (N,), a chunk of logits at a time.
-
-    gradient   d kl / d logits_t = p (log p - log q - kl) / temperature; none for the heads, which are frozen
-    """
-
-    @staticmethod
-    def forward(ctx, states_t, weight_t, bias_t, states_s, weight_s, bias_s, temperature, head_chunk, impl):
-        assert not weight_t.requires_grad, "the head must be frozen"
-        saved = states_t, weight_t, bias_t, states_s, weight_s, bias_s
-        ctx.save_for_backward(*saved)
-        ctx.temperature, ctx.head_chunk = temperature, head_chunk
-        kl = [token_stats(t, s, torch.zeros(len(t), dtype=torch.long, device=t.device), impl=impl,
-                          teacher_temperature=temperature, student_temperature=temperature).kl
-              for _, t, s in _chunks_of_logits(*saved, head_chunk)]
-        return torch.cat(kl)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_kl):
-        states_t, weight_t, *_ = ctx.saved_tensors
-        grad_states = torch.empty_like(states_t)
-        for c, t, s in _chunks_of_logits(*ctx.saved_tensors, ctx.head_chunk):
-            t, s = (_centred(x, ctx.temperature).log_softmax(1) for x in (t, s))
-            p = t.exp()
-            difference = torch.where(p > 0, t - s, 0)
-            kl = (p * difference).sum(1, keepdim=True)
-            g = p * (difference - kl) * (grad_kl[c] / ctx.temperature)[:, None]
-            grad_states[c] = g[:, : len(weight_t)].to(weight_t.dtype) @ weight_t
-        return grad_states, *[None] * 8
+def _states_one_by_one(model, sequences):
+    """A forward pass for each sequence -> (N, H)."""
+    decoder = model.get_decoder()
+    return torch.cat([decoder(input_ids=to_device(model.device, [s]), use_cache=False).last_hidden_state[0]
+                      for s in sequences])
 
 
-def _chunks_of_logits(states_t, weight_t, bias_t, states_s, weight_s, bias_s, head_chunk):
-    """(slice, the teacher's logits, the student's) of one chunk after the other, in two buffers."""
-    heads = (weight_t, bias_t), (weight_s, bias_s)
-    buffer_t, buffer_s = (_buffer(head, min(head_chunk, len(states_t))) for head in heads)
-    for c in _chunks(len(states_t), head_chunk):
-        logits_t, logits_s = _logits(states_t[c], heads[0], buffer_t), _logits(states_s[c], heads[1], buffer_s)
-        yield c, logits_t, logits_s.to(logits_t.device)
-
-
-class _HeadLogprobs(torch.autograd.Function):
-    """states (N, H) -> log p[ids] and entropy, (N,) each, of states @ weight.T + bias, a chunk at a time.
-
-    gradient   d logprob / d logits = (onehot(ids) - softmax(logits / temperature)) / temperature
-    """
-
-    @staticmethod
-    def forward(ctx, states, weight, bias, ids, temperature, head_chunk, impl):
-        head = weight, bias
-        buffer = _buffer(head, min(head_chunk, len(ids)))
-        logprobs, entropies = _head_logprobs(states, head, ids, temperature, buffer, impl)
-        ctx.save_for_backward(states, weight, bias, ids)
-        ctx.temperature, ctx.head_chunk = temperature, head_chunk
-        ctx.mark_non_differentiable(entropies)
-        return logprobs, entropies
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_logprobs, _):
-        states, weight, bias, ids = ctx.saved_tensors
-        buffer = _buffer((weight, bias), min(ctx.head_chunk, len(ids)))
-        grad_states = torch.empty_like(states)
-        _, weight_needed, bias_needed, *_ = ctx.needs_input_grad
-        grad_weight = torch.zeros_like(weight, dtype=buffer.dtype) if weight_needed else None
-        grad_bias = torch.zeros_like(bias, dtype=buffer.dtype) if bias_needed else None
-        for c in _chunks(len(ids), ctx.head_chunk):
-            g = (grad_logprobs[c] / ctx.temperature)[:, None]
-            z = _logits(states[c], (weight, bias), buffer)[:, : len(weight)]  # and all that follows in place
-            z.sub_(z.amax(1, keepdim=True)).div_(ctx.temperature).exp_()
-            z.mul_(-g / z.sum(1, keepdim=True)).scatter_add_(1, ids[c, None], g)
-            if bias_needed:
-                grad_bias += z.sum(0)
-            z = z.to(weight.dtype)
-            grad_states[c] = z @ weight
-            if weight_needed:
-                grad_weight += z.T @ states[c]
-        return grad_states, grad_weight, grad_bias, None, None, None, None
-
-
-def _head_logprobs(states, head, ids, temperature, buffer, impl):
-    chunks = [token_logprobs(_logits(states[c], head, buffer), ids[c], temperature=temperature, impl=impl)
-              for c in _chunks(len(ids), len(buffer))]
-    return tuple(map(torch.cat, zip(*chunks, strict=True)))
-
-
-def _buffer(head, rows, dtype=torch.float32):
-    """Room for a chunk of logits, no narrower than the head's own.
+def logits_buffer(head, rows, dtype=torch.float32):
+    """Memory for a chunk of logits, in float32 or the head's own type if that is wider.
 
     Columns are rounded up to 16, with -inf, which counts as absent: the kernels load 16 bytes at a time only
-    where rows are aligned, and a tokenizer is as long as it is (Qwen2.5's has 151,665 ids).
+    where rows are aligned, and a tokenizer can have any length (Qwen2.5's has 151,665 ids).
     """
     weight, _ = head
     dtype = torch.promote_types(dtype, weight.dtype)
@@ -607,7 +551,7 @@ def _buffer(head, rows, dtype=torch.float32):
     return buffer
 
 
-def _logits(states, head, buffer):
+def compute_logits(states, head, buffer):
     """states (n, H) @ weight (V, H).T + bias, into n rows and V columns of `buffer` -> those rows of it."""
     weight, bias = head
     out = buffer[: len(states), : len(weight)]
@@ -616,107 +560,28 @@ def _logits(states, head, buffer):
     elif out.is_cuda:
         torch.mm(states, weight.T, out_dtype=out.dtype, out=out)
     else:  # a matmul on the CPU can't widen its result: widen a slice of the head at a time
-        for v in _chunks(len(weight), 2**14):
+        for v in chunk_slices(len(weight), 2**14):
             out[:, v] = states.to(out.dtype) @ weight[v].to(out.dtype).T
     if bias is not None:
         out.add_(bias)
     return buffer[: len(states)]
 
 
-def _causal_lm(model):
-    """The Hugging Face model inside a PeftModel: LoRA lives in its layers, so nothing is lost."""
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise NotImplementedError("prompt-learning adapters are not supported: use one in the layers, LoRA")
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def head_logprobs(states, head, ids, temperature, buffer, impl):
+    """states (N, H), ids (N,) -> log p[ids] and entropies, (N,) each, one chunk of logits at a time."""
+    chunks = [token_logprobs(compute_logits(states[c], head, buffer), ids[c], temperature=temperature, impl=impl)
+              for c in chunk_slices(len(ids), len(buffer))]
+    return tuple(map(torch.cat, zip(*chunks, strict=True)))
 
 
-def _head(model, vocab):
-    """weight (V, H) and bias (V,) or None of the head, cut to the first `vocab` rows."""
-    model = _causal_lm(model)
-    config = model.config.get_text_config()
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1):
-            raise NotImplementedError(f"{type(model).__name__} has {name} = {getattr(config, name)} behind "
-                                      "its head, which the chunked head leaves out: use a model without")
-    head = model.get_output_embeddings()
-    assert type(head) is torch.nn.Linear, f"the head must be a plain Linear layer, not {type(head).__name__}"
-    return head.weight[:vocab], head.bias if head.bias is None else head.bias[:vocab]
-
-
-def _hidden(model, sequences, *spans):
-    """The states that predict the tokens of each span -> for each span (n, H), sequences laid end to end.
-
-    sequences: B lists of ids; a span: starts (B,) and lengths (B,) of one stretch of every sequence. All lie in
-    one row, without padding, and none sees another; a model that can't do that reads them one by one.
-    """
-    model = _causal_lm(model)
-    decoder, device, lengths = model.get_decoder(), model.device, torch.tensor([len(s) for s in sequences])
-    ends = lengths.cumsum(0)
-    ids = _on(device, [[i for s in sequences for i in s]])
-    if _packs(model):
-        # The empty mask keeps transformers from making one, T x T; and if a model lost `packed` on its way to
-        # the attention, it could not go on with it.
-        states = decoder(input_ids=ids, position_ids=_ranges(device, ends * 0, lengths)[None], use_cache=False,
-                         attention_mask=torch.empty(1, 1, 0, 0),
-                         packed=(lengths.tolist(), _on(device, F.pad(ends, (1, 0)).int()))).last_hidden_state
-    else:
-        _one_by_one(type(model).__name__)
-        states = torch.cat([decoder(input_ids=one, use_cache=False).last_hidden_state
-                            for one in ids.split(lengths.tolist(), 1)], 1)
-    states = states[0].to(model.get_output_embeddings().weight.dtype)
-    return [states.index_select(0, _ranges(states.device, ends - lengths - 1 + start, n)) for start, n in spans]
-
-
-@functools.cache
-def _one_by_one(name):
-    """Says so, once."""
-    print(f"rewards.py: {name} reads sequences one by one: its attention can't be packed", file=sys.stderr)
-
-
-def _packs(model):
-    """Whether sequences can lie end to end in one row: every layer's attention is full, and torch's sdpa.
-
-    Such a model gets `_packed_attention` for good, since the backward of a checkpointed layer looks it up again.
-    Outside of here that is sdpa, mask and all: the model samples as before.
-    """
-    config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or [getattr(config, "sliding_window", None) or "full_attention"]
-    if model._supports_attention_backend and config._attn_implementation == "sdpa" and {*kinds} == {"full_attention"}:
-        from transformers import AttentionInterface
-        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-        AttentionInterface.register("packed", _packed_attention)
-        AttentionMaskInterface.register("packed", sdpa_mask)
-        model.set_attn_implementation("packed")
-    return config._attn_implementation == "packed"
-
-
-def _packed_attention(module, query, key, value, attention_mask, packed=None, **options):
-    """Causal attention of sequences that lie end to end in one row, each for itself; no T x T mask.
-
-    query (1, heads, T, D), key and value of fewer heads, or as many -> (1, T, heads, D), None
-    packed: lengths (B,) on the host, and their running sums from 0 on (B + 1,), int32. None: this is sdpa.
-    """
-    from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-
-    if packed is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    (lengths, bounds), scale, dropout = packed, options["scaling"], options.get("dropout", 0.0)
-    size = query.shape[3]
-    flash = query.is_cuda and query.itemsize == 2 and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    if flash and size == value.shape[3] <= 256 and size % 8 == 0 and not dropout:
-        from torch.nn.attention.varlen import varlen_attn
-
-        fewer = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-        out = varlen_attn(*(x[0].transpose(0, 1) for x in (query, key, value)), bounds, bounds, max(lengths),
-                          max(lengths), scale=scale, window_size=(-1, 0), **fewer)  # nothing ahead: causal
-        return out[None], None
-    if query.is_cuda:  # else SDPA's kernel for shared heads would be the one that holds all T x T scores
-        key, value = (repeat_kv(x, query.shape[1] // x.shape[1]) for x in (key, value))
-    parts = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)
-    out = [F.scaled_dot_product_attention(*part, is_causal=True, scale=scale, dropout_p=dropout,
-                                          enable_gqa=not query.is_cuda) for part in parts]
-    return torch.cat(out, 2).transpose(1, 2), None
+def flat_ids(lists, head):
+    """Lists of ids as one tensor on the head's device. Raises ValueError for an id that the head does not have."""
+    weight, _ = head
+    ids = torch.tensor([i for ids in lists for i in ids], dtype=torch.long)
+    if len(ids) and not 0 <= ids.min() <= ids.max() < len(weight):
+        raise ValueError(f"token ids run from {ids.min()} to {ids.max()}, expected 0 to {len(weight) - 1}: "
+                         "the tokenizer has more of them than vocab or the head")
+    return to_device(weight.device, ids)
 
 
 def micro_batches(lengths, tokens):
@@ -732,29 +597,151 @@ def micro_batches(lengths, tokens):
         yield batch
 
 
-def _ranges(device, starts, lengths):
-    """start, start + 1, ..., start + length - 1 of every pair, laid end to end."""
+def chunk_slices(n, size):
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)] or [slice(0, 0)]
+
+
+def ranges(device, starts, lengths):
+    """start, start + 1, ..., start + length - 1 of every pair, concatenated."""
     skipped = starts - (lengths.cumsum(0) - lengths)
-    return _on(device, torch.arange(int(lengths.sum())) + skipped.repeat_interleave(lengths))
+    return to_device(device, torch.arange(int(lengths.sum())) + skipped.repeat_interleave(lengths))
 
 
-def _ids(lists, head):
-    weight, _ = head
-    ids = torch.tensor([i for ids in lists for i in ids], dtype=torch.long)
-    if len(ids) and not 0 <= ids.min() <= ids.max() < len(weight):
-        raise ValueError(f"token ids run from {ids.min()} to {ids.max()}, expected 0 to {len(weight) - 1}: "
-                         "the tokenizer has more of them than vocab or the head")
-    return _on(weight.device, ids)
-
-
-def _on(device, data):
+def to_device(device, data):
     """From the host to a device, without waiting for it."""
     data = torch.as_tensor(data)
     return data.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else data.to(device)
 
 
-def _chunks(n, size):
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)] or [slice(0, 0)]
+# ----------------------------------------------------------------------------------------------------------
+# Which models are read right: packed, one by one, or not at all
+
+_CHECKED = weakref.WeakKeyDictionary()  # model: whether its sequences are packed
+
+
+@torch.no_grad()
+def check_model(model):
+    """Whether the model's sequences can be packed. Measured once per model, on a few tokens; never assumed.
+
+    The head: the model's own forward pass must make the logits that `compute_logits` makes, from states scaled so
+    that logits reach 1, 30 and 300: a soft cap, a multiplier or a bias that this file leaves out shows there.
+    Packing: two sequences in one row must give the states that each gives alone. Otherwise they are read one by one.
+
+    Tolerance, relative to the largest value: logits 1e-4 in float32, 2e-2 in 16 bits, whose own logits are rounded;
+    states 1e-3 and 5e-2. Raises UnsupportedModel with the model's name.
+    """
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise UnsupportedModel("prompt-learning adapters are not supported: use one in the layers, LoRA")
+    model = causal_lm(model)
+    if model not in _CHECKED:
+        training = model.training
+        model.eval()
+        try:
+            _check_head(model)
+            _CHECKED[model] = _can_pack(model)
+        finally:
+            model.train(training)
+        if not _CHECKED[model]:
+            print(f"rewards.py: {type(model).__name__} reads sequences one by one: its attention can't be packed",
+                  file=sys.stderr)
+    return _CHECKED[model]
+
+
+def _check_head(model):
+    name, head = type(model).__name__, model.get_output_embeddings()
+    if type(head) is not torch.nn.Linear:
+        raise UnsupportedModel(f"the head of {name} is a {type(head).__name__}, expected a plain Linear layer: "
+                               "use a model without one, or an adapter that leaves lm_head alone")
+    weight = head.weight
+    states = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    largest = (states.float() @ weight[:4096].float().T).abs().amax(1, keepdim=True)
+    states = (states * (torch.tensor([[1.0], [30.0], [300.0]]).to(largest) / largest)).to(weight.dtype)
+
+    def replace_states(module, inputs, output):
+        output.last_hidden_state = states[None]
+        return output
+
+    hooks = []
+    try:
+        hooks.append(model.get_decoder().register_forward_hook(replace_states))
+        theirs = model(input_ids=to_device(model.device, [[0, 1, 2]]), use_cache=False).logits[0].float()
+    except Exception as error:
+        raise UnsupportedModel(f"{name} can't be checked ({str(error).partition(chr(10))[0]}): expected a decoder-only "
+                               "causal LM of transformers") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    ours = compute_logits(states, output_head(model), logits_buffer(output_head(model), 3))[:, : len(weight)].float()
+    if theirs.shape != ours.shape or not _close(ours, theirs, 1e-4, 2e-2, weight.dtype):
+        raise UnsupportedModel(f"{name} does more to its logits than multiply by its head (a soft cap or a scale, "
+                               "perhaps), which chunked logits leave out: use another model")
+
+
+def _can_pack(model):
+    if not enable_packed_attention(model):
+        return False
+    sequences = [[i % 7 + i // 7 for i in range(n)] for n in (23, 6)]  # in a leak, the second sees mostly the first
+    alone = _states_one_by_one(model, sequences)
+    try:
+        equal = _close(_packed_states(model, sequences), alone, 1e-3, 5e-2, model.get_output_embeddings().weight.dtype)
+    except Exception:  # whatever a model does with arguments that it does not know
+        equal = False
+    if not equal:
+        model.set_attn_implementation("sdpa")
+    return equal
+
+
+def _close(ours, theirs, tolerance, tolerance_16_bits, dtype):
+    """Whether every row of (N, M) differs by less than the tolerance times its largest value."""
+    tolerance = tolerance_16_bits if dtype.itemsize == 2 else tolerance
+    difference = (ours.float() - theirs.float()).abs().amax(1)
+    return bool((difference <= tolerance * theirs.float().abs().amax(1)).all())  # NaN is not close
+
+
+def enable_packed_attention(model):
+    """Give the model `_packed_attention`, if every layer's attention is full and torch's sdpa -> whether it has it.
+
+    It stays, since the backward of a checkpointed layer looks it up again. In passes that are not packed it is sdpa,
+    mask and all: the model samples as before.
+    """
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or [getattr(config, "sliding_window", None) or "full_attention"]
+    if model._supports_attention_backend and config._attn_implementation == "sdpa" and {*kinds} == {"full_attention"}:
+        from transformers import AttentionInterface
+        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+        AttentionInterface.register("packed", _packed_attention)
+        AttentionMaskInterface.register("packed", sdpa_mask)
+        model.set_attn_implementation("packed")
+    return config._attn_implementation == "packed"
+
+
+def _packed_attention(module, query, key, value, attention_mask, packed=None, **options):
+    """Causal attention of sequences packed into one row, each on its own; no T x T mask.
+
+    query (1, heads, T, D), key and value of fewer heads, or as many -> (1, T, heads, D), None
+    packed: lengths (B,) on the host, and their running sums from 0 on (B + 1,), int32. None: this is sdpa.
+    """
+    from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+
+    if packed is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    (lengths, bounds), scale, dropout = packed, options["scaling"], options.get("dropout", 0.0)
+    size = query.shape[3]
+    flash = query.is_cuda and query.itemsize == 2 and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    if flash and size == value.shape[3] <= 256 and size % 8 == 0 and not dropout:
+        from torch.nn.attention.varlen import varlen_attn
+
+        gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+        out = varlen_attn(*(x[0].transpose(0, 1) for x in (query, key, value)), bounds, bounds, max(lengths),
+                          max(lengths), scale=scale, window_size=(-1, 0), **gqa)  # (-1, 0): causal
+        return out[None], None
+    if query.is_cuda:  # with enable_gqa SDPA would take the kernel that holds all T x T scores
+        key, value = (repeat_kv(x, query.shape[1] // x.shape[1]) for x in (key, value))
+    parts = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)
+    out = [F.scaled_dot_product_attention(*part, is_causal=True, scale=scale, dropout_p=dropout,
+                                          enable_gqa=not query.is_cuda) for part in parts]
+    return torch.cat(out, 2).transpose(1, 2), None
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -1,18 +1,14 @@
 # SPDX-License-Identifier: MIT
 """
-Flags, and the run folder: what was asked for, what happened, and where to go on. No models, no rewards here.
+The run folder: what was asked for, what happened, and where to continue. No models and no rewards here.
 
-    config.json     flags, command, git commit, versions, device, and what the script adds (a hash of the base)
+    config.json     flags, command, git commit, versions, device, and what the script adds (hashes of weights and rows)
     metrics.jsonl   one object a step
     samples.jsonl   a few full texts
-    step_000050/    a checkpoint after 50 steps; renamed into place when it is whole
+    step_000050/    a checkpoint after 50 steps; renamed into place when it is complete
     final/          the result: a peft adapter or a Hugging Face folder
-
-Under torchrun a script is several processes, its ranks: each does a share of a step, rank 0 alone prints and writes.
 """
 
-import argparse
-import atexit
 import hashlib
 import json
 import math
@@ -24,101 +20,43 @@ import statistics
 import subprocess
 import sys
 import time
-from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-RANK, WORLD = 0, 1  # which of how many processes this is
-if "TORCHELASTIC_RUN_ID" in os.environ:  # under torchrun
-    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-HASHES = ("base_hash", "student_hash", "data_hash")  # what a resumed run, and every rank, must find the same
-FREE_TO_CHANGE = {  # flags that a resumed run may give another value
-    "resume", "steps", "save_every", "device", "dry_run", "offload_student"
-}
+from rlt.distributed import RANK, WORLD, all_gather_object, barrier
+from rlt.errors import UserError
+from rlt.flags import RENAMED
+
+ROOT = Path(__file__).resolve().parent.parent
+HASHES = ("base_hash", "student_hash", "rows_hash")  # what a resumed run, and every rank, must find unchanged
+RESUME_OVERRIDABLE = {"resume", "steps", "save_every", "device", "dry_run", "offload_student", "out"}
+DROPPED_FLAGS = {"head_chunk", "logits_dtype", "cache_tokens", "score_temperature", "engine"}  # of older versions
+LOGGED = ("reward", "score", "kl", "solved", "hinted", "closed", "leak", "kl_ref", "length", "eval_reward",
+          "eval_solved", "loss", "val_loss")  # what the console shows of a step
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
-
-
-def flags(doc):
-    """A script's parser: its docstring, defaults in --help, no abbreviations. Errors of ours become one line."""
-    sys.excepthook = one_line
-    if RANK:
-        sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
-    return argparse.ArgumentParser(
-        description=doc, usage="%(prog)s [flags]", formatter_class=_Help, allow_abbrev=False
-    )
-
-
-def number(kind, low=None, high=None, above=None):
-    """An argparse type: an int or float in [low, high], or greater than `above`."""
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected {_a(kind)}") from None
-        for wrong, rule in (
-            (not math.isfinite(value), "a finite one"),
-            (low is not None and not value >= low, f"at least {low}"),
-            (high is not None and not value <= high, f"at most {high}"),
-            (above is not None and not value > above, f"more than {above}"),
-        ):
-            if wrong:
-                raise argparse.ArgumentTypeError(f"got {text}, expected {rule}")
-        return value
-
-    return parse
-
-
-def _a(kind):
-    return {int: "a whole number", float: "a number"}[kind]
-
-
-def one_line(kind, error, trace):
-    """Complaints that this repository raises itself say all there is to say; anything else keeps its traceback."""
-    last = trace
-    while last and last.tb_next:
-        last = last.tb_next
-    ours = last and Path(last.tb_frame.f_code.co_filename).resolve().parent == HERE
-    ours = ours and issubclass(kind, (ValueError, OSError, NotImplementedError))
-    if WORLD > 1:  # torchrun ends all ranks when one has gone: by then the cause is printed, and its echoes are not
-        time.sleep(2 * (RANK > 0) + (not ours))
-    if ours:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-    if WORLD > 1:
-        sys.stderr.flush()
-        os._exit(1)  # at once: the group's own clean-up may wait for ranks that wait for this one
-
-
-def digest(rows):
-    """A hash of rows' questions and solutions: a resumed run must find those it was started on."""
-    text = json.dumps([(row["question"], row["solution"]) for row in rows])
-    return hashlib.sha256(text.encode()).hexdigest()
+# ---------------------------------------------------------------------------------------------------------
+# seeds, batches, schedules: functions of the step alone, so that a resumed run does what the first would have done
 
 
 def seed_for(*key):
-    """A seed for this key alone, e.g. (seed, step, rank, batch): a resumed run draws what the first would have."""
+    """A seed for this key alone, e.g. (seed, step, rank, batch)."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "big")
 
 
-def pick(n, size, step, seed):
-    """Indices of the `size` rows of this step: epochs of shuffled rows laid end to end, a function of step alone."""
-    chosen = []
-    for at in range(step * size, (step + 1) * size):
-        epoch, place = divmod(at, n)
-        if not chosen or place == 0:
+def batch_indices(n, size, step, seed):
+    """Indices of the `size` rows of this step, from epochs of n shuffled rows laid end to end."""
+    indices = []
+    for position in range(step * size, (step + 1) * size):
+        epoch, offset = divmod(position, n)
+        if not indices or offset == 0:
             order = random.Random(seed_for(seed, "epoch", epoch)).sample(range(n), n)
-        chosen.append(order[place])
-    return chosen
+        indices.append(order[offset])
+    return indices
 
 
-def schedule(step, steps, warmup, final, shape="linear"):
-    """Share of the peak learning rate at this step: up over `warmup` steps, then down to `final` at the last one."""
+def lr_fraction(step, steps, warmup, final, shape="linear"):
+    """Fraction of the peak learning rate at this step: up over `warmup` steps, then down to `final` at the last one."""
     if step < warmup:
         return (step + 1) / warmup
     progress = (step + 1 - warmup) / (steps - warmup)
@@ -127,97 +65,127 @@ def schedule(step, steps, warmup, final, shape="linear"):
     return 1 + (final - 1) * progress
 
 
-def falling(metrics, key, window=10):
-    """A sentence when `key` has fallen from window to window, three in a row and beyond its noise; else None."""
-    values = [entry[key] for entry in read_jsonl(metrics)[-3 * window :]]
-    if len(values) < 3 * window or len(read_jsonl(metrics)) % window:
+def reward_is_dropping(metrics, key="reward", window=10):
+    """A sentence when `key` has dropped from window to window, three in a row and by more than noise; else None."""
+    entries = read_jsonl(metrics)
+    if len(entries) < 3 * window or len(entries) % window:
         return None
-    first, second, third = (values[i * window : (i + 1) * window] for i in range(3))
-    means = [statistics.fmean(part) for part in (first, second, third)]
-    noise = statistics.stdev(first) * (2 / window) ** 0.5
+    values = [entry[key] for entry in entries[-3 * window :]]
+    windows = [values[i * window : (i + 1) * window] for i in range(3)]
+    means = [statistics.fmean(part) for part in windows]
+    noise = statistics.stdev(windows[0]) * (2 / window) ** 0.5
     if means[0] > means[1] > means[2] and means[0] - means[2] > 2 * noise:
-        return f"the {key} has fallen for {3 * window} steps ({means[0]:.3g} -> {means[1]:.3g} -> {means[2]:.3g})."
+        return f"the {key} has dropped for {3 * window} steps ({means[0]:.3g} -> {means[1]:.3g} -> {means[2]:.3g})."
 
 
-def gap(sampler, trainer, limit):
-    """Mean difference of the sampler's log-probs (a list) to the trainer's (N,), nats, over the tokens of all ranks.
+class StepTimer:
+    """Seconds of a step's phases, and on a GPU the peak memory of each."""
 
-    Beyond the limit it raises, on all of them.
-    """
-    import torch
+    def __init__(self, device):
+        self.cuda = device if device.type == "cuda" else None
+        self.numbers = {}
+        self._start()
 
-    apart = (torch.tensor(sampler, device=trainer.device) - trainer).abs().mean().item()
-    apart = mean(apart, len(sampler)) or 0.0
-    if not apart <= limit:  # NaN does not pass either
-        raise ValueError(
-            f"sampler and trainer disagree by {apart:.3g} nats a token, --max-sampler-gap is {limit}: the gradient "
-            "would be wrong. Look for a difference in precision or temperature; the last checkpoint is untouched."
-        )
-    return apart
+    def _start(self):
+        if self.cuda:
+            import torch
+
+            torch.cuda.synchronize(self.cuda)
+            torch.cuda.reset_peak_memory_stats(self.cuda)
+        self.started = time.perf_counter()
+
+    def end(self, phase):
+        """The phase that began with the last call, or with the timer, ends here."""
+        if self.cuda:
+            import torch
+
+            torch.cuda.synchronize(self.cuda)
+            self.numbers[f"peak_gb_{phase}"] = torch.cuda.max_memory_allocated(self.cuda) / 1e9
+        self.numbers[f"t_{phase}"] = time.perf_counter() - self.started
+        self._start()
+
+    @property
+    def seconds(self):
+        return sum(value for key, value in self.numbers.items() if key.startswith("t_"))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# files
 
 
 def write_atomically(path, text):
-    """Never half a file: written beside, flushed to the disk, renamed."""
-    beside = Path(f"{path}.partial")
-    with beside.open("w") as file:
+    """Never half a file: written under another name, flushed to the disk, renamed."""
+    tmp_path = Path(f"{path}.partial")
+    with tmp_path.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    beside.replace(path)
+    tmp_path.replace(path)
 
 
 def read_jsonl(path):
-    """Objects of a JSON Lines file that is being appended to; a last line cut short by a kill is left out."""
+    """Objects of a JSON Lines file that is being appended to. A last line cut short by a kill is left out."""
     if not Path(path).exists():
         return []
-    lines = Path(path).read_text().split("\n")[:-1]  # whole lines end in a newline
-    return [json.loads(line) for line in lines]
+    complete = Path(path).read_text().split("\n")[:-1]  # a complete line ends in a newline
+    return [json.loads(line) for line in complete]
 
 
 def append_jsonl(path, entries):
-    """Add objects to a JSON Lines file; on rank 0, elsewhere nothing."""
+    """Add objects to a JSON Lines file, on rank 0 only."""
     if RANK == 0:
         with path.open("a") as file:
             file.write("".join(json.dumps(entry) + "\n" for entry in entries))
 
 
+def digest(rows):
+    """A hash of all that rows are trained on: a resumed run must find the rows it was started on."""
+    columns = ("question", "solution", "explanation", "messages", "hint")
+    text = json.dumps([{column: row[column] for column in columns if column in row} for row in rows],
+                      default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def describe(args):
     """What config.json says of a run before it starts."""
-    packages = ("torch", "transformers", "peft", "triton", "bitsandbytes", "numpy")
     versions = {"python": platform.python_version()}
-    for package in packages:
+    for package in ("torch", "transformers", "peft", "triton", "bitsandbytes", "vllm", "numpy"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    return {"flags": vars(args), "command": command, "git": _git(), "versions": versions}
+    return {"flags": vars(args), "command": command, "git": _git_state(), "versions": versions}
 
 
-def _git():
-    def ask(*what):
-        return subprocess.run(["git", *what], cwd=HERE, capture_output=True, text=True)
+def _git_state():
+    def git(*arguments):
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
 
     try:
-        commit = ask("rev-parse", "HEAD")
+        commit = git("rev-parse", "HEAD")
     except FileNotFoundError:  # no git on this machine
         return None
     if commit.returncode:
         return None
-    return {"commit": commit.stdout.strip(), "dirty": bool(ask("status", "--porcelain", "-uno").stdout.strip())}
+    return {"commit": commit.stdout.strip(), "dirty": bool(git("status", "--porcelain", "-uno").stdout.strip())}
 
 
-def check_same_flags(out, then, now):
-    """A resumed run goes on with the flags it was started with."""
-    for flag in sorted(set(now) - FREE_TO_CHANGE):
-        if flag not in then:
-            raise ValueError(f"--resume: {out} was started by a version without the flag {flag}. Go on with that one, "
-                             "whose commit is in its config.json, or start anew with another --out.")
-        if then[flag] != now[flag]:
-            raise ValueError(
-                f"--resume: {out} was started with {flag} = {then[flag]}, now it is {now[flag]}. "
-                "Pass the flags it was started with, or another --out."
-            )
+# ---------------------------------------------------------------------------------------------------------
+# the run folder
+
+
+def check_same_flags(out, before, now):
+    """A resumed run continues with the flags it was started with. before, now: flags as dicts; all differences are
+    named at once. Flags that have been renamed since are compared under their new names."""
+    before = {RENAMED.get(flag, flag): value for flag, value in before.items()}
+    different = []
+    for flag in sorted(set(now) - RESUME_OVERRIDABLE):
+        if flag in before and before[flag] != now[flag]:
+            different.append(f"{flag} = {before[flag]}, now {now[flag]}")
+    if different:
+        raise UserError(f"--resume: {out} was started with {'; '.join(different)}. Pass the flags it was started "
+                        "with, or another --out.")
 
 
 class Run:
@@ -229,38 +197,45 @@ class Run:
     def __init__(self, args):
         self.folder = Path(args.out)
         self.metrics, self.samples = self.folder / "metrics.jsonl", self.folder / "samples.jsonl"
-        self.step, self.checkpoint, self.before = 0, None, {}
-        if self.folder.is_file() or (self.folder.is_dir() and any(self.folder.iterdir()) and not args.resume):
-            raise FileExistsError(f"{self.folder} is there already. Pass --resume to continue a run, or another --out.")
+        self.step, self.checkpoint, self.config_before = 0, None, {}
+        if self.folder.is_file():
+            raise UserError(f"--out {self.folder} is a file, expected a folder. Pass another --out.")
+        exists = self.folder.is_dir() and any(self.folder.iterdir())
+        if exists and not args.resume:
+            raise UserError(f"{self.folder} already exists. Pass --resume to continue a run, or another --out.")
         self.config = describe(args)
-        before = self.folder / "config.json"
-        if before.exists():
-            self.before = json.loads(before.read_text())
-            if "flags" not in self.before:
-                raise FileExistsError(f"{self.folder} holds something else than a run. Pass another --out.")
-            check_same_flags(self.folder, self.before["flags"], vars(args))
-            whole = sorted(p for p in self.folder.glob("step_*") if p.suffix != ".partial")
-            if whole:
-                self.checkpoint, self.step = whole[-1], int(whole[-1].name.removeprefix("step_"))
-                if self.step > args.steps:
-                    raise ValueError(f"{self.folder} has done {self.step} steps, --steps is {args.steps}: raise it.")
+        if exists:
+            self._find_checkpoint(args)
+
+    def _find_checkpoint(self, args):
+        path = self.folder / "config.json"
+        try:
+            self.config_before = json.loads(path.read_text())
+            flags_before = self.config_before["flags"]
+        except (OSError, ValueError, KeyError):
+            raise UserError(f"--resume: {self.folder} is not empty and not a run folder (no readable config.json). "
+                            "Pass another --out.") from None
+        check_same_flags(self.folder, flags_before, vars(args))
+        complete = sorted(p for p in self.folder.glob("step_*") if p.is_dir() and p.name[5:].isdigit())
+        if complete:
+            self.checkpoint, self.step = complete[-1], int(complete[-1].name[5:])
+            if self.step > args.steps:
+                raise UserError(f"{self.folder} has done {self.step} steps, --steps is {args.steps}: raise it.")
 
     def start(self, **facts):
         """Write config.json, with these facts too, and cut the logs back to the checkpoint: the first trace of a run.
 
-        A resumed run must find the weights and the rows it was started on.
+        Raises UserError where a resumed run, or another rank, finds other weights or rows than the run was started on.
         """
         for key in HASHES:
-            if key in facts and self.before.get(key) not in (None, facts[key]):
-                raise ValueError(
+            if key in facts and self.config_before.get(key) not in (None, facts[key]):
+                raise UserError(
                     f"--resume: {key} is not what it was when {self.folder} was started: the weights or rows have "
-                    "changed, or are loaded in another precision. Restore them, or start anew with another --out."
-                )
-        if len(set(gather((self.step, *(facts.get(key) for key in HASHES))))) > 1:
-            raise ValueError(
+                    "changed, or are loaded in another precision. Restore them, or start anew with another --out.")
+        if len(set(all_gather_object((self.step, *(facts.get(key) for key in HASHES))))) > 1:
+            raise UserError(
                 f"the ranks of {self.folder} have found different checkpoints, weights or rows: give all of them the "
-                "same files, on several machines in a folder that they share."
-            )
+                "same files, on several machines in a folder that they share.")
         self.config |= facts | {"ranks": WORLD}
         if RANK:
             return
@@ -271,107 +246,34 @@ class Run:
         write_atomically(self.folder / "config.json", json.dumps(self.config, indent=2) + "\n")
 
     def log(self, entry):
-        """One step into metrics.jsonl; returns the line for the console."""
+        """Append one step to metrics.jsonl -> the line for the console."""
         append_jsonl(self.metrics, [entry])
-        shown = ("reward", "score", "kl", "solved", "hinted", "closed", "leak", "kl_ref", "length", "eval_reward",
-                 "eval_solved", "loss", "val_loss")
-        words = [f"{key} {entry[key]:.4g}" for key in shown if entry.get(key) is not None]
+        shown = [f"{key} {entry[key]:.4g}" for key in LOGGED if entry.get(key) is not None]
         seconds = sum(value for key, value in entry.items() if key.startswith("t_"))
-        return " | ".join([f"step {entry['step'] + 1}", *words, f"{seconds:.1f}s"])
+        return " | ".join([f"step {entry['step'] + 1}", *shown, f"{seconds:.1f}s"])
 
     def log_samples(self, entries):
         append_jsonl(self.samples, entries)
 
     def save(self, step, write):
-        """A checkpoint after `step` steps. write(folder) fills it; it appears under its name once it is whole."""
-        self._place(self.folder / f"step_{step:06d}", write)
+        """A checkpoint after `step` steps. write(folder) fills it; it gets its name once it is complete."""
+        self._write_folder(self.folder / f"step_{step:06d}", write)
 
     def finish(self, write):
-        self._place(self.folder / "final", write)
+        """The result of the run, in final/ -> that folder."""
+        self._write_folder(self.folder / "final", write)
         return self.folder / "final"
 
-    def _place(self, folder, write):
-        if RANK:
-            return meet()
-        beside = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        write(beside)
-        for path in beside.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
-        meet()
-
-
-# ---------------------------------------------------------------------------------------------------------
-# ranks: the processes that torchrun starts. Alone, a sum is the number itself
-
-
-def join(device):
-    """Meet the other ranks -> (rank, world): NCCL between CUDA devices, gloo between CPUs. Alone (0, 1), no group.
-
-    What asks for no device by name, as continuous batching does for its free memory, gets this one.
-    """
-    import torch
-
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
-    if WORLD > 1:
-        if not torch.distributed.is_initialized():
-            # Its defaults are the group at its import. Imported later it keeps the group's threads alive past the end,
-            # and one that lets go of a tensor once the interpreter has closed aborts: one end in some hundreds.
-            import torch.distributed.nn.functional
-
-            torch.distributed.init_process_group(
-                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                timeout=timedelta(days=1),  # a rank waits as long as the slowest samples; torchrun sees to dead ones
-            )
-            atexit.register(torch.distributed.destroy_process_group)
-            sys.excepthook = one_line  # the group has put its own around it, which holds lines back until it returns
-        print(f"{WORLD} ranks, this one on {device}", flush=True)
-    return RANK, WORLD
-
-
-def gather(thing):
-    """This thing (whatever pickles) of every rank, in their order; all ranks must call."""
-    if WORLD == 1:
-        return [thing]
-    from torch import distributed
-
-    things = [None] * WORLD
-    distributed.all_gather_object(things, thing)
-    return things
-
-
-def meet():
-    """Wait until all ranks are here."""
-    gather(None)
-
-
-def total(*numbers):
-    """Each number's sum over all ranks."""
-    return [sum(values) for values in zip(*gather(numbers), strict=True)]
-
-
-def mean(value, count):
-    """The mean over all ranks' samples, or tokens, from the mean over this rank's `count`; None if there are none."""
-    means = gather((value, count))
-    n = sum(count for _, count in means)
-    return sum(value * (count / n) for value, count in means if count) if n else None
-
-
-def sum_gradients(parameters):
-    """Every rank's gradients added up, in one all-reduce; a rank that had nothing to learn from adds zeros."""
-    if WORLD == 1:
-        return
-    import torch
-
-    bits = sum(p.detach().view(torch.int32).sum() for p in parameters).item()  # exact, in any order
-    assert len(set(gather(bits))) == 1, "the ranks no longer have the same weights"
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
-    torch.distributed.all_reduce(flat)
-    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        p.grad = grad.view_as(p)
+    def _write_folder(self, folder, write):
+        if RANK == 0:
+            tmp_path = folder.with_name(folder.name + ".partial")
+            shutil.rmtree(tmp_path, ignore_errors=True)
+            tmp_path.mkdir(parents=True)
+            write(tmp_path)
+            for path in tmp_path.rglob("*"):
+                if path.is_file():
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
+            shutil.rmtree(folder, ignore_errors=True)
+            tmp_path.rename(folder)
+        barrier()
