@@ -1,166 +1,12 @@
-"""Rows and their views: no token lost between sampling, scoring and SFT.   python -m pytest tests/test_prompts.py"""
+"""Rows: files, schemas, bad rows, leaks.   python -m pytest tests/test_rows.py"""
 
-import copy
 import json
 
 import pytest
-from conftest import data_file
 
-from prompts import EXPLANATION, SOLUTION, THOUGHT, Prompts, leaks, load_rows
-
-ROW = {"question": "How many?", "solution": "There are \\boxed{42}.", "where": "here"}
-
-
-@pytest.fixture(scope="module")
-def prompts(qwen_tokenizer):
-    return Prompts(qwen_tokenizer)
-
-
-def sampled(prompts, text, tail=EXPLANATION[1]):
-    return prompts.encode(text + tail) + [prompts.tokenizer.eos_token_id]
-
-
-# -- views
-
-
-def test_what_the_teacher_and_the_student_read(prompts, qwen_tokenizer):
-    teacher, student = (qwen_tokenizer.decode(view(ROW)) for view in (prompts.teacher, prompts.student))
-    assert teacher.endswith(f"{SOLUTION[0]}\n\n{ROW['solution']}\n\n{SOLUTION[1]}\n\n{EXPLANATION[0]}\n\n")
-    assert student.endswith(f"How many?<|im_end|>\n<|im_start|>assistant\n{THOUGHT[0]}\n\n")
-    assert "42" not in student
-    before_assistant = teacher.split("<|im_start|>assistant")[0]
-    assert "42" not in before_assistant
-
-    in_user = qwen_tokenizer.decode(Prompts(qwen_tokenizer, "user").teacher(ROW))
-    user, assistant = in_user.split("<|im_start|>user")[1].split("<|im_start|>assistant")
-    assert f"How many?\n\n{SOLUTION[0]}\n\n{ROW['solution']}\n\n{SOLUTION[1]}" in user
-    assert assistant == f"\n{EXPLANATION[0]}\n\n"
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "Step one.\n\nStep two.\n\n",
-        "no newline at the end.",
-        "x",
-        "in \\frac{1}{2}",
-        "caf\u00e9 \u4f60\u597d \U0001f600",
-        " leading space",
-        "tabs\t",
-        "a < b and c |",
-        "<|",
-    ],
-)
-def test_scored_ids_are_the_sft_row(prompts, text):
-    """Token for token: prompt, thought, bridge, solution are a prefix of the row a student is trained on."""
-    explanation = prompts.split(sampled(prompts, text), finished=True)
-    assert explanation.text == text and explanation.closed
-    row = prompts.scoring(ROW, explanation)
-    scored = row.student_prompt + row.thought + row.bridge + row.solution
-    ids, start = prompts.sft({**ROW, "messages": prompts.distilled(ROW, explanation.text)}, "student")
-    assert ids[: len(scored)] == scored
-    assert ids[:start] == prompts.question(ROW)
-    assert prompts.tokenizer.decode(ids[len(scored) :]) == SOLUTION[1] + "<|im_end|>"
-
-
-def test_a_token_that_straddles_the_tag_goes_to_the_bridge(prompts):
-    ids = sampled(prompts, "So x = 2.")
-    explanation = prompts.split(ids, finished=True)
-    assert prompts.tokenizer.decode([ids[len(explanation.thought)]]) == ".<"  # the case this is about
-    assert explanation.left_over == "."
-    assert prompts.tokenizer.decode(explanation.thought) == "So x = 2"
-    bridge = prompts.scoring(ROW, explanation).bridge
-    assert prompts.tokenizer.decode(bridge) == f".{THOUGHT[1]}\n\n{SOLUTION[0]}\n\n"
-
-
-def test_all_sampled_ids_are_trained_on_and_the_tag_is_not_scored(prompts):
-    ids = sampled(prompts, "Because.\n\n")
-    row = prompts.scoring(ROW, prompts.split(ids, finished=True))
-    assert row.thought + row.teacher_end == ids
-    assert prompts.tokenizer.decode(row.teacher_end) == EXPLANATION[1] + "<|im_end|>"
-    assert row.teacher_end.count(prompts.tokenizer.eos_token_id) == 1
-
-
-@pytest.mark.parametrize(
-    ("text", "finished", "closed"),
-    [
-        (f"fine\n\n{EXPLANATION[1]}", True, True),
-        (f"fine\n\n{EXPLANATION[1]}\n", True, True),
-        (f"fine\n\n{EXPLANATION[1]}", False, False),  # hit the length limit behind the tag
-        (f"fine\n\n{EXPLANATION[1]} and more", True, False),
-        (f"fine\n\n{EXPLANATION[1]}{EXPLANATION[1]}", True, False),
-        ("never closed", True, False),
-        ("never closed <|end_of_expl", False, False),
-        (f"the wrong tag {THOUGHT[1]}", True, False),
-    ],
-)
-def test_closed_means_the_tag_and_then_the_end(prompts, text, finished, closed):
-    ids = prompts.encode(text) + [prompts.tokenizer.eos_token_id] * finished
-    explanation = prompts.split(ids, finished)
-    assert explanation.closed is closed
-    assert explanation.thought + explanation.end == ids
-    assert EXPLANATION[1] not in explanation.text
-
-
-def test_the_first_closing_tag_counts_however_it_was_tokenized(prompts):
-    pieces = [prompts.encode(piece) for piece in ("ok", "<", "|end", "_of_", "explanation", "|", ">", " tail")]
-    ids = [i for piece in pieces for i in piece]
-    explanation = prompts.split(ids, finished=False)
-    assert explanation.text == "ok" and explanation.thought == pieces[0]
-
-
-def test_characters_cut_in_half_do_no_harm(prompts):
-    ids = prompts.encode("\u4f60\u597d \U0001f9ee")
-    for cut in range(1, len(ids) + 1):
-        explanation = prompts.split(ids[:cut], finished=False)
-        assert explanation.thought == ids[:cut]
-    bytes_of_clef = prompts.encode("\U0001d11e")  # four bytes, several tokens
-    assert len(bytes_of_clef) > 1
-    explanation = prompts.split(bytes_of_clef[:1] + sampled(prompts, "<-"), finished=True)
-    assert explanation.closed and explanation.thought[0] == bytes_of_clef[0]
-
-
-def test_an_empty_thought_is_empty(prompts):
-    for ids, finished in ((sampled(prompts, ""), True), ([prompts.tokenizer.eos_token_id], True)):
-        explanation = prompts.split(ids, finished)
-        assert explanation.thought == [] and explanation.end == ids
-
-
-def test_sft_ends_the_turn_exactly_once_and_learns_only_the_assistant(prompts):
-    row = {**ROW, "explanation": "\n\nThink.\n\n"}
-    eos = prompts.tokenizer.eos_token_id
-    for view, opened in (("student", THOUGHT), ("teacher", EXPLANATION)):
-        ids, start = prompts.sft(row, view)
-        assert ids[start:].count(eos) == 1 and ids[-1] == eos
-        learned = prompts.tokenizer.decode(ids[start:-1])
-        assert learned.endswith(EXPLANATION[1] if view == "teacher" else SOLUTION[1])
-        assert prompts.tokenizer.decode(ids).count(f"{opened[0]}\n\nThink.\n\n{opened[1]}") == 1
-        assert ROW["question"] not in learned
-    assert learned == f"Think.\n\n{EXPLANATION[1]}"  # the teacher: from its explanation on
-    with pytest.raises(ValueError, match='has no "explanation" .columns found: question, solution'):
-        prompts.sft(ROW, "student")
-
-
-def test_different_single_token_tags_are_refused(qwen_tokenizer):
-    """The toy of it: mean KL went from .26 to 1.09 when each role had its own closing token."""
-    tokenizer = copy.deepcopy(qwen_tokenizer)
-    tokenizer.add_tokens([EXPLANATION[1], THOUGHT[1]])
-    with pytest.raises(ValueError, match="different single tokens"):
-        Prompts(tokenizer)
-    tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="no chat template"):
-        Prompts(tokenizer)
-
-
-def test_rows_too_long_for_the_context_are_named(prompts, capsys):
-    rows = [ROW, {**ROW, "question": "long " * 500, "where": "rows.jsonl line 2"}]
-    with pytest.raises(ValueError, match="rows.jsonl line 2 takes .* room is for 400"):
-        prompts.fitting(rows, 400)
-    assert prompts.fitting(rows, 400, skip=True) == [ROW]
-    assert "1 of 2 rows left out, the first: rows.jsonl line 2 takes" in capsys.readouterr().out
-
-
-# -- rows
+from rlt.errors import UserError
+from rlt.rows import leaks, load_rows
+from rlt.tags import SOLUTION, THOUGHT
 
 
 def write(path, rows):
@@ -191,7 +37,7 @@ def write(path, rows):
 def test_bad_rows_are_named_and_can_be_skipped(tmp_path, capsys, bad, complaint):
     good = {"question": "q", "solution": "s"}
     path = write(tmp_path / "rows.jsonl", [good, "", bad, good])
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         load_rows(path)
     assert str(error.value).startswith(f"{path} line 3 {complaint}")
     assert "--skip-bad-rows" in str(error.value)
@@ -214,9 +60,9 @@ def test_json_parquet_and_named_columns(tmp_path):
     for name in ("rows.json", "rows.parquet"):
         loaded = load_rows(tmp_path / name, question_column="frage", solution_column="loesung")
         assert [(row["question"], row["solution"]) for row in loaded] == [("q", "s"), ("r", "t")]
-        with pytest.raises(ValueError, match='row 0 has no "answer"; columns found: frage, loesung'):
+        with pytest.raises(UserError, match='row 0 has no "answer"; columns found: frage, loesung'):
             load_rows(tmp_path / name, question_column="frage", solution_column="answer")
-    with pytest.raises(FileNotFoundError, match="expected a .jsonl, .json or .parquet file that exists"):
+    with pytest.raises(UserError, match="expected a .jsonl, .json or .parquet file that exists"):
         load_rows(tmp_path / "missing.jsonl")
 
 
@@ -232,29 +78,6 @@ def test_gsm8k_solutions_lose_their_calculator_marks_and_keep_the_answer(tmp_pat
     [loaded] = load_rows(write(tmp_path / "rows.jsonl", [row]))
     assert loaded["solution"] == "He has 48/2 = 24.\n\\boxed{1,024}"
     assert loaded["question"].endswith(" Q") and "\\boxed{}" in loaded["question"]
-
-
-def test_all_public_rows_keep_every_token(prompts, capsys):
-    """Solutions as explanations, over real text, canonically tokenized: the scored ids are the SFT row's."""
-    import re
-
-    rows = []
-    for name in ("gsm8k_train_1k.jsonl", "math500_first250.jsonl", "aime24_first15.jsonl"):
-        rows += load_rows(data_file(name))
-    different = straddled = 0
-    for row in rows:
-        text = re.sub(r"\n+", "\n\n", row["solution"]).strip("\n") + ("\n\n" if len(row["solution"]) % 2 else "")
-        explanation = prompts.split(sampled(prompts, text), finished=True)
-        assert explanation.text == text and explanation.closed
-        straddled += bool(explanation.left_over)
-        scoring = prompts.scoring(row, explanation)
-        scored = scoring.student_prompt + scoring.thought + scoring.bridge + scoring.solution
-        ids, _ = prompts.sft({**row, "messages": prompts.distilled(row, text)}, "student")
-        different += ids[: len(scored)] != scored
-        assert prompts.tokenizer.decode(scoring.solution) == row["solution"] + "\n\n"
-    with capsys.disabled():
-        print(f"\n  {len(rows)} rows: {different} scored unlike their SFT row, {straddled} with a straddling token")
-    assert different == 0 and straddled > 100
 
 
 @pytest.mark.parametrize(
