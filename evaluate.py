@@ -317,11 +317,10 @@ if __name__ == "__main__":
     import hashlib
     from importlib.metadata import version
 
-    from tqdm import tqdm
-
     import memory
     import models
     from prompts import Prompts, load_rows
+    from tqdm import tqdm
 
     # -----------------------------------------------------------------------------------------------------
     parser = runs.flags(__doc__)

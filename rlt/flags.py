@@ -7,11 +7,12 @@ import argparse
 import difflib
 import math
 import os
+import shlex
 import shutil
 import sys
 
 from rlt.distributed import RANK
-from rlt.errors import print_user_errors
+from rlt.errors import UserError, print_user_errors
 
 RENAMED = {  # old flag: what it is now. Config files of old runs are read with these, too
     "max_sampler_gap": "max_logprob_diff",
@@ -87,6 +88,18 @@ def path(text):
     return os.path.expanduser(text)
 
 
+def carry(parser, args, *names, **renamed):
+    """This run's flags that the next command needs, too, as text: those that differ from their defaults.
+
+    names: flags that are called the same there. renamed: flag there = flag here, e.g. model="out".
+    """
+    text = ""
+    for there, here in [*((name, name) for name in names), *renamed.items()]:
+        if getattr(args, here) != parser.get_default(here):
+            text += f" --{there.replace('_', '-')} {shlex.quote(str(getattr(args, here)))}"
+    return text
+
+
 def add_bits(group, flag, default, what):
     group.add_argument(flag, type=int, choices=(4, 16, 32), default=default, metavar="BITS",
                        help=f"{what}: 32 float32, 16 bfloat16, 4 nf4")
@@ -112,6 +125,13 @@ def add_data(group, data, what="question and solution", columns=True):
                                help=f"column with the {column}; default: by known schemas")
     group.add_argument("--limit", type=number(int, 1), metavar="N", help="use the first N rows only")
     group.add_argument("--skip-bad-rows", action="store_true", help="leave out bad and over-long rows, and count them")
+
+
+def row_options(args):
+    """The data flags as arguments of rows.load_rows."""
+    columns = {f"{column}_column": getattr(args, f"{column}_column", None)
+               for column in ("question", "solution", "explanation")}
+    return {**columns, "limit": args.limit, "skip_bad": args.skip_bad_rows}
 
 
 def add_solution_in(group):
@@ -151,6 +171,13 @@ def add_rollouts(group, *, prompts_per_step=16, group_size=16, max_new_tokens=48
     add_sampling(group, max_new_tokens=max_new_tokens)
     group.add_argument("--max-logprob-diff", type=number(float, above=0), default=0.1, metavar="D",
                        help="stop when sampler and trainer differ by more, nats a token on average")
+
+
+def check_prompts_per_rank(args, world):
+    """A step's questions are shared evenly by the ranks."""
+    if args.prompts_per_step % world:
+        raise UserError(f"--prompts-per-step {args.prompts_per_step} can't be shared evenly by {world} ranks: pass "
+                        f"{args.prompts_per_step + -args.prompts_per_step % world}.")
 
 
 def add_optimizer(group, *, steps, lr, warmup_steps):

@@ -436,3 +436,8 @@ def restore(model, folder):
     for adapter in model.peft_config:
         path = Path(folder) if adapter == "default" else Path(folder) / adapter
         set_peft_model_state_dict(model, load_peft_weights(str(path), device="cpu"), adapter_name=adapter)
+
+
+def restore_optimizer(optimizer, folder):
+    """Read the state that a checkpoint holds back into the optimizer."""
+    optimizer.load_state_dict(torch.load(Path(folder) / "optimizer.pt", map_location="cpu", weights_only=True))

@@ -19,10 +19,11 @@ No model is touched here.
 
 from typing import NamedTuple
 
-from rewards import Row
 from rlt.errors import UserError
 from rlt.rows import map_rows
 from rlt.tags import EXPLANATION, SOLUTION, THOUGHT
+
+from rewards import Row
 
 STUDENT_SYSTEM = (
     "You solve problems by thinking them through before you answer. Write two sections. The first, between "

@@ -23,7 +23,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from rlt.distributed import RANK, WORLD, all_gather_object, barrier
+from rlt.distributed import RANK, WORLD, all_gather_object, all_reduce_mean, barrier
 from rlt.errors import UserError
 from rlt.flags import RENAMED
 
@@ -76,6 +76,38 @@ def reward_is_dropping(metrics, key="reward", window=10):
     noise = statistics.stdev(windows[0]) * (2 / window) ** 0.5
     if means[0] > means[1] > means[2] and means[0] - means[2] > 2 * noise:
         return f"the {key} has dropped for {3 * window} steps ({means[0]:.3g} -> {means[1]:.3g} -> {means[2]:.3g})."
+
+
+def check_logprob_diff(completions, logprobs, limit):
+    """Mean difference of the sampler's log-probs to the trainer's (N,), packed, nats a token, over all ranks.
+
+    Raises UserError, on all ranks, where it is above the limit or NaN: the gradient would be wrong.
+    """
+    import torch
+
+    sampled = torch.tensor([p for c in completions for p in c.logprobs], device=logprobs.device)
+    diff = all_reduce_mean((sampled - logprobs).abs().mean().item(), len(sampled)) or 0.0
+    if not diff <= limit:
+        raise UserError(
+            f"sampler and trainer differ by {diff:.3g} nats a token, --max-logprob-diff is {limit}: the gradient would "
+            "be wrong. Look for a difference in precision or temperature; the last checkpoint is untouched.")
+    return diff
+
+
+def quantiles(name, values):
+    """The 10th, 50th and 90th percentile of the values of all ranks, as log keys."""
+    values = sorted(value for part in all_gather_object(list(values)) for value in part)
+    return {f"{name}_p{p}": values[min(len(values) * p // 100, len(values) - 1)] for p in (10, 50, 90)}
+
+
+def split_held_out(rows, args):
+    """(rows to train on, the last --eval-rows rows, none if nothing is measured on them)."""
+    held_out = rows[len(rows) - args.eval_rows :] if args.eval_every and args.eval_rows else []
+    rows = rows[: len(rows) - len(held_out)]
+    if len(rows) < args.prompts_per_step:
+        raise UserError(f"{len(rows)} rows are left to train on, a step takes {args.prompts_per_step}: give more rows, "
+                        "or lower --prompts-per-step, --eval-rows or --eval-every.")
+    return rows, held_out
 
 
 class StepTimer:
