@@ -101,7 +101,7 @@ rows_per_batch = max(1, args.batch_size // args.samples)  # each with all its sa
 batches = [rows[at : at + rows_per_batch] for at in range(0, len(rows), rows_per_batch)]
 if args.dry_run is not None:
     gpu, sampled = args.dry_run > 0 or device.type == "cuda", len(batches[0]) * args.samples
-    longest = max(len(prompts.teacher_prompt(row)) + sum(len(ids_of(row)) for ids_of in explanation_ids) for row in rows)
+    longest = max(len(prompts.teacher_prompt(row)) + sum(len(ids(row)) for ids in explanation_ids) for row in rows)
     footprints = [ModelFootprint(**models.model_and_adapter_config(args.model), bits=args.teacher_bits, gpu=gpu)]
     if not args.solver:
         student_config = models.model_and_adapter_config(student_name)

@@ -56,7 +56,7 @@ group.add_argument("--task", choices=TASKS, default="toy", metavar="NAME",
 flags.add_data(group, data="toy", what="what the task is graded by", columns=False)
 group = parser.add_argument_group("reward, and groups in which all answers fail")
 group.add_argument("--rewards", type=flags.number(float), nargs=3, default=[-1.0, -0.5, 1.0],
-                   metavar=("NONE", "WRONG", "RIGHT"), help="of no answer, a wrong one, a right one; --hints take 0 0 1")
+                   metavar=("NONE", "WRONG", "RIGHT"), help="of no answer, a wrong, a right one; --hints take 0 0 1")
 group.add_argument("--keep-zero-groups", action="store_true", help="count groups whose rewards are all equal in the "
                    "loss's denominator, and their KL to the reference; else they are dropped")
 group.add_argument("--hints", action="store_true", help="Guide-GRPO, with the rows' column `hint`")

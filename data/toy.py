@@ -34,7 +34,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # for prompts.py: the base is trained on what the pipeline will show it
+sys.path.insert(0, str(ROOT))  # for rlt/prompts.py: the base is trained on what the pipeline will show it
 
 CLOCKS = ("x", "y", "z")  # the first two of them, or all
 HOURS, ROOMS = range(10), "abcdefghijkl"
@@ -270,7 +270,7 @@ def make_tokenizer(n_clocks, rooms):
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from prompts import SOLUTION, THOUGHT
+    from rlt.tags import SOLUTION, THOUGHT
 
     pad, eos = "<|pad|>", "<|end_of_turn|>"
     clocks = CLOCKS[:n_clocks]
@@ -346,7 +346,7 @@ def pretrain(model, tokenizer, documents, n_steps):
     import torch
     from tqdm import tqdm
 
-    from prompts import Prompts
+    from rlt.prompts import Prompts
 
     prompts = Prompts(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True)
@@ -356,7 +356,7 @@ def pretrain(model, tokenizer, documents, n_steps):
     model.train()
     with tqdm(range(n_steps), desc="base model", unit="step") as bar:
         for _ in bar:
-            batch = [prompts.sft(next(documents), "student") for _ in range(64)]
+            batch = [prompts.sft_row(next(documents), "student") for _ in range(64)]
             input_ids, position_ids, labels = pack(batch, width=max(64, *(len(ids) for ids, _ in batch)))
             # neither cache nor mask: only then are documents kept apart
             logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits

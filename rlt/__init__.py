@@ -4,5 +4,5 @@
 import os
 
 # OpenMP's threads spin while they wait. Beside another busy process that makes a step of the toy several times slower
-# (bench/busy.py measures it). The OpenMP library reads the variable once, when torch loads it; a user's own value stands.
+# (bench/busy.py measures it). OpenMP reads the variable once, when torch loads it. A user's own value stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
