@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from rlt import runs
 import torch
-
-import runs
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -2,12 +2,11 @@
 
 import bench_step
 import pytest
+import runs
 import torch
 from conftest import run_script
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
-
-import runs
 
 
 @pytest.fixture

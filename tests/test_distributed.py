@@ -18,17 +18,17 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
+from rlt import models
 import pytest
+from rlt import runs
 import torch
 from conftest import ROOT, call
 
 import evaluate
-import models
 import rewards
-import runs
 
 SMALL = ("--limit", 80, "--max-new-tokens", 12, "--eval-rows", 3, "--eval-every", 1, "--warmup-steps", 0,
-         "--final-lr", 1, "--max-sampler-gap", 100, "--save-every", 1)
+         "--final-lr-fraction", 1, "--max-logprob-diff", 100, "--save-every", 1)
 RLT = (*SMALL, "--prompts-per-step", 4, "--group-size", 3, "--micro-batch-tokens", 150)
 STUDENT = (*SMALL, "--group-size", 4, "--rewards", 0, 0, 1, "--seed", 3)
 CASES = {  # name of its output: script and flags
@@ -57,7 +57,7 @@ def recorded(model, tokenizer, prompts, **_):
         asked[prompt] += 1
         finished = draw.random() < 0.8
         ids = draw.choices(words, k=draw.randint(1, 8)) + closing * finished
-        completions.append(models.Completion(ids, [draw.uniform(-3, -1) for _ in ids], finished))
+        completions.append(rollout.Completion(ids, [draw.uniform(-3, -1) for _ in ids], finished))
     return completions
 
 
@@ -280,22 +280,22 @@ def test_the_device_asked_for_is_the_current_one(monkeypatch, name, chosen):
     """Also without torchrun: continuous batching asks what is free on the current device, not on the model's."""
     asked = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.append(str(device)))
-    assert runs.join(torch.device(name)) == (0, 1) and asked == chosen
+    assert distributed.init_distributed(torch.device(name)) == (0, 1) and asked == chosen
 
 
 def test_ranks_that_find_different_rows(tmp_path, monkeypatch):
     run = runs.Run(argparse.Namespace(out=str(tmp_path / "run"), resume=False, steps=1))
     monkeypatch.setattr(runs, "gather", lambda thing: [thing, (*thing[:-1], "other rows")])
     with pytest.raises(ValueError, match="have found different checkpoints, weights or rows"):
-        run.start(base_hash="a", data_hash="b")
+        run.start(base_hash="a", rows_hash="b")
     assert not (tmp_path / "run").exists()
 
 
 def test_alone_a_sum_is_the_number_itself():
-    assert runs.gather("x") == ["x"] and runs.total(3, 0.1) == [3, 0.1]
-    assert runs.mean(0.1 + 0.2, 49) == 0.1 + 0.2 and runs.mean(None, 0) is None
+    assert distributed.all_gather_object("x") == ["x"] and distributed.all_reduce_sum(3, 0.1) == [3, 0.1]
+    assert distributed.all_reduce_mean(0.1 + 0.2, 49) == 0.1 + 0.2 and distributed.all_reduce_mean(None, 0) is None
     p = torch.nn.Parameter(torch.ones(2))
-    runs.sum_gradients([p])
+    distributed.all_reduce_gradients([p])
     assert p.grad is None and not torch.distributed.is_initialized()
 
 
@@ -305,7 +305,7 @@ if __name__ == "__main__":  # on each rank: folder, folder to write to, names of
     threads = lambda: sorted(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))  # noqa: E731
     atexit.register(lambda: print("threads at the end:", *threads(), file=sys.stderr))  # the first is called last
     if names == ["a rank that fails"]:
-        models.generate, plain = recorded, rewards.rlt_reward
+        rollout.generate, plain = recorded, rewards.rlt_reward
         if runs.RANK == 1:
             rewards.rlt_reward = lambda *a, **k: plain(*a, **k)._replace(reward=torch.full((6,), float("nan")))
         os.chdir(folder)

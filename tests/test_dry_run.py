@@ -4,13 +4,13 @@
 import contextlib
 import io
 
+import memory
+import models
 import pytest
+import runs
 import torch
 from conftest import call
 
-import memory
-import models
-import runs
 from rewards import Row, completion_logprobs, completion_logprobs_and_kl, score_explanations
 
 CPU = torch.device("cpu")

@@ -13,6 +13,8 @@ import time
 
 import pytest
 from conftest import ROOT, call, data_file, run_script
+from prompts import Prompts, load_rows
+from runs import read_jsonl
 
 from evaluate import (
     answer_of,
@@ -26,8 +28,6 @@ from evaluate import (
     read_alike,
     solved_sets,
 )
-from prompts import Prompts, load_rows
-from runs import read_jsonl
 
 THOUGHT, DONE = "<|begin_of_thought|>", "<|end_of_thought|>"
 OPEN, CLOSE = "<|begin_of_solution|>", "<|end_of_solution|>"

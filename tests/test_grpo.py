@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from grpo import LOSSES, group_advantages, grpo_loss, guided_loss, step_denominator
+from rlt.grpo import LOSSES, group_advantages, grpo_loss, guided_loss, step_denominator
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("grpo.json").read_text())
 

@@ -3,11 +3,11 @@
 import itertools
 
 import pytest
+from rlt import runs
 import torch
 from conftest import call
+from rlt.grpo import group_advantages, group_scale, grpo_loss, pathwise_kl_loss
 
-import runs
-from grpo import group_advantages, group_scale, grpo_loss, pathwise_kl_loss
 from rewards import Row, completion_logprobs, completion_logprobs_and_kl, score_explanations
 
 V, T, G, LAM = 3, 2, 2, 1.5

@@ -3,13 +3,13 @@
 
 import inspect
 
+from rlt import models
 import pytest
 import torch
 from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen2Config, Qwen2ForCausalLM
 
-import models
 import rewards
 from rewards import Row, completion_logprobs, completion_logprobs_and_kl, micro_batches, score_explanations
 
@@ -129,7 +129,7 @@ def test_sampling_stays_as_it_was(toy):
     tokenizer = models.load_tokenizer(base)
     prompts = [[2, 8, 10, 9, 11, 3, 4], [2, 8, 3], [2, 8, 10, 9, 11, 20, 31, 21, 33, 22, 35, 3, 4]] * 3
     model = models.load_model(base, bits=32, device=CPU)
-    draw = lambda t: models.generate(model, tokenizer, prompts, max_new_tokens=12, temperature=t, seed=3)  # noqa: E731
+    draw = lambda t: rollout.generate(model, tokenizer, prompts, max_new_tokens=12, temperature=t, seed=3)  # noqa: E731
     before = [draw(t) for t in (0, 1)]
     whole(model, prompts)
     assert model.config._attn_implementation == "packed"
@@ -162,7 +162,7 @@ def test_adapters_on_off_and_reference(toy, bits):
         return speaker, together.detach()
 
     said = dict([compare("policy")])
-    with models.using(model, "reference"):
+    with models.use_adapter(model, "reference"):
         said |= [compare("reference")]
     with torch.no_grad(), model.disable_adapter():
         said |= [compare("base")]

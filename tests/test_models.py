@@ -2,11 +2,11 @@
 
 import json
 
+from rlt import models
 import pytest
 import torch
 from conftest import run_script
 
-import models
 from rewards import completion_logprobs
 
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ PROMPTS = [[2, 8, 10, 9, 11, 3, 4], [2, 8, 3], [2, 8, 10, 9, 11, 20, 31, 21, 33,
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_the_sampler_and_the_trainer_agree(tiny_model, tokenizer, temperature):
     model = tiny_model(64)  # nine columns more than the tokenizer has words
-    sampled = models.generate(model, tokenizer, PROMPTS * 20, max_new_tokens=12, temperature=temperature, seed=5)
+    sampled = rollout.generate(model, tokenizer, PROMPTS * 20, max_new_tokens=12, temperature=temperature, seed=5)
     ours, _ = completion_logprobs(
         model, PROMPTS * 20, [c.ids for c in sampled], temperature=temperature, vocab=len(tokenizer)
     )
@@ -58,7 +58,7 @@ def test_sampling_is_the_plain_softmax(tiny_model, tokenizer):
     """No top-k, no top-p: tokens far down the tail are drawn, as often as they should."""
     model = tiny_model(64)
     n = 4000
-    drawn = models.generate(model, tokenizer, [PROMPTS[0]] * n, max_new_tokens=1, temperature=1.0, seed=0)
+    drawn = rollout.generate(model, tokenizer, [PROMPTS[0]] * n, max_new_tokens=1, temperature=1.0, seed=0)
     logits = model(torch.tensor([PROMPTS[0]])).logits[0, -1, : len(tokenizer)]
     expected = logits.softmax(-1) * n
     counted = torch.bincount(torch.tensor([c.ids[0] for c in drawn]), minlength=len(tokenizer)).float()
@@ -76,8 +76,8 @@ def test_a_checkpoints_own_sampling_settings_do_not_leak_in(base, tokenizer, tmp
     GenerationConfig(top_k=1, top_p=0.1, repetition_penalty=3.0, do_sample=True).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     loaded = models.load_model(str(tmp_path), bits=32, device=CPU)
-    a = models.generate(loaded, tokenizer, PROMPTS, max_new_tokens=9, temperature=1.0, seed=1)
-    b = models.generate(tiny_model(64), tokenizer, PROMPTS, max_new_tokens=9, temperature=1.0, seed=1)
+    a = rollout.generate(loaded, tokenizer, PROMPTS, max_new_tokens=9, temperature=1.0, seed=1)
+    b = rollout.generate(tiny_model(64), tokenizer, PROMPTS, max_new_tokens=9, temperature=1.0, seed=1)
     assert [c.ids for c in a] == [c.ids for c in b]
 
 
@@ -85,7 +85,7 @@ def test_a_checkpoints_own_sampling_settings_do_not_leak_in(base, tokenizer, tmp
 def test_log_probs_do_not_depend_on_padding(tiny_model, tokenizer, temperature):
     """Sampled behind padding on the left, recomputed with padding on the right, and alone: the same."""
     model = tiny_model(64, initializer_range=0.1)
-    sampled = models.generate(model, tokenizer, PROMPTS, max_new_tokens=9, temperature=temperature, seed=2)
+    sampled = rollout.generate(model, tokenizer, PROMPTS, max_new_tokens=9, temperature=temperature, seed=2)
     score = lambda prompts, answers: completion_logprobs(  # noqa: E731
         model, prompts, answers, temperature=temperature, vocab=len(tokenizer)
     )[0]
@@ -97,9 +97,9 @@ def test_log_probs_do_not_depend_on_padding(tiny_model, tokenizer, temperature):
 
 def test_greedy_rows_do_not_depend_on_their_neighbours(tiny_model, tokenizer):
     model = tiny_model(64)
-    together = models.generate(model, tokenizer, PROMPTS, max_new_tokens=10, temperature=0, seed=0)
+    together = rollout.generate(model, tokenizer, PROMPTS, max_new_tokens=10, temperature=0, seed=0)
     for prompt, c in zip(PROMPTS, together, strict=True):
-        [alone] = models.generate(model, tokenizer, [prompt], max_new_tokens=10, temperature=0, seed=9)
+        [alone] = rollout.generate(model, tokenizer, [prompt], max_new_tokens=10, temperature=0, seed=9)
         assert alone.ids == c.ids
         assert torch.allclose(torch.tensor(alone.logprobs), torch.tensor(c.logprobs), atol=1e-5)
 
@@ -113,12 +113,12 @@ def test_only_one_step_of_the_log_softmax_is_held(tiny_model, tokenizer, monkeyp
         numbers.append(sum(t.numel() for t in tensors if isinstance(t, torch.Tensor)) - 3 * len(numbers))
 
     monkeypatch.setattr(models._Sampler, "take", count)
-    models.generate(tiny_model(64), tokenizer, PROMPTS, max_new_tokens=6, temperature=1.0, seed=0)
+    rollout.generate(tiny_model(64), tokenizer, PROMPTS, max_new_tokens=6, temperature=1.0, seed=0)
     assert len(numbers) == 6 and set(numbers) == {3 * 64 + 3}, "one (B, V), and a number a step and row"
 
 
 def test_draws_depend_on_the_seed_alone(tiny_model, tokenizer):
-    draw = lambda seed: models.generate(  # noqa: E731
+    draw = lambda seed: rollout.generate(  # noqa: E731
         tiny_model(64), tokenizer, PROMPTS, max_new_tokens=6, temperature=1.0, seed=seed
     )
     first = draw(3)
@@ -133,7 +133,7 @@ def test_pad_and_eos_may_be_the_same(tiny_model, tokenizer):
     twin = copy.deepcopy(tokenizer)
     twin.pad_token = twin.eos_token
     a, b = (
-        models.generate(tiny_model(64), t, PROMPTS * 9, max_new_tokens=12, temperature=1.0, seed=5)
+        rollout.generate(tiny_model(64), t, PROMPTS * 9, max_new_tokens=12, temperature=1.0, seed=5)
         for t in (tokenizer, twin)
     )
     assert [(c.ids, c.finished) for c in a] == [(c.ids, c.finished) for c in b]
@@ -170,7 +170,7 @@ def test_adapters_are_float32_on_any_base_and_alone_are_trained(base, bits):
     assert {p.dtype for p in adapters} == {torch.float32}
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     assert trained == {id(p) for p in models.adapter_parameters(model)}
-    with models.using(model, "reference"):
+    with models.use_adapter(model, "reference"):
         pass
     assert trained == {id(p) for p in model.parameters() if p.requires_grad}
 
@@ -183,10 +183,10 @@ def test_the_reference_holds_the_starting_weights(base, tmp_path, tokenizer):
     model = lora(str(tmp_path))
     ask = lambda: completion_logprobs(model, PROMPTS, [[5, 9, 1]] * 3, vocab=len(tokenizer))[0]  # noqa: E731
     start = ask().detach()
-    with models.using(model, "reference"):
+    with models.use_adapter(model, "reference"):
         assert torch.equal(ask(), start)
     stir(model)
-    with models.using(model, "reference"):
+    with models.use_adapter(model, "reference"):
         assert torch.equal(ask(), start)
     assert not torch.allclose(ask(), start, atol=1e-3)
     base_alone = models.load_model(base, bits=32, device=CPU)
@@ -264,7 +264,7 @@ def test_four_bits_on_a_cpu_keep_their_gradients(base, tokenizer):
 
     before = gradients()
     model.eval()
-    models.generate(model, tokenizer, PROMPTS, max_new_tokens=4, temperature=1.0, seed=0)
+    rollout.generate(model, tokenizer, PROMPTS, max_new_tokens=4, temperature=1.0, seed=0)
     with torch.no_grad():
         completion_logprobs(model, PROMPTS, [[5, 9, 1]] * 3, vocab=len(tokenizer))
     assert all(torch.equal(a, b) for a, b in zip(before, gradients(), strict=True))
@@ -316,9 +316,9 @@ def test_on_brings_a_model_and_takes_it_back():
             self.trips.append(device)
 
     model = Model()
-    with models.on("cuda", model):
+    with models.on_device("cuda", model):
         assert model.device == "cuda"
-    with pytest.raises(ZeroDivisionError), models.on("cuda", model):
+    with pytest.raises(ZeroDivisionError), models.on_device("cuda", model):
         1 / 0  # noqa: B018
     assert model.trips == ["cuda", "cpu"] * 2
 
@@ -335,7 +335,7 @@ def test_a_parked_model_leaves_the_gpu_and_comes_back(base, tokenizer, bits):
     parked = torch.cuda.memory_allocated()
     assert parked < held
     for _ in range(2):
-        with models.on(cuda, model):
+        with models.on_device(cuda, model):
             assert torch.equal(ask(), before)
         assert {p.device.type for p in model.parameters()} == {"cpu"} and torch.cuda.memory_allocated() <= parked
 
@@ -350,7 +350,7 @@ def test_four_bit_states_move_with_their_weights(base, tokenizer, monkeypatch):
     ask = lambda: completion_logprobs(model, PROMPTS, [[5, 9, 1]] * 3, vocab=len(tokenizer))[0]  # noqa: E731
     before = ask()
     monkeypatch.setattr(QuantState, "to", lambda self, device: moved.append((id(self), device)) or move(self, device))
-    with models.on(CPU, model):
+    with models.on_device(CPU, model):
         assert set(moved) == {(state, CPU) for state in states} and len(states) == 7 * 3
         moved.clear()
     assert set(moved) == {(state, CPU) for state in states}

@@ -3,12 +3,12 @@
 import copy
 import re
 
-import pytest
-from conftest import data_file
-
 from rlt.errors import UserError
 from rlt.prompts import EXPLANATION, SOLUTION, THOUGHT, Prompts
 from rlt.rows import load_rows
+
+import pytest
+from conftest import data_file
 
 ROW = {"question": "How many?", "solution": "There are \\boxed{42}.", "where": "here"}
 

@@ -4,10 +4,10 @@ import json
 import zlib
 
 import pytest
+from rlt import runs
 import torch
 from conftest import ROOT, call, said
 
-import runs
 from evaluate import answer_of, grade
 
 TINY = (
@@ -87,11 +87,11 @@ def test_hinted_groups_replace_the_failed_ones(toy, tmp_path, monkeypatch):
     scope, [entry] = train(toy, tmp_path / "run", *GUIDE, "--steps", 1, "--eval-every", 0)
     prompts, B = scope["prompts"], len(scope["chosen"])
     assert calls == [B, B] and scope["hinted"].all()
-    assert scope["sampled_from"] == [prompts.hinted(row) for row in scope["chosen"]]
-    assert scope["asked"] == [prompts.question(row) for row in scope["chosen"]] != scope["sampled_from"]
+    assert scope["sampled_from"] == [prompts.hinted_prompt(row) for row in scope["chosen"]]
+    assert scope["asked"] == [prompts.question_prompt(row) for row in scope["chosen"]] != scope["sampled_from"]
     assert entry["hinted"] == 1.0 and entry["solved"] == 0.0 and entry["hinted_solved"] == 0.5
     assert entry["sampled_tokens"] > sum(len(c.ids) for c in scope["completions"])
-    assert entry["sampler_gap"] < 1e-4, "the gap is taken where the answers were drawn: with the hint"
+    assert entry["sampler_logprob_diff"] < 1e-4, "the gap is taken where the answers were drawn: with the hint"
     # the ratio: new policy without the hint over old policy with it
     old = torch.cat(scope["old"])
     with torch.no_grad():

@@ -2,13 +2,13 @@
 
 import inspect
 
+from rlt import models
 import pytest
 import torch
 from torch.nn.attention import varlen
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
-import models
 from rewards import completion_logprobs
 
 CPU, EOS = torch.device("cpu"), 1
@@ -22,7 +22,7 @@ def tokenizer(toy):
 
 def draw(model, tokenizer, prompts=PROMPTS, **changes):
     options = dict(max_new_tokens=12, temperature=1.0, seed=5, engine="continuous")
-    return models.generate(model, tokenizer, prompts, **{**options, **changes})
+    return rollout.generate(model, tokenizer, prompts, **{**options, **changes})
 
 
 def same(a, b, tolerance=1e-4):

@@ -2,11 +2,11 @@
 
 import json
 
-import pytest
-
 from rlt.errors import UserError
 from rlt.rows import leaks, load_rows
 from rlt.tags import SOLUTION, THOUGHT
+
+import pytest
 
 
 def write(path, rows):

@@ -5,8 +5,7 @@ import json
 import math
 
 import pytest
-
-import runs
+from rlt import runs
 
 
 def start(folder, resume=False, steps=9, **flags):
@@ -22,20 +21,20 @@ def test_seeds_are_keyed():
 
 @pytest.mark.parametrize(("n", "size"), [(10, 3), (10, 10), (7, 16), (5, 1)])
 def test_every_epoch_sees_every_row_once(n, size):
-    drawn = [i for step in range(7 * n) for i in runs.pick(n, size, step, seed=4)]
+    drawn = [i for step in range(7 * n) for i in runs.batch_indices(n, size, step, seed=4)]
     assert len(drawn) == 7 * n * size
     epochs = [drawn[at : at + n] for at in range(0, len(drawn) - n + 1, n)]
     assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
     assert epochs[0] != epochs[1] and epochs[0] != list(range(n)) or n < 6
-    assert runs.pick(n, size, 3, seed=4) == drawn[3 * size : 4 * size], "a function of the step alone"
+    assert runs.batch_indices(n, size, 3, seed=4) == drawn[3 * size : 4 * size], "a function of the step alone"
 
 
 def test_the_learning_rate_by_hand():
-    rates = [runs.schedule(step, 10, 2, 0.1) for step in range(10)]
+    rates = [runs.lr_fraction(step, 10, 2, 0.1) for step in range(10)]
     assert rates[:2] == [0.5, 1.0] and rates[9] == pytest.approx(0.1)
     assert rates[5] == pytest.approx(1 - 0.9 * 4 / 8)
-    assert [runs.schedule(step, 10, 0, 1.0) for step in range(10)] == [1.0] * 10
-    assert runs.schedule(5, 10, 2, 0.0, shape="cosine") == pytest.approx((1 + math.cos(math.pi / 2)) / 2)
+    assert [runs.lr_fraction(step, 10, 0, 1.0) for step in range(10)] == [1.0] * 10
+    assert runs.lr_fraction(5, 10, 2, 0.0, shape="cosine") == pytest.approx((1 + math.cos(math.pi / 2)) / 2)
 
 
 def test_a_half_written_checkpoint_is_never_picked_up(tmp_path):
@@ -149,7 +148,7 @@ def test_a_falling_reward_is_noticed_and_noise_is_not(tmp_path):
     ):
         path = tmp_path / name
         path.write_text("".join(json.dumps({"step": i, "reward": v}) + "\n" for i, v in enumerate(values)))
-        assert bool(runs.falling(path, "reward")) is expected, name
+        assert bool(runs.reward_is_dropping(path, "reward")) is expected, name
 
 
 @pytest.mark.parametrize(
@@ -163,10 +162,10 @@ def test_a_falling_reward_is_noticed_and_noise_is_not(tmp_path):
 )
 def test_numbers_on_the_command_line(text, complaint):
     with pytest.raises(argparse.ArgumentTypeError, match=complaint):
-        runs.number(int, 1, 8)(text)
+        flags.number(int, 1, 8)(text)
     with pytest.raises(argparse.ArgumentTypeError, match="expected more than 0"):
-        runs.number(float, above=0)("0")
+        flags.number(float, above=0)("0")
     for wild in ("nan", "inf"):
         with pytest.raises(argparse.ArgumentTypeError, match="expected a finite one"):
-            runs.number(float, above=0)(wild)
-    assert runs.number(int, 1, 8)("8") == 8
+            flags.number(float, above=0)(wild)
+    assert flags.number(int, 1, 8)("8") == 8

@@ -10,12 +10,11 @@ import sys
 import time
 from types import ModuleType, SimpleNamespace
 
+from rlt import models
 import pytest
+from rlt import runs
 import torch
 from conftest import ROOT, call, data_file, run_script, said
-
-import models
-import runs
 
 SCRIPTS = ("train_rlt.py", "distill.py", "sft_student.py", "rl_student.py", "evaluate.py")
 TINY = ("--limit", 80, "--prompts-per-step", 2, "--group-size", 4, "--max-new-tokens", 12, "--eval-rows", 4)
@@ -86,7 +85,7 @@ def test_the_readmes_recipe_for_vllm(workshop, tmp_path, monkeypatch):
         def generate(self, asked, sampling, lora_request):
             asked_for.update(sampling)
             model = models.load_model(lora_request[2], bits=32, device=torch.device("cpu"))
-            drawn = models.generate(model, tokenizer, [a["prompt_token_ids"] for a in asked], max_new_tokens=12,
+            drawn = rollout.generate(model, tokenizer, [a["prompt_token_ids"] for a in asked], max_new_tokens=12,
                                     temperature=1.0, seed=0)
             reason = {True: "stop", False: "length"}
             return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(c.ids), finish_reason=reason[c.finished])])
@@ -114,15 +113,15 @@ def test_the_readmes_recipe_for_vllm(workshop, tmp_path, monkeypatch):
 
 def test_metrics_and_samples_have_their_keys(workshop, tmp_path):
     entries, _ = train(workshop, tmp_path / "run")
-    keys = """step reward score kl score_min kl_max closed empty straddled leak length kl_ref entropy clip_fraction
-              sampler_gap loss lr grad_norm eval_reward""".split()
+    keys = """step reward score kl score_min kl_max closed empty boundary_token_split leak length kl_ref entropy clip_fraction
+              sampler_logprob_diff loss lr grad_norm eval_reward""".split()
     assert all(set(keys) <= set(entry) for entry in entries)
     assert {"t_rollout", "t_score", "t_update", "tokens_per_s"} <= set(
         runs.read_jsonl(tmp_path / "run/metrics.jsonl")[0]
     )
     assert entries[0]["kl_ref"] == 0.0, "at the start the teacher is its reference, to the bit"
     assert entries[1]["kl_ref"] > 0
-    assert abs(entries[0]["sampler_gap"]) < 1e-4
+    assert abs(entries[0]["sampler_logprob_diff"]) < 1e-4
     sample = runs.read_jsonl(tmp_path / "run/samples.jsonl")[0]
     assert set(sample) >= {"question", "solution", "explanation", "reward", "closed"}
     config = json.loads((tmp_path / "run/config.json").read_text())
@@ -194,12 +193,12 @@ def test_a_killed_distillation_loses_and_repeats_nothing(workshop, tmp_path):
 
 
 def test_best_of_n_and_unclosed(workshop, tmp_path, monkeypatch):
-    generate = models.generate
+    generate = rollout.generate
 
     def every_other_closes(model, tokenizer, *rest, **options):
         closing = tokenizer("<|end_of_explanation|>", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         return [
-            models.Completion(c.ids[:3] + closing, c.logprobs, True) if i % 2 else c
+            rollout.Completion(c.ids[:3] + closing, c.logprobs, True) if i % 2 else c
             for i, c in enumerate(generate(model, tokenizer, *rest, **options))
         ]
 
@@ -280,16 +279,16 @@ def test_completion_i_belongs_to_prompt_i_over_g(workshop, tmp_path):
 
 
 def test_an_empty_or_unclosed_explanation_is_penalised(workshop, tmp_path, monkeypatch):
-    generate = models.generate
+    generate = rollout.generate
 
     def first_says_nothing(model, tokenizer, *rest, **options):
         first, *others = generate(model, tokenizer, *rest, **options)
         closed = tokenizer("<|end_of_explanation|>", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        return [models.Completion(closed, first.logprobs[:1] * len(closed), True), *others]
+        return [rollout.Completion(closed, first.logprobs[:1] * len(closed), True), *others]
 
     monkeypatch.setattr(models, "generate", first_says_nothing)
     scope = call(workshop, "train_rlt.py", "--steps", 1, *TINY, "--out", tmp_path / "run", "--unclosed-penalty", 5,
-                 "--max-sampler-gap", 100)
+                 "--max-logprob-diff", 100)
     assert scope["explanations"][0].closed and not scope["explanations"][0].thought
     assert scope["scored"].reward.kl[0].item() == pytest.approx(1.01), "both parts count as 1"
     assert runs.read_jsonl(tmp_path / "run/metrics.jsonl")[0]["empty"] == 1 / 8
@@ -391,7 +390,7 @@ CHANGES = {  # flag: (another value, what must change, in which step)
     "--eval-rows": (9, "eval_reward", 0),
     "--lr": (1e-2, "kl_ref", 1),
     "--warmup-steps": (0, "lr", 0),
-    "--final-lr": (1, "lr", 1),
+    "--final-lr-fraction": (1, "lr", 1),
     "--steps": (3, "lr", 1),
     "--max-grad-norm": (1e-6, "kl_ref", 1),
     "--loss": ("dr_grpo", "grad_norm", 0),
@@ -424,7 +423,7 @@ ELSEWHERE = {  # flag: the test that shows what it does
     "--head-chunk": "test_nothing_depends",
     "--device": "test_bad_values",
     "--dry-run": "test_memory.py",
-    "--max-sampler-gap": "test_the_sampler_gate",
+    "--max-logprob-diff": "test_the_sampler_gate",
     "--epsilon-low": "test_the_clip_flags",
     "--epsilon-high": "test_the_clip_flags",
     "--sync-ref-mix": "test_the_reference_moves_in_the_loop",
@@ -492,13 +491,13 @@ def test_the_reference_moves_in_the_loop(workshop, tmp_path):
 
 
 def test_the_sampler_gate(workshop, tmp_path):
-    with pytest.raises(ValueError, match="sampler and trainer disagree by .* --max-sampler-gap is 1e-12"):
-        train(workshop, tmp_path / "run", "--max-sampler-gap", 1e-12)
+    with pytest.raises(ValueError, match="sampler and trainer disagree by .* --max-logprob-diff is 1e-12"):
+        train(workshop, tmp_path / "run", "--max-logprob-diff", 1e-12)
 
 
 def test_the_student_waits_elsewhere(workshop, tmp_path, monkeypatch):
     """It is moved before and after each scoring, which alone calls it, and the numbers stay as they are."""
-    events, load, sample = [], models.load_model, models.generate
+    events, load, sample = [], models.load_model, rollout.generate
 
     def watched(name, bits, device):
         model = load(name, bits=bits, device=device)
@@ -528,9 +527,9 @@ def test_both_engines(workshop, tmp_path):
     """In every script that samples, through a cache that holds few rows; greedy answers are the same."""
     flags = ["--engine", "continuous", "--cache-tokens", 200]
     [entry], _ = train(workshop, tmp_path / "teacher", *flags, "--steps", 1)
-    assert entry["sampler_gap"] < 1e-4
+    assert entry["sampler_logprob_diff"] < 1e-4
     call(workshop, "rl_student.py", *TINY, *flags, "--steps", 1, "--out", tmp_path / "student")
-    assert metrics(tmp_path / "student")[0]["sampler_gap"] < 1e-4
+    assert metrics(tmp_path / "student")[0]["sampler_logprob_diff"] < 1e-4
     call(workshop, "distill.py", "--model", "toy-teacher", "--limit", 6, *flags, "--out", tmp_path / "d.jsonl")
     assert len(runs.read_jsonl(tmp_path / "d.jsonl")) == 6
     for engine, *more in (("batch",), ("continuous", "--cache-tokens", 200)):
@@ -592,7 +591,7 @@ def test_real_rows(workshop, tmp_path, qwen_tokenizer, tiny_model):
     )
     assert "Next: python distill.py --model" in done.stdout
     entries = metrics(tmp_path / "teacher")
-    assert entries[0]["kl_ref"] == 0 and entries[0]["sampler_gap"] < 1e-4
+    assert entries[0]["kl_ref"] == 0 and entries[0]["sampler_logprob_diff"] < 1e-4
     config = json.loads((tmp_path / "teacher/final/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "model")
     call(workshop, "distill.py", *flags, "--model", tmp_path / "teacher", "--out", tmp_path / "d.jsonl")

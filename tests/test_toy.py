@@ -9,11 +9,11 @@ from collections import Counter
 import pytest
 import torch
 from conftest import run_script
+from rlt.models import load_tokenizer
+from rlt.prompts import EXPLANATION, SOLUTION, THOUGHT, Prompts
 from torch.nn.functional import cross_entropy
 
 from data import toy as game  # `toy` is the fixture: a folder that holds runs/toy
-from models import load_tokenizer
-from prompts import EXPLANATION, SOLUTION, THOUGHT, Prompts
 
 QUESTION = "x 3 y 7 s1 x+=y s2 y*=3 s3 swap s4 y+=5"
 CHAIN = "s1 x+=y 0 7 s2 y*=3 0 1 s3 swap 1 0 s4 y+=5 1 5"
@@ -207,7 +207,7 @@ def test_a_base_that_learns_what_a_hint_is_reads_what_the_pipeline_shows_it(toke
     assert 0.4 < sum(full) / len(full) < 0.65
     prompts, row = Prompts(tokenizer), hinted[0]
     asked = row | {"question": row["question"].removesuffix(row["hint"]).strip()}
-    assert prompts.hinted(asked) == prompts.question(row) != prompts.question(asked)
+    assert prompts.hinted_prompt(asked) == prompts.question_prompt(row) != prompts.question_prompt(asked)
 
 
 # -- the rows
@@ -339,17 +339,17 @@ def test_documents_as_written_by_hand(tokenizer):
     asked = "<|user|> x 3 y 7 s1 x+=y <|assistant|>"
     solved = "<|begin_of_solution|> 0 7 <|end_of_solution|>"
     explained = "<|begin_of_thought|> s1 x+=y 0 7 <|end_of_thought|>"
-    ids, start = prompts.sft(row, "student")
+    ids, start = prompts.sft_row(row, "student")
     assert tokenizer.decode(ids[:start]) == asked
     assert tokenizer.decode(ids[start:]) == f"{explained} {solved} <|end_of_turn|>"
-    ids, start = prompts.sft(row, "teacher")
+    ids, start = prompts.sft_row(row, "teacher")
     assert tokenizer.decode(ids[:start]) == f"{asked} {solved} <|begin_of_thought|>"
     assert tokenizer.decode(ids[start:]) == "s1 x+=y 0 7 <|end_of_thought|> <|end_of_turn|>"
     # the chat template alone says the same
     turns = [("system", "not its words"), ("user", row["question"]), ("assistant", f"{explained} {solved}")]
     chat = [{"role": role, "content": content} for role, content in turns]
     whole = tokenizer.apply_chat_template(chat, tokenize=False)
-    assert tokenizer.encode(whole) == prompts.sft(row, "student")[0]
+    assert tokenizer.encode(whole) == prompts.sft_row(row, "student")[0]
 
 
 # -- the base model
