@@ -17,8 +17,10 @@ The tags are those of Bespoke-Stratos and of the released RLT code (custom_data/
 No model is touched here.
 """
 
+import re
 from typing import NamedTuple
 
+from rlt.chat_template import ChatTemplate, turn_ends
 from rlt.errors import UserError
 from rlt.rows import map_rows
 from rlt.tags import EXPLANATION, SOLUTION, THOUGHT
@@ -43,91 +45,135 @@ class Explanation(NamedTuple):
 
     thought: list  # ids that are scored
     end: list  # ids after them: closing tag, end of turn. Trained on, not scored
-    leftover: str  # characters of a token that straddles thought and closing tag
+    leftover: str  # the thought's last characters, where a token holds them and the start of the closing tag
     text: str  # the explanation as it goes to the student
-    closed: bool  # it ended properly: closing tag, then the end of the turn
+    closed: bool  # it ended properly: closing tag, then the end of the turn, and no foreign tags before
+    foreign_tags: bool  # the text has special tokens or tags: it could forge a solution block
 
 
 class Prompts:
-    """The views of a row under one tokenizer's chat template.
+    """One tokenizer's prompts and training rows.
 
     solution_in: where the teacher finds the solution, "assistant" (a prefilled start of its own turn, as in the
     released code) or "user" (after the question, as in the paper's Figure 2).
+
+    Text of a row is never read as a special token or tag: a question with <|im_end|> could forge a turn, a solution
+    with <|begin_of_solution|> a second solution. Methods that take a row raise UserError where it has such text.
     """
 
     def __init__(self, tokenizer, solution_in="assistant"):
         self.tokenizer, self.solution_in = tokenizer, solution_in
-        if tokenizer.chat_template is None:
-            raise UserError(f"{tokenizer.name_or_path} has no chat template: expected an instruct model's tokenizer.")
+        self.template, self.end_of_turn = ChatTemplate(tokenizer), turn_ends(tokenizer)[0]
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        special |= {*tokenizer.all_special_tokens, *self.template.markup}
+        special = {token for token in special if len(token.strip()) > 2}  # some models pad with "!"
+        self._special = _any_of(special)
+        self._special_or_tag = _any_of(special.union(THOUGHT, SOLUTION, EXPLANATION))
+
+        # Some tokenizers put a blank in front of every text: for them, a piece of text needs other text before it.
+        self._neutral, self._anchor = ("",), []
+        if self.encode(THOUGHT[0]) != self._encode_in_turn("", THOUGHT[0])[0]:
+            self._neutral, self._anchor = ("\n", "a", "."), self._encode_in_turn("", THOUGHT[0])[0]
         for ours, theirs in zip(EXPLANATION, THOUGHT, strict=True):
-            a, b = self.encode(ours), self.encode(theirs)
+            a, b = (self._encode_in_turn("", tag)[0] for tag in (ours, theirs))
             if a != b and 1 in (len(a), len(b)):
                 # the teacher's mass on its own tag would meet a student that never saw that token: every KL is off
                 raise UserError(
                     f"{ours} and {theirs} are different single tokens ({a}, {b}) in {tokenizer.name_or_path}: "
-                    "the KL between the two roles would be wrong. Make them one token, or no special tokens at all."
-                )
+                    "the KL between the two roles would be wrong. Make them one token, or no special tokens at all.")
         self._bytes = _token_bytes(tokenizer)
         # what the closing tag looks like once sampled: a tokenizer may write both roles' tags alike
-        self._closing = tokenizer.decode(self.encode(EXPLANATION[1])).encode()
+        self._closing = self._decode(self._encode_in_turn("", EXPLANATION[1])[0]).encode()
 
     def encode(self, text):
+        """The ids of a text that stands alone, such as a prompt."""
+        return self._tokenize(text)["input_ids"]
+
+    def _tokenize(self, text, **options):
         try:
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            return self.tokenizer(text, add_special_tokens=False, **options)
         except Exception as error:  # tokenizers has no class of its own for a word without a token
             raise UserError(f"can't be tokenized ({error}): use words that the model has") from None
 
+    def _encode_in_turn(self, before, *pieces):
+        """The ids of each piece of text, where they follow each other and `before` at the start of an answer.
+
+        They are encoded together and cut by offsets, so that the pieces' ids are those of the whole text. A token with
+        characters of two pieces belongs to the later one. If one has characters of `before`, the pieces are encoded
+        behind something else.
+        """
+        text = "".join(pieces)
+        for context in (self.template.start + before, *self._neutral):
+            tokens = self._tokenize(context + text, return_offsets_mapping=True)
+            start, ids = len(context), [[] for _ in pieces]
+            ends = [start + sum(map(len, pieces[: n + 1])) for n in range(len(pieces))]
+            inside = [(i, a, b) for i, (a, b) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
+                      if b > start or not context]
+            if all(a >= start for _, a, _ in inside):
+                break
+        piece = 0
+        for i, _, b in inside:
+            while b > ends[piece]:
+                piece += 1
+            ids[piece].append(i)
+        return ids
+
+    def _decode(self, ids):
+        """The text of ids within a turn, its leading blank included."""
+        before = self.tokenizer.decode(self._anchor) if self._anchor else ""
+        return self.tokenizer.decode([*self._anchor, *ids])[len(before) :]
+
+    # prompts
+
     def question_prompt(self, row):
         """Ids of the student's prompt: system, question, and the start of an empty assistant turn."""
-        return self._turn(STUDENT_SYSTEM, row["question"])
+        return self._turn(STUDENT_SYSTEM, self._text(row, "question"))
 
     def hinted_prompt(self, row):
         """The student's prompt with the row's `hint` after the question (Guide-GRPO)."""
-        return self._turn(STUDENT_SYSTEM, f"{row['question']}\n\n{self._column(row, 'hint')}")
-
-    def _column(self, row, name):
-        if not isinstance(row.get(name), str):
-            raise UserError(f'has no "{name}" (columns found: {", ".join(row)}): give the rows one')
-        return row[name]
+        return self._turn(STUDENT_SYSTEM, f"{self._text(row, 'question')}\n\n{self._text(row, 'hint')}")
 
     def student_prompt(self, row):
         """The plain prompt with the thought opened: what stands before an explanation when the student scores it."""
-        return self.question_prompt(row) + self.encode(f"{THOUGHT[0]}\n\n")
+        return self.question_prompt(row) + self._encode_in_turn("", f"{THOUGHT[0]}\n\n")[0]
 
     def teacher_prompt(self, row):
         """Ids of the teacher's prompt: it has seen the solution, and the explanation is opened."""
-        known = f"{SOLUTION[0]}\n\n{row['solution']}\n\n{SOLUTION[1]}"
+        question, known = self._text(row, "question"), self._known(row)
         opened = f"{EXPLANATION[0]}\n\n"
         if self.solution_in == "user":
-            return self._turn(TEACHER_SYSTEM, f"{row['question']}\n\n{known}") + self.encode(opened)
-        return self._turn(TEACHER_SYSTEM, row["question"]) + self.encode(f"{known}\n\n{opened}")
+            return self._turn(TEACHER_SYSTEM, f"{question}\n\n{known}") + self._encode_in_turn("", opened)[0]
+        return self._turn(TEACHER_SYSTEM, question) + self._encode_in_turn("", f"{known}\n\n{opened}")[0]
+
+    def _known(self, row):
+        return f"{SOLUTION[0]}\n\n{self._text(row, 'solution')}\n\n{SOLUTION[1]}"
 
     def _turn(self, system, user):
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-        return self.encode(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return self.encode(self.template.prompt(messages))
+
+    def _text(self, row, column):
+        text = row.get(column)
+        if not isinstance(text, str):
+            raise UserError(f'has no "{column}" (columns found: {", ".join(row)}): give the rows one')
+        return self._without(self._special_or_tag, text, column)
+
+    def _without(self, pattern, text, column):
+        if found := pattern.search(text):
+            raise UserError(f'has "{found[0]}" in its {column}, which a model would take for its own tag: take it out')
+        return text
+
+    # explanations
 
     def encode_explanation(self, row):
-        """(ids, closed): the row's `explanation` as a teacher would have sampled it.
+        """(ids, finished): the row's `explanation` as a teacher would have sampled it.
 
         A row that distill.py wrote (it has `messages`) is taken as it is; other texts get a blank line at the end.
         """
-        closed, text = row.get("closed", True), self._column(row, "explanation")
+        text, closed = self._text(row, "explanation"), row.get("closed", True)
         text = text if "messages" in row else text.strip("\n") + "\n\n"
-        return (self.encode(text + EXPLANATION[1]) + [self.tokenizer.eos_token_id], True) if closed else (
-            self.encode(text), False)
-
-    def drop_overlong(self, rows, context, skip=False, also=()):
-        """The rows whose prompts and solution, and what `also` makes ids of, fit into `context` tokens."""
-
-        def length(row):
-            student = len(self.student_prompt(row)) + len(self.encode(row["solution"] or "")) + 32  # 32: tags
-            tokens = max(len(self.teacher_prompt(row)), student)
-            tokens += sum(len(ids_of(row)) for ids_of in also)
-            if tokens > context:
-                raise UserError(f"takes {tokens} tokens, room is for {context}: shorten it, lower --max-new-tokens")
-            return tokens
-
-        return [row for row, _ in map_rows(rows, length, skip)]
+        ids, = self._encode_in_turn(f"{EXPLANATION[0]}\n\n", text + EXPLANATION[1] * closed)
+        return ids + [self.end_of_turn] * closed, closed
 
     def split_completion(self, ids, finished):
         """Take a teacher's completion apart. ids: all that was sampled, the end of turn included if finished.
@@ -136,31 +182,34 @@ class Prompts:
         """
         body = ids[:-1] if finished else ids
         pieces = [self._bytes(i) for i in body]
-        written = b"".join(pieces)
-        at = written.find(self._closing)
+        sampled = b"".join(pieces)
+        at = sampled.find(self._closing)
         if at < 0:
-            return Explanation(list(body), list(ids[len(body) :]), "", self.tokenizer.decode(body), False)
+            text = self._decode(body)
+            return Explanation(list(body), list(ids[len(body) :]), "", text, False, self._is_foreign(text))
         boundary = length = 0
         while length + len(pieces[boundary]) <= at:
             length += len(pieces[boundary])
             boundary += 1
-        leftover = written[length:at].decode("utf-8", "replace")
-        after = written[at + len(self._closing) :]
-        text = self.tokenizer.decode(body[:boundary]) + leftover
-        closed = finished and not after.strip()
-        return Explanation(list(body[:boundary]), list(ids[boundary:]), leftover, text, closed)
+        leftover = sampled[length:at].decode("utf-8", "replace")
+        after = sampled[at + len(self._closing) :]
+        text = self._decode(body[:boundary]) + leftover
+        foreign = self._is_foreign(text)
+        closed = finished and not after.strip() and not foreign
+        return Explanation(list(body[:boundary]), list(ids[boundary:]), leftover, text, closed, foreign)
+
+    def _is_foreign(self, text):
+        return self._special_or_tag.search(text) is not None
 
     def scoring_row(self, row, explanation):
         """The rewards.Row of one explanation (as `split_completion` returns it) of one row."""
-        bridge = f"{explanation.leftover}{THOUGHT[1]}\n\n{SOLUTION[0]}\n\n"
-        return Row(
-            teacher_prompt=self.teacher_prompt(row),
-            thought=explanation.thought,
-            teacher_end=explanation.end,
-            student_prompt=self.student_prompt(row),
-            bridge=self.encode(bridge),
-            solution=self.encode(f"{row['solution']}\n\n"),
-        )
+        bridge, solution, _ = self._encode_in_turn(
+            f"{THOUGHT[0]}\n\n", f"{explanation.leftover}{THOUGHT[1]}\n\n{SOLUTION[0]}\n\n",
+            f"{row['solution']}\n\n", SOLUTION[1])
+        return Row(teacher_prompt=self.teacher_prompt(row), thought=explanation.thought, teacher_end=explanation.end,
+                   student_prompt=self.student_prompt(row), bridge=bridge, solution=solution)
+
+    # training rows
 
     def chat_messages(self, row, text):
         """The chat messages a student is trained on: the teacher's raw text with the tags swapped."""
@@ -175,16 +224,37 @@ class Prompts:
         set between blank lines. The end of turn is there exactly once.
         """
         if view == "student" and "messages" in row:
+            for message in row["messages"]:
+                self._without(self._special, message["content"], "messages")
             *before, answer = row["messages"]
-            text = self.tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
-            prompt, answer = self.encode(text), answer["content"]
+            prompt, answer = self.encode(self.template.prompt(before)), self._encode_in_turn("", answer["content"])[0]
         else:
-            padded = self._column(row, "explanation").strip("\n") + "\n\n"
+            text = self._text(row, "explanation").strip("\n") + "\n\n"
             if view == "student":
-                prompt, answer = self.question_prompt(row), self.chat_messages(row, padded)[-1]["content"]
+                prompt, answer = self.question_prompt(row), self.chat_messages(row, text)[-1]["content"]
+                self._text(row, "solution")
+                answer, = self._encode_in_turn("", answer)
             else:
-                prompt, answer = self.teacher_prompt(row), padded + EXPLANATION[1]
-        return prompt + self.encode(answer) + [self.tokenizer.eos_token_id], len(prompt)
+                prompt = self.teacher_prompt(row)
+                answer, = self._encode_in_turn(f"{EXPLANATION[0]}\n\n", text + EXPLANATION[1])
+        return prompt + answer + [self.end_of_turn], len(prompt)
+
+    def drop_overlong(self, rows, context, skip=False, also=()):
+        """The rows whose prompts and solution, and what `also` makes ids of, fit into `context` tokens."""
+
+        def check_length(row):
+            tokens = len(self.student_prompt(row)) + len(self.encode(row["solution"] or "")) + 32  # 32: tags
+            if row["solution"] is not None:
+                tokens = max(tokens, len(self.teacher_prompt(row)))
+            tokens += sum(len(ids_of(row)) for ids_of in also)
+            if tokens > context:
+                raise UserError(f"takes {tokens} tokens, room is for {context}: shorten it, lower --max-new-tokens")
+
+        return [row for row, _ in map_rows(rows, check_length, skip)]
+
+
+def _any_of(texts):
+    return re.compile("|".join(map(re.escape, sorted(texts))))
 
 
 def _token_bytes(tokenizer):
@@ -193,12 +263,17 @@ def _token_bytes(tokenizer):
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     added = {i: token.content.encode() for i, token in tokenizer.added_tokens_decoder.items()}
+    vocabulary = tokenizer.convert_ids_to_tokens
     if isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel):
         byte = {character: value for value, character in bytes_to_unicode().items()}
-        vocabulary = tokenizer.convert_ids_to_tokens
         return lambda i: added[i] if i in added else bytes(byte[c] for c in vocabulary(i))
-    # word-level and the like: look at each token behind another one. A lone byte of a byte-fallback tokenizer decodes
-    # to a replacement character, so there a character that is cut in half is not told from a whole one
+    # Others are decoded behind another token. A byte of a character without a token of its own, <0xE4>, has no text.
     anchor = tokenizer.eos_token_id
     before = len(tokenizer.decode([anchor]))
-    return lambda i: tokenizer.decode([anchor, i])[before:].encode()
+
+    def of(i):
+        if i not in added and (match := re.fullmatch(r"<0x([0-9A-F]{2})>", vocabulary(i))):
+            return bytes.fromhex(match[1])
+        return tokenizer.decode([anchor, i])[before:].encode()
+
+    return of

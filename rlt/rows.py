@@ -15,7 +15,8 @@ from rlt.tags import SOLUTION, THOUGHT
 BOXED = "Return your final response within \\boxed{}. "  # the instruction that the benchmarks' harness puts first
 
 
-def load_rows(source, *, question_column=None, solution_column=None, limit=None, skip_bad=False, require_solution=True):
+def load_rows(source, *, question_column=None, solution_column=None, explanation_column=None, limit=None,
+              skip_bad=False, require_solution=True):
     """Rows of a data source as dicts with `question`, `solution`, `where`, and every column they came with.
 
     source: a .jsonl, .json or .parquet file, or a hub id ("org/name", its train split). Known schemas: our own
@@ -29,7 +30,10 @@ def load_rows(source, *, question_column=None, solution_column=None, limit=None,
         try:
             if isinstance(raw, Exception):
                 raise UserError(f"is not JSON ({raw})")
-            rows.append(_canonical(raw, where, question_column, solution_column, require_solution))
+            row = _canonical(raw, where, question_column, solution_column, require_solution)
+            if explanation_column:
+                row["explanation"] = raw[explanation_column]
+            rows.append(row)
         except UserError as error:
             if not skip_bad:
                 raise UserError(f"{where} {error}. Fix it, or pass --skip-bad-rows to leave such rows out.") from None
