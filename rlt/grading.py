@@ -38,9 +38,10 @@ from rlt.answers import (
     same_text,
 )
 from rlt.errors import UserError
-from rlt.runs import read_jsonl, seed_for
+from rlt.runs import seed_for
 
 __all__ = ["GOLD", "MATH_TASKS", "TASKS", "answer_of", "gold_answer", "opened_thought", "same_text"]  # from rlt.answers
+GRADERS = {"toy": "exact match", "gpqa": "letter", "countdown": "exact fractions"}  # what is not math-verify's
 LETTER_ONLY = (
     "Return your final response within \\boxed{} and only include the letter choice (A, B, C, or D) as your final "
     "response. "
@@ -163,7 +164,7 @@ def _serve():
 
 
 # ---------------------------------------------------------------------------------------------------------
-# pass@k, and what changed between two evaluations
+# pass@k, and what training changed
 
 
 def pass_at_k(n, c, k):
@@ -225,27 +226,3 @@ def compare(draws, k=16):
             for name, chosen in solved_sets(before, draws[label], k).items()
         }
     return report
-
-
-def read_evaluations(paths):
-    """label -> draws, from label -> an eval_<task>.json, whose samples are in the same folder.
-
-    Raises UserError where one is missing, was made with other settings or questions than `before`, or where
-    `floor` has the same seed, and so the same draws.
-    """
-    tables, first = {}, None
-    for label, path in paths.items():
-        if not path.is_file():
-            raise UserError(f"{path} is missing: evaluate first, --samples 64 --temperature 1, say.")
-        settings = json.loads(path.read_text())["flags"]
-        samples = read_jsonl(path.with_name(f"{path.stem}_samples.jsonl"))
-        settings["questions"] = [(sample["question"], sample["gold"]) for sample in samples]
-        first, n = first or settings, settings["samples"]
-        for what in ("samples", "temperature", "max_new_tokens", "questions"):
-            if settings[what] != first[what]:
-                raise UserError(f"{path} and {paths['before']} differ in {what}: evaluate both alike.")
-        if label == "floor" and settings["seed"] == first["seed"]:
-            raise UserError(f"{path} has the seed of {paths['before']}: evaluate with another --seed.")
-        right = [bool(sample["grade"]) for sample in samples]
-        tables[label] = [right[at : at + n] for at in range(0, len(right), n)]
-    return tables

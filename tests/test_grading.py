@@ -11,9 +11,6 @@ import subprocess
 import sys
 import time
 
-import pytest
-from conftest import ROOT, data_file
-
 from rlt.answers import same_text
 from rlt.errors import UserError
 from rlt.grading import (
@@ -30,6 +27,9 @@ from rlt.grading import (
     solved_sets,
     with_choices,
 )
+
+import pytest
+from conftest import ROOT, data_file
 
 THOUGHT, DONE = "<|begin_of_thought|>", "<|end_of_thought|>"
 OPEN, CLOSE = "<|begin_of_solution|>", "<|end_of_solution|>"
