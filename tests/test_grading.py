@@ -1,6 +1,6 @@
-"""Graders against adversarial outputs, pass@k and what RL did against counting, the script on the toy.
+"""Graders against adversarial outputs and gold answers, pass@k and comparisons against counting.
 
-python -m pytest tests/test_evaluate.py -v
+python -m pytest tests/test_grading.py -v
 """
 import itertools
 import json
@@ -11,23 +11,25 @@ import subprocess
 import sys
 import time
 
-import pytest
-from conftest import ROOT, call, data_file, run_script
-from prompts import Prompts, load_rows
-from runs import read_jsonl
-
-from evaluate import (
+from rlt.answers import same_text
+from rlt.errors import UserError
+from rlt.grading import (
     answer_of,
     compare,
     gradable,
     grade,
     grade_all,
+    opened_thought,
     over_questions,
     pass_at_k,
     pass_curve,
-    read_alike,
+    read_evaluations,
     solved_sets,
+    with_choices,
 )
+
+import pytest
+from conftest import ROOT, data_file
 
 THOUGHT, DONE = "<|begin_of_thought|>", "<|end_of_thought|>"
 OPEN, CLOSE = "<|begin_of_solution|>", "<|end_of_solution|>"
@@ -36,6 +38,11 @@ HANGS = r"\boxed{9^{9^{9}}}"  # math-verify works this number out
 
 def row(**columns):
     return {"where": "rows.jsonl line 1", **columns}
+
+
+def public_rows(file):
+    lines = data_file(file).read_text().splitlines()
+    return [row(**json.loads(line)) for line in lines]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -92,6 +99,41 @@ def test_the_last_box(output, answer):
     assert answer_of("math500", output) == answer
 
 
+@pytest.mark.parametrize("opening, closing", [
+    ("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"), ("<reflection>", "</reflection>"), ("<analysis>", "</analysis>"),
+    ("<scratchpad>", "</scratchpad>"), ("<seed:think>", "</seed:think>"), ("[THINK]", "[/THINK]"),
+    ("<Think>", "</THINK>"), ("<|START_THINKING|>", "<|END_THINKING|>"), ("◁think▷", "◁/think▷"),
+    ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+    (THOUGHT, DONE)])
+def test_thoughts_of_any_model_are_no_answer(opening, closing):
+    for task in ("math500", "gsm8k", "countdown", "gpqa"):
+        for output, answer in (
+            (rf"{opening}maybe \boxed{{72}}, wait", None),                   # cut off
+            (rf"{opening}maybe \boxed{{72}}{closing} so", None),
+            (rf"{opening}maybe \boxed{{72}}{closing} \boxed{{7}}", "7"),
+            (rf"maybe \boxed{{72}}{closing} \boxed{{7}}", "7"),              # the prompt opened the thought
+            (rf"{opening}a{closing} \boxed{{7}} {opening} \boxed{{72}}", None),  # it thinks again
+        ):
+            assert answer_of(task, output) == answer, (task, output)
+
+
+def test_a_thought_within_a_thought_does_not_end_it():
+    inner = r"<thinking>a <reflection>b</reflection> \boxed{72}"
+    assert answer_of("math500", inner) is None
+    assert answer_of("math500", inner + r"</thinking> \boxed{7}") == "7"
+
+
+def test_a_thought_that_the_prompt_opened():
+    """DeepSeek-R1's template ends in <think>: only together with it a cut off output shows that it is thinking."""
+    assert opened_thought("<|Assistant|><think>\n") == "<think>"
+    assert opened_thought("<|im_start|>assistant\n<THINK>") == "<think>"
+    assert opened_thought("use <think> tags <|im_start|>assistant\n") == ""
+    assert opened_thought("<|im_start|>assistant\n<think>\n\n</think>\n\n") == ""
+    assert opened_thought(f"assistant {THOUGHT}\n\n") == THOUGHT
+    assert answer_of("math500", opened_thought("<think>\n") + r"maybe \boxed{72}, wait") is None
+
+
 @pytest.mark.parametrize("output, answer", [
     (r"I paid 3 for \boxed{72} of 90", "72"),
     ("steps\n#### 72", "72"),
@@ -105,6 +147,24 @@ def test_the_last_box(output, answer):
     ("no number", None),
     (r"it is 7, so \boxed{7", None),  # a box that was cut off is not made good by some number
     ("", None),
+    (r"She pays $9{,}500$.", "9500"),
+    (r"in all $1{,}234{,}567.50", "1234567.50"),
+    (r"in all \$10,\!080", "10080"),
+    (r"in all $12\,345$", "12345"),
+    ("in all 9\u202f500 or 9\u00a0500", "9500"),
+    ("a change of \u22123", "-3"),
+    ("a change of -$3", "-3"),
+    (r"a change of \u2212\$9,500".replace(r"\u2212", "\u2212"), "-9,500"),
+    ("a half, .5", ".5"),
+    ("a loss of \u2212.5", "-.5"),
+    ("$.75 each", ".75"),
+    ("and so ...5", "5"),
+    ("see No.5", "5"),
+    ("10-3", "3"),
+    ("10\u22123", "3"),
+    ("the point (1,\u00a0200)", "200"),
+    (r"the point $(1,\,200)$", "200"),
+    ("#### \u2212$9{,}500 and 7 more", "-9500"),
 ])
 def test_gsm8k_falls_back_to_a_number(output, answer):
     assert answer_of("gsm8k", output) == answer
@@ -148,24 +208,62 @@ def test_equivalence(gold, answer, right):
 
 
 def test_grading_another_task_is_an_error():
-    with pytest.raises(ValueError, match="task 'gpqa': expected one of toy, gsm8k"):
-        grade("gpqa", "A", row(answer="A"))
-    with pytest.raises(ValueError, match="rows.jsonl line 1 has no answer, which --task aime24 is graded by"):
+    with pytest.raises(UserError, match="task 'mmlu': expected one of toy, gsm8k"):
+        grade("mmlu", "A", row(answer="A"))
+    with pytest.raises(UserError, match="rows.jsonl line 1 has no answer that --task aime24 can be graded by"):
         grade("aime24", r"\boxed{1}", row(solution="1"))
-    with pytest.raises(ValueError, match="expected whole numbers"):
-        grade("countdown", r"\boxed{1+2}", row(nums=["1", "2"], target=3))
 
 
 @pytest.mark.parametrize("gold", ["", " ", r"\text{}"])
 def test_a_gold_answer_that_cannot_be_read_is_never_right(gold, capsys):
     bad, good = row(answer=gold), row(answer="5")
     for output in (r"\boxed{\text{}}", r"\boxed{5}"):
-        with pytest.raises(ValueError, match="leave that row out"):
+        with pytest.raises(UserError, match="leave that row out"):
             grade("math500", output, bad)
     assert gradable("math500", [bad, good, bad]) == [good]
     assert "2 of 3 rows" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no row has an answer that --task math500 can grade"):
+    with pytest.raises(UserError, match="no row has an answer that --task math500 can grade.*The first: rows.jsonl"):
         gradable("math500", [bad])
+
+
+@pytest.mark.parametrize("task, gold, answer", [
+    ("gsm8k", 72, "72"), ("gsm8k", 72.0, "72"), ("gsm8k", "72", "72"), ("gsm8k", "steps\n#### 72", "72"),
+    ("gsm8k", "#### -1,234", "-1234"), ("gsm8k", ["72"], "72"), ("gsm8k", -7, "-7"), ("gsm8k", 0, "0"),
+    ("math500", 1e-05, "0.00001"), ("math500", "1e-05", "0.00001"), ("math500", 1e16, "10^{16}"),
+    ("math500", "1e+16", "10^{16}"), ("math500", 1e16, "1e16"), ("math500", 2.5e-07, "0.00000025"),
+    ("math500", 0.5, r"\frac{1}{2}"), ("aime24", 33, "33"), ("aime25", 70.0, "70"), ("aime24", "025", "25"),
+    ("math500", r"2e-1", "2e-1"), ("math500", "10000", "10^4"),
+])
+def test_gold_of_any_type_of_number(task, gold, answer):
+    for text, right in ((answer, True), ("31", False), (r"\text{nan}", False)):
+        assert grade(task, rf"\boxed{{{text}}}", row(answer=gold)) is right
+
+
+@pytest.mark.parametrize("gold", [
+    None, math.nan, math.inf, "", " ", "NaN", "nan", "None", "null", True, [], ["1", "2"], {"value": 1}, "####"])
+@pytest.mark.parametrize("task", ["gsm8k", "math500", "aime24"])
+def test_gold_that_no_answer_can_equal_is_left_out(task, gold, capsys):
+    good = row(answer="5")
+    with pytest.raises(UserError, match="rows.jsonl line 1 .*leave that row out"):
+        grade(task, r"\boxed{5}", row(answer=gold) if gold != "####" or task == "gsm8k" else row())
+    if gold != "####":
+        assert gradable(task, [row(answer=gold), good]) == [good]
+        assert "1 of 2 rows have no answer that the grader can read" in capsys.readouterr().out
+        assert gradable(task, [row(), good]) == [good]  # the column is missing
+
+
+@pytest.mark.parametrize("nums, target, right", [
+    ([2, 3, 4], 14, True), ([2.0, 3.0, 4.0], 14.0, True), (["2", "3", "4"], "14", True), ([2, 3, 4], 14.5, None),
+    ([2, 3, None], 14, None), ([2, 3, 4], None, None), ([2, 3, 4], math.nan, None), ([], 14, None), (None, 14, None),
+    ("2, 3, 4", 14, None), ([2, 3, True], 14, None), ([2, 3, "four"], 14, None), ([2, 3, 4], 15, False)])
+def test_countdown_numbers_of_any_type(nums, target, right):
+    question = row(nums=nums, target=target)
+    if right is None:
+        with pytest.raises(UserError, match="expected whole numbers"):
+            grade("countdown", r"\boxed{(3 + 4) * 2}", question)
+        return
+    assert grade("countdown", r"\boxed{(3 + 4) * 2}", question) is right
+    assert grade("countdown", r"\boxed{(3 + 4) * 2.0}", question) is False
 
 
 @pytest.mark.parametrize("output, right", [
@@ -186,7 +284,39 @@ def test_a_gold_answer_that_cannot_be_read_is_never_right(gold, capsys):
     (r"\boxed{(3 + 4) * 2.0}", False),
     (r"\boxed{(3 + 4) * 0x2}", False),
     (r"\boxed{(3 + 4) * 2 # fine}", False),
-    (r"\boxed{(3 + 4)(2)}", False),
+    (r"\boxed{(3 + 4)(2)}", True),            # a product
+    (r"\boxed{2(3 + 4)}", True),
+    (r"\boxed{(3 + 4) 2}", True),
+    (r"\boxed{2 \left(3 + 4\right)}", True),
+    (r"\boxed{3 4 2}", False),
+    (r"\boxed{2\,(3 + 4)}", True),
+    (r"\boxed{(3 + 4)\;\ast\;2}", True),
+    (r"\boxed{(3\:+\:4)\!\cdot\!2}", True),
+    (r"\boxed{(3 + 4) \quad\times 2}", True),
+    (r"\boxed{\displaystyle(3 + 4)\times2}", True),
+    ("\\boxed{(3 + 4) \u22c5 2}", True),
+    ("\\boxed{(3 + 4) \u00b7 2}", True),
+    ("\\boxed{(3 + 4) \u2217 2}", True),
+    ("\\boxed{(3\u00a0+\u00a04)\u00a0*\u00a02}", True),
+    ("\\boxed{(3\u2009+ 4)\u202f* 2}", True),
+    ("\\boxed{(3 + 4)\n* 2}", True),
+    (r"\boxed{[3 + 4] * 2}", True),
+    (r"\boxed{\{3 + 4\} * 2}", True),
+    (r"\boxed{\bigl(3 + 4\bigr) * 2}", True),
+    (r"\boxed{\Big[3 + 4\Bigg] * 2}", True),
+    (r"\boxed{\left[ 3 + 4 \right] \times 2}", True),
+    (r"\boxed{$(3 + 4) * 2$}", True),
+    (r"\boxed{\((3 + 4) * 2\)}", True),
+    (r"\boxed{{(3 + 4)} \times {2}}", True),
+    (r"\boxed{(3 + 4] * 2}", True),           # brackets of any kind are brackets
+    (r"\boxed{(3 + 4) * 2 = 14 = 2 * 7}", True),
+    (r"\boxed{(3 + 4) * 2 = 14.0}", True),
+    (r"\boxed{(3 + 4) * 2 = 15}", False),     # what it claims is false
+    (r"\boxed{(3 + 4) * 2 = 14 = 15}", False),
+    (r"\boxed{(3 + 4) * 2 = 7}", False),
+    (r"\boxed{(3 + 4) * 2 = }", False),
+    (r"\boxed{(3 + 4) * 2 = x}", False),
+    (r"\boxed{(3 + 4) * 2 \neq 14}", False),
     (r"\boxed{3 + 4, 2}", False),
     (r"\boxed{(3 + 4) / (2 - 2)}", False),
     (r"\boxed{__import__('os').system('exit')}", False),
@@ -212,6 +342,70 @@ def test_countdown_is_exact():
     assert not grade("countdown", r"\boxed{7 * (1 / 7)}", row(nums=[1, 7], target=1))  # 7 twice
     assert grade("countdown", r"\boxed{(1 / 49) * 49}", row(nums=[49, 1, 49], target=1))  # not so in floats
     assert not grade("countdown", r"\boxed{7 // 2}", row(nums=[2, 7], target=3))
+    assert grade("countdown", r"\boxed{\frac83 \cdot 3}", row(nums=[8, 3, 3], target=8))
+    assert grade("countdown", r"\boxed{\cfrac{8}{2}(3)}", row(nums=[8, 2, 3], target=12))
+    for target in (1, 3):  # 2 times a half, or 5/2: neither is accepted
+        assert not grade("countdown", r"\boxed{2\frac{1}{2}}", row(nums=[2, 1, 2], target=target))
+
+
+def test_countdown_states_no_falsehood():
+    question = row(nums=[30, 100, 93], target=23)
+    assert grade("countdown", r"\boxed{30 + 93 - 100}", question)
+    assert grade("countdown", r"\boxed{30 + 93 - 100 = 23}", question)
+    assert not grade("countdown", r"\boxed{30 + 93 - 100 = 24}", question)
+
+
+GPQA = {"Correct Answer": "10^-4 eV", "Incorrect Answer 1": "10^-11 eV", "Incorrect Answer 2": " 10^-8 eV\n",
+        "Incorrect Answer 3": "10^-9 eV"}
+
+
+def test_choices_have_an_order_of_their_own():
+    """It depends on the seed and the question alone: not on other rows, and not on how often one asks."""
+    rows = [row(question=f"Which energy, {i}?", **GPQA) for i in range(400)]
+    lettered = gradable("gpqa", rows)
+    assert gradable("gpqa", rows[7:9]) == lettered[7:9] and gradable("gpqa", lettered) == lettered
+    assert gradable("gpqa", rows, seed=1) != lettered
+    for one in lettered[:20]:
+        assert sorted(one["choices"]) == sorted(text.strip() for text in GPQA.values())
+        right = "ABCD".index(one["answer"])
+        assert one["choices"][right] == "10^-4 eV"
+        assert f"{one['answer']}) 10^-4 eV" in one["question"] and "\\boxed{}" in one["question"]
+        assert grade("gpqa", rf"\boxed{{{one['answer']}}}", one)
+    counts = [sum(one["answer"] == letter for one in lettered) for letter in "ABCD"]
+    assert min(counts) > 70  # 100 expected, standard deviation 9
+    orders = {tuple(one["choices"]) for one in lettered}
+    assert len(orders) == 24
+    with pytest.raises(UserError, match="has no Incorrect Answer 2"):
+        with_choices(row(question="?", **GPQA | {"Incorrect Answer 2": None}))
+
+
+@pytest.mark.parametrize("output, right", [
+    (r"\boxed{C}", True), (r"\boxed{(C)}", True), (r"\boxed{\text{C}}", True), (r"\boxed{\textbf{(C)}}", True),
+    (r"\boxed{C.}", True), (r"\boxed{C) 10^{-4} eV}", True), (r"\boxed{c}", True), (r"\boxed{$C$}", True),
+    (r"\boxed{\mathrm{C}}", True), (r"\boxed{Option C}", True), (r"\boxed{B} no, \boxed{C}", True),
+    ("The answer is C.", True), ("**Answer: C**", True), ("The correct answer is **(C)**", True),
+    (r"Answer: $\text{C}$", True), ("Answer: B, no. The answer is C", True),
+    (r"\boxed{B}", False), (r"\boxed{A, C}", False), (r"\boxed{ABCD}", False), (r"\boxed{C} then \boxed{B}", False),
+    (r"\boxed{Carbon}", False), ("C", False), ("I see. C is a constant", False), ("The answer is Carbon", False),
+    (r"the answer is C, \boxed{D", False), (r"\boxed{10^{-4} eV}", False), (r"\boxed{E}", False), ("", False),
+    (r"<think>\boxed{C}", False)])
+def test_letters(output, right):
+    assert grade("gpqa", output, row(answer="C")) is right
+    assert grade("gpqa", output, row(answer="(C)")) is right
+
+
+@pytest.mark.parametrize("gold, answer, right", [
+    (r"\frac{1}{2}", r"\dfrac12", True), (r"\frac{1}{2}", "0.5", True), (r"\frac{1}{2}", "1/2", True),
+    (r"-\frac{1}{2}", "-.5", True), ("10,\\!080", "10080", True), (r"\$32,\!348", "32348", True), ("x=5", "5", True),
+    (r"90^\circ", "90", True), (r"\text{Evelyn}", "Evelyn", True), (r"\left( 3, \frac{\pi}{2} \right)",
+     r"(3,\frac{\pi}{2})", True), (r"\sqrt2", r"\sqrt{2}", True), ("025", "25", True), ("5", "5.", True),
+    (r"50\%", "50", True), ("p - q", "p-q", True), ("2k+2", "2(k+1)", False), ("p - q", "q - p", False),
+    ("(1,2)", "(2,1)", False), ("1/3", "0.3333", False), ("5", "-5", False), ("204", "2040", False),
+    ("1,234", "1234", True), ("(1,200)", "(1200)", True), ("1e999999999", "1", False), ("1/0", "1/0", True),
+    ("9" * 10**6, "9" * 10**6, True), ("", "5", False)])
+def test_same_text(gold, answer, right):
+    """Notation is forgiven, algebra is not done, and no text takes long."""
+    assert same_text(gold, answer) is right and same_text(answer, gold) is right
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -222,7 +416,7 @@ def test_countdown_is_exact():
     ("gsm8k", "gsm8k_train_1k.jsonl", 1000), ("math500", "math500_first250.jsonl", 250),
     ("aime24", "aime24_first15.jsonl", 15)])
 def test_every_gold_answer_is_right_for_its_row_and_wrong_for_the_next(task, file, count):
-    rows = load_rows(data_file(file))
+    rows = public_rows(file)
     outputs = [r["answer"] if task == "gsm8k" else rf"\boxed{{{r['answer']}}}" for r in rows]
     golds = [r["answer"].rpartition("####")[2].strip() for r in rows]
     next_is_the_same = [a == b or {a, b} == {"5", "x=5"} for a, b in zip(golds, golds[1:], strict=False)]
@@ -232,7 +426,7 @@ def test_every_gold_answer_is_right_for_its_row_and_wrong_for_the_next(task, fil
 
 def test_countdown_rows():
     """Each row is searched for a solution, which must be right there, and only there."""
-    rows = load_rows(data_file("countdown_sample.jsonl"), solved=False)
+    rows = public_rows("countdown_sample.jsonl")
     outputs = [rf"\boxed{{{solution(r['nums'], r['target'])}}}" for r in rows]
     assert [grade("countdown", *pair) for pair in zip(outputs, rows, strict=True)] == [True] * 128
     assert not any(grade("countdown", *pair) for pair in zip(outputs, rows[1:], strict=False))
@@ -261,25 +455,61 @@ def test_an_answer_that_hangs_the_grader_is_given_up_alone():
     assert time.monotonic() - started < 20
 
 
+@pytest.mark.parametrize("gold", [
+    r"\binom{1000000000}{500000000}", "(" * 3000 + "1" + ")" * 3000, "x=" * 3000 + "1", "1+" * 3000 + "1"])
+def test_a_gold_answer_that_hangs_the_grader_is_left_out(gold, capsys):
+    """Rows are checked under the same time limit as outputs."""
+    started, good = time.monotonic(), row(answer="5")
+    assert gradable("math500", [row(answer=gold), good], seconds=1.0) == [good]
+    shown = capsys.readouterr().out
+    assert "1 of 2 rows have no answer that the grader can read" in shown and len(shown) < 300
+    assert grade_all("math500", [rf"\boxed{{{gold}}}", r"\boxed{5}"], [good, good], seconds=1.0) == [None, True]
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("death, grades", [("os.kill(os.getpid(), 9)", [None, None, None]), ("", [True, False, True])])
+def test_a_process_that_dies_at_its_start(tmp_path, monkeypatch, death, grades):
+    """Killed before it has read a line, say for its memory: it costs one answer, as any other. No broken pipe."""
+    (tmp_path / "sitecustomize.py").write_text(f"import os\n{death}\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    outputs = [rf"\boxed{{{i}}}" + " " * 10**6 for i in (1, 2, 3)]  # more than a pipe holds
+    assert grade_all("math500", outputs, [row(answer=gold) for gold in (1, 7, 3)]) == grades
+
+
+def test_a_grading_process_that_fails_is_no_verdict(tmp_path, monkeypatch):
+    (tmp_path / "math_verify.py").write_text("raise ImportError('broken install')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="a grading process failed: its traceback"):
+        grade_all("math500", [r"\boxed{1}"], [row(answer="1")])
+
+
 def test_grades_come_in_order_whatever_the_workers():
+    """Repeated answers are graded once, those that give none not at all."""
+    rows = [row(answer=str(i % 4)) for i in range(23)]
+    outputs = [rf"\boxed{{{i % 3}}}" if i % 5 else "no box" for i in range(23)]
+    want = [i % 5 > 0 and i % 4 == i % 3 for i in range(23)]
+    for workers in (1, 3, 32):
+        assert grade_all("math500", outputs, rows, workers=workers) == want
     rows = [row(solution=str(i)) for i in range(11)]
     outputs = [f"{OPEN} {i if i % 3 else 'x'} {CLOSE}" for i in range(11)]
-    want = [bool(i % 3) for i in range(11)]
-    for workers in (1, 2, 3, 16):
-        assert grade_all("toy", outputs, rows, workers=workers) == want
-    assert grade_all("toy", [], []) == []
+    assert grade_all("toy", outputs, rows) == [bool(i % 3) for i in range(11)]
+    for task in ("toy", "math500"):
+        assert grade_all(task, [], []) == []
+        with pytest.raises(ValueError, match="zip"):
+            grade_all(task, ["a"], [])
 
 
 def test_a_bad_row_is_an_error_in_a_process_too():
-    with pytest.raises(ValueError, match="rows.jsonl line 1 has no answer"):
+    with pytest.raises(UserError, match="rows.jsonl line 1 has no answer"):
         grade_all("gsm8k", [r"\boxed{1}"] * 3, [row(answer="1"), row(solution="1"), row(answer="1")])
-    with pytest.raises(RuntimeError, match="traceback"):
-        grade_all("toy", [None], [row(solution="1")])
+    with pytest.raises(UserError, match="rows.jsonl line 1: math-verify can't read its own answer"):
+        grade_all("math500", [r"\boxed{1}"] * 2, [row(answer="1"), row(answer=r"\text{}")])
 
 
 def test_importing_the_grader_is_quick():
-    """rl_student and every grading process import this file: no torch, no sympy, no parser."""
-    code = "import sys, evaluate; print([m for m in ('torch', 'transformers', 'sympy') if m in sys.modules])"
+    """Every grading process imports it: no torch, no sympy, no parser."""
+    slow = ("torch", "transformers", "sympy")
+    code = f"import sys, rlt.grading, evaluate; print([name for name in {slow} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -387,7 +617,7 @@ def test_compare():
         assert report["split"]["floor"][name]["mean"] == 0
 
 
-def keep(folder, draws, name="eval_toy", **flags):
+def write_evaluation(folder, draws, name="eval_toy", **flags):
     """An evaluation's two files, of questions 0, 1, ... with these draws."""
     folder.mkdir(exist_ok=True)
     flags = {"samples": len(draws[0]), "temperature": 1.0, "max_new_tokens": 64, "seed": 0, **flags}
@@ -398,30 +628,6 @@ def keep(folder, draws, name="eval_toy", **flags):
     return folder
 
 
-def test_script_compares(tmp_path, capsys):
-    """Grades that took too long (2 stands for None) are wrong; no model is near."""
-    keep(tmp_path / "before", BEFORE), keep(tmp_path / "after", [[2, *AFTER[0][1:]], *AFTER[1:]])
-    keep(tmp_path / "other", [[0] * 4, *BEFORE[1:]], seed=1)
-    for folder, table in (("before", AFTER), ("after", BEFORE)):
-        keep(tmp_path / folder, table, "eval_toy_hinted")
-    with pytest.raises(SystemExit) as end:
-        call(tmp_path, "evaluate.py", "--compare", "before", "after", "--floor", "other", "--hinted")
-    shown = capsys.readouterr().out
-    report = json.loads((tmp_path / "after/compare_toy.json").read_text())
-    assert not end.value.code and report["floor"] == "other" and report["before"] == "before"
-    assert list(report["pass_at"]) == ["before", "after", "floor", "before, hinted", "after, hinted"]
-    assert report["pass_at"]["before, hinted"]["4"]["mean"] == statistics.fmean(map(any, AFTER))
-    assert report["split"]["after"]["regression"]["questions"] == [0, 1]
-    assert report["split"]["floor"]["regression"] == over_questions([1] + [0] * 7) | {"questions": [0]}
-    lines = [" ".join(line.split()) for line in shown.splitlines()]
-    assert "pass@k 1 2 4" in lines and "before against after floor" in lines
-    assert "self distillation 25.0 ± 16.4 % 0.0 ± 0.0 %" in lines
-    assert "8 questions | solved: by the first draw | within reach: by all 4 | floor: other" in lines
-    with pytest.raises(SystemExit):
-        call(tmp_path, "evaluate.py", "--compare", "before", "after")
-    assert "floor" not in json.loads((tmp_path / "after/compare_toy.json").read_text())["split"]
-
-
 @pytest.mark.parametrize("change, complaint", [
     (dict(draws=[row[:2] for row in AFTER]), "differ in samples"),
     (dict(draws=AFTER[:-1]), "differ in questions"),
@@ -429,113 +635,21 @@ def test_script_compares(tmp_path, capsys):
     (dict(draws=AFTER, max_new_tokens=32), "differ in max_new_tokens"),
 ])
 def test_evaluations_that_were_not_asked_alike_are_refused(tmp_path, change, complaint):
-    paths = {"before": keep(tmp_path / "before", BEFORE), "after": keep(tmp_path / "after", **change)}
-    with pytest.raises(ValueError, match=complaint) as error:
-        read_alike({label: folder / "eval_toy.json" for label, folder in paths.items()})
+    paths = {"before": write_evaluation(tmp_path / "before", BEFORE)}
+    paths["after"] = write_evaluation(tmp_path / "after", **change)
+    with pytest.raises(UserError, match=complaint) as error:
+        read_evaluations({label: folder / "eval_toy.json" for label, folder in paths.items()})
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
 def test_other_questions_and_the_same_seed_are_refused(tmp_path):
-    before, after = (keep(tmp_path / name, BEFORE) / "eval_toy.json" for name in ("before", "after"))
-    assert read_alike({"before": before, "after": after})["after"] == [list(map(bool, row)) for row in BEFORE]
-    with pytest.raises(ValueError, match="has the seed of .*before"):
-        read_alike({"before": before, "floor": after})
+    before, after = (write_evaluation(tmp_path / name, BEFORE) / "eval_toy.json" for name in ("before", "after"))
+    assert read_evaluations({"before": before, "after": after})["after"] == [list(map(bool, row)) for row in BEFORE]
+    with pytest.raises(UserError, match="has the seed of .*before"):
+        read_evaluations({"before": before, "floor": after})
     samples = after.with_name("eval_toy_samples.jsonl")
     samples.write_text(samples.read_text().replace('"7"', '"8"'))  # as many, but one is another
-    with pytest.raises(ValueError, match="differ in questions"):
-        read_alike({"before": before, "after": after})
-    with pytest.raises(FileNotFoundError, match="eval_gsm8k.json is missing: evaluate first"):
-        read_alike({"before": before.with_name("eval_gsm8k.json")})
-
-
-def test_refusals_are_one_line(tmp_path):
-    keep(tmp_path / "before", BEFORE), keep(tmp_path / "after", AFTER[1:])
-    done = run_script(tmp_path, "evaluate.py", "--compare", "before", "after", check=False)
-    assert done.returncode == 1 and not done.stdout
-    [line] = done.stderr.splitlines()
-    assert "evaluate.py: after/eval_toy.json and before/eval_toy.json differ in questions" in line
-    assert not (tmp_path / "after/compare_toy.json").exists()
-
-
-# ---------------------------------------------------------------------------------------------------------
-# the script
-
-
-def test_script(toy, tmp_path, capsys):
-    """Numbers are those of the samples it kept, and they don't change when it is called again."""
-    flags = ("--limit", 5, "--max-new-tokens", 12, "--batch-size", 7)
-    more = ("--samples", 4, "--temperature", 1, "--seed", 3, "--out", tmp_path)
-    call(toy, "evaluate.py", "--model", "toy", "runs/toy", *flags, *more)
-    shown = capsys.readouterr().out
-    result = json.loads((tmp_path / "toy/eval_toy.json").read_text())
-    samples = read_jsonl(tmp_path / "toy/eval_toy_samples.jsonl")
-    assert samples == read_jsonl(tmp_path / "runs_toy/eval_toy_samples.jsonl") and len(samples) == 20
-    assert [s["where"] for s in samples[::4]] == [s["where"] for s in samples[3::4]]
-    rows = load_rows(toy / "runs/toy/test.jsonl", limit=5)
-    for i, sample in enumerate(samples):
-        assert sample["grade"] == grade("toy", sample["output"], rows[i // 4])
-    right = [sum(s["grade"] for s in samples[at : at + 4]) for at in range(0, 20, 4)]
-    assert result["questions"] == 5 and result["exact_match"]["mean"] == statistics.fmean(right) / 4
-    assert result["pass_at"]["4"]["mean"] == statistics.fmean(map(bool, right))
-    assert list(result["pass_at"]) == ["1", "2", "4"]
-    assert result["truncated"] == statistics.fmean(not s["finished"] for s in samples)
-    assert result["length"] == statistics.fmean(s["length"] for s in samples) <= 12
-    assert result["flags"]["seed"] == 3 and result["timeouts"] == 0
-    for word in ("exact match", "±", "pass@2", "pass@4", "truncated", "length", result["prompt_hash"]):
-        assert word in shown
-
-    call(toy, "evaluate.py", "--model", "toy", *flags)
-    greedy = read_jsonl(toy / "runs/toy/eval_toy_samples.jsonl")  # beside the model
-    assert len(greedy) == 5 and "pass@" not in capsys.readouterr().out
-
-
-def test_script_hinted(toy, tmp_path, capsys, monkeypatch):
-    """The prompts have the hint, and what comes of it lies beside the plain evaluation."""
-    import models
-
-    prompts, seen = Prompts(models.load_tokenizer(toy / "runs/toy")), []
-    generate = models.generate
-    monkeypatch.setattr(models, "generate", lambda model, tokenizer, asked, **settings:
-                        seen.extend(asked) or generate(model, tokenizer, asked, **settings))
-    flags = ("--model", "toy", "--limit", 3, "--samples", 2, "--temperature", 1, "--max-new-tokens", 8)
-    for hinted in ([], ["--hinted"]):
-        call(toy, "evaluate.py", *flags, *hinted, "--out", tmp_path)
-    rows = [row for row in load_rows(toy / "runs/toy/test.jsonl", limit=3) for _ in range(2)]
-    assert seen == [*map(prompts.question, rows), *map(prompts.hinted, rows)]
-    kept = [json.loads((tmp_path / f"toy/eval_toy{end}.json").read_text()) for end in ("", "_hinted")]
-    assert [result["hinted"] for result in kept] == [False, True]
-    assert len(read_jsonl(tmp_path / "toy/eval_toy_hinted_samples.jsonl")) == 6
-    plain_table, hinted_table = capsys.readouterr().out.split("toy/eval_toy_hinted.json")
-    assert "toy, hinted" in hinted_table and "toy, hinted" not in plain_table
-    (tmp_path / "rows.jsonl").write_text('{"question": "1", "solution": "2"}\n')
-    with pytest.raises(ValueError, match='has no "hint" .columns found: question'):
-        call(toy, "evaluate.py", *flags, "--hinted", "--data", tmp_path / "rows.jsonl")
-
-
-@pytest.mark.parametrize("flags, complaint", [
-    (("--samples", 3), "--temperature 0 are all the same: pass 0.6, say"),
-    (("--task", "gsm8k"), "--task gsm8k needs --data, rows with answer"),
-    (("--task", "gpqa"), "invalid choice: 'gpqa'"),
-    (("--floor", "runs/toy"), "--floor does nothing without --compare"),
-    (("--task", "gsm8k", "--compare", "a", "b"), "a/eval_gsm8k.json is missing: evaluate first"),
-    (("--samples", 0), "got 0, expected at least 1"),
-    (("--temperature", -1), "got -1, expected at least 0"),
-    (("--model", "runs/nobody"), "runs/nobody is no folder"),
-    (("--model", "toy", "--max-new-tokens", 10**6), "context"),
-])
-def test_script_refuses(toy, capsys, flags, complaint):
-    with pytest.raises((SystemExit, ValueError, FileNotFoundError)) as error:
-        call(toy, "evaluate.py", *flags)
-    assert complaint in f"{error.value} {capsys.readouterr().err}"
-
-
-@pytest.mark.parametrize("task, file, grader", [
-    ("gsm8k", "gsm8k_train_1k.jsonl", "math-verify"), ("countdown", "countdown_sample.jsonl", "fractions")])
-def test_script_on_public_rows(tmp_path, capsys, tiny_model, qwen_tokenizer, task, file, grader):
-    tiny_model(len(qwen_tokenizer)).save_pretrained(tmp_path / "model")
-    qwen_tokenizer.save_pretrained(tmp_path / "model")
-    call(tmp_path, "evaluate.py", "--task", task, "--data", data_file(file), "--model", tmp_path / "model",
-         "--limit", 3, "--max-new-tokens", 8)
-    result = json.loads((tmp_path / f"model/eval_{task}.json").read_text())
-    assert grader in result["grader"] and grader in capsys.readouterr().out
-    assert result["questions"] == 3 and result["truncated"] == 1.0 and result["length"] == 8
+    with pytest.raises(UserError, match="differ in questions"):
+        read_evaluations({"before": before, "after": after})
+    with pytest.raises(UserError, match="eval_gsm8k.json is missing: evaluate first"):
+        read_evaluations({"before": before.with_name("eval_gsm8k.json")})

@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: MIT
+"""
+Answers: found in what a model wrote, read from a row, and compared. Text in, verdicts out.
+
+All of it takes time linear in the text, except for math-verify, which never ends on some texts: rlt/grading.py
+calls `equivalent` in processes with a time limit.
+"""
+
+import ast
+import logging
+import operator
+import re
+from decimal import Decimal
+from fractions import Fraction
+
+from rlt.errors import UserError
+from rlt.tags import SOLUTION, THOUGHT
+
+GOLD = {  # task -> the columns of a row that its answers are graded by
+    "toy": ("solution",),
+    "gsm8k": ("answer",),
+    "math500": ("answer",),
+    "aime24": ("answer",),
+    "aime25": ("answer",),
+    "gpqa": ("answer",),
+    "countdown": ("nums", "target"),
+}
+TASKS = tuple(GOLD)
+MATH_TASKS = ("gsm8k", "math500", "aime24", "aime25")  # compared by math-verify
+
+XML_TAGS = ("think", "thinking", "thought", "thoughts", "reasoning", "reflection", "analysis", "scratchpad",
+            "seed:think", "longcat_think")
+THINKING = (  # how models mark their thoughts: opening and closing tag, in any case
+    THOUGHT,
+    *((f"<{name}>", f"</{name}>") for name in XML_TAGS),
+    ("[THINK]", "[/THINK]"),  # Magistral
+    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
+    ("◁think▷", "◁/think▷"),  # Kimi
+    ("<|channel|>analysis", "<|channel|>final"),  # gpt-oss
+    ("<|channel|>commentary", "<|channel|>final"),
+)
+
+
+def is_right(task, gold, answer):
+    """Whether an answer (of answer_of; None is wrong) equals the gold answer (of gold_answer)."""
+    if answer is None:
+        return False
+    if task == "toy":
+        return answer.split() == gold.split()
+    if task == "gpqa":
+        return _letter(answer) == gold
+    if task == "countdown":
+        return _reaches(answer, **gold)
+    return equivalent(gold, answer)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the answer in an output
+
+
+def answer_of(task, output):
+    """The answer that an output gives, as text, or None. An output that is still thinking gives none."""
+    text = _after_thought(output)
+    if text is None:
+        return None
+    if task == "toy":
+        return _solution_block(text)
+    _, *boxes = re.split(r"\\boxed\s*\{", text)
+    if boxes:
+        return _until_closed(boxes[-1])
+    if task == "gsm8k":
+        return _last_number(text)
+    if task == "gpqa":
+        stated = re.findall(r"(?i:answer\s*(?:is|:))[\s*_$:({\[]*(?:\\text\{)?\(?([A-D])\b", text)
+        return stated[-1] if stated else None
+    return _solution_block(text) if task == "countdown" else None
+
+
+def opened_thought(prompt):
+    """The opening tag that a prompt ends with, or "": some chat templates open the thought (DeepSeek-R1).
+
+    Put it before the output: one that is cut off would not show otherwise that it is still thinking.
+    """
+    end = prompt.rstrip().lower()
+    return next((opening for opening, _ in THINKING if end.endswith(opening.lower())), "")
+
+
+def _after_thought(output):
+    """What an output says after its last thought; None where it is still thinking."""
+    end = 0
+    for tags in THINKING:
+        opened, closed = ([m.span() for m in re.finditer(re.escape(tag), output, re.IGNORECASE)] for tag in tags)
+        if opened and (not closed or opened[-1] > closed[-1]):
+            return None
+        if closed:
+            end = max(end, closed[-1][1])
+    return output[end:]
+
+
+def _solution_block(text):
+    """The text of the one solution block; None where there are several, since they could list every answer."""
+    opening, closing = SOLUTION
+    _, *blocks = text.split(opening)
+    return blocks[0].partition(closing)[0].strip() if len(blocks) == 1 and closing in blocks[0] else None
+
+
+def _until_closed(text):
+    """The text up to the brace that closes it; None if that is nothing, or the brace never comes."""
+    depth = 1
+    for brace in re.finditer(r"\\.|[{}]", text, re.DOTALL):  # an escaped brace, \{, opens nothing
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return text[: brace.start()].strip() or None
+    return None
+
+
+# "-$1,234.50": a sign that is no subtraction, a currency, digits in groups, decimals. Or ".5", but not that of "...5"
+NUMBER = re.compile(r"(?<!\d)-?(?:\\?[$€£]\s?)?(?:\d+(?:,\d{3})*(?:\.\d+)?|(?<![\w.])\.\d+)")
+
+
+def _last_number(text):
+    """The first number after the last "####", else the last number; None where there is none."""
+    _, mark, rest = plain_digits(text).rpartition("####")
+    numbers = [re.sub(r"[\\$€£\s]", "", number) for number in NUMBER.findall(rest)]
+    return numbers[0 if mark else -1] if numbers else None
+
+
+def plain_digits(text):
+    """Typeset numbers as plain ones: a minus of its own character, digits grouped by {,} \\, \\! or a narrow space."""
+    text = text.translate({0x2212: "-", 0xFE63: "-", 0xFF0D: "-"})
+    return re.sub(r"(?<=\d)(?:\{,\}|,?\\!|\\[,;: ]|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))", "", text)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the answer of a row
+
+
+def gold_answer(task, row):
+    """What a row is graded by: a text, or for countdown {"nums": list of int, "target": int}.
+
+    Raises UserError where it is missing, or of a kind that no answer can equal (null, NaN, several answers).
+    """
+    if task not in GOLD:
+        raise UserError(f"task {task!r}: expected one of {', '.join(TASKS)}.")
+    values = {column: row.get(column) for column in GOLD[task]}
+    if task == "countdown":
+        numbers = values["nums"] if isinstance(values["nums"], list) else []
+        *nums, target = [whole_number(value) for value in (*numbers, values["target"])]
+        if not nums or None in (*nums, target):
+            raise UserError(f"{row['where']} has {values}: expected whole numbers, a list of them and a target.")
+        return {"nums": nums, "target": target}
+    ((column, value),) = values.items()
+    text = as_text(value)
+    if text and task == "gsm8k":
+        text = as_text(text.rpartition("####")[2])
+    if text and task == "gpqa":
+        text = _letter(text)
+    if not text:
+        raise UserError(f"{row['where']} has no {column} that --task {task} can be graded by (found {value!r:.60}): "
+                        "leave that row out.")
+    return text
+
+
+def as_text(value):
+    """A number or text of any type as text, without an exponent; None where there is no value."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
+        return None
+    text = str(value).strip()
+    # as Python writes floats, 1e-05 and 1e+16; a single digit after the minus may mean Euler's number, 2e-1
+    if re.fullmatch(r"-?\d+(?:\.\d+)?[eE](?:\+?\d{1,3}|-\d{2,3})", text, re.ASCII):
+        return f"{Decimal(text):f}"
+    return None if text.lower() in ("", "nan", "inf", "-inf") or text in ("None", "null") else text
+
+
+def whole_number(value):
+    """1, "1" and 1.0 (Parquet turns a column with a null into floats) as an int; None for anything else."""
+    text = as_text(value) or ""
+    return int(text.partition(".")[0]) if re.fullmatch(r"-?\d{1,18}(?:\.0*)?", text, re.ASCII) else None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# comparing mathematics
+
+
+def equivalent(gold, answer):
+    """Whether math-verify finds the answer equal to the gold answer. No time limit: see rlt/grading.py.
+
+    Raises UserError where it can't read the gold answer.
+    """
+    from math_verify import parse, verify
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # at each call it warns that its own limit is off
+    texts = [f"\\boxed{{{plain_digits(as_text(text) or '')}}}" for text in (gold, answer)]
+    expected, got = (parse(text, parsing_timeout=None) for text in texts)
+    if not expected:
+        raise UserError(f"math-verify can't read a row's own answer, {gold!r:.60}: leave that row out.")
+    return verify(expected, got, timeout_seconds=None)  # it is not symmetric: gold goes first
+
+
+NOTATION = [(re.compile(pattern), plain) for pattern, plain in (
+    (r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\[,;:!> ]|\\?\$|\\?%|\s|\^\{?\\circ\}?", ""),
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\frac(\d)(\d)", r"\\frac{\1}{\2}"),
+    (r"\\sqrt(\w)", r"\\sqrt{\1}"),
+    (r"\\(?:text|mbox|mathrm|textbf)\{([^{}]*)\}", r"\1"),
+    (r"^[A-Za-z]=(?=.)", ""),  # x=5
+    (r"^(-?)\\frac\{(\d+)\}\{(\d+)\}$", r"\1\2/\3"),
+    (r"(?<=\d),(?=\d{3}(?:\D|$))", ""),
+    (r"\.$", ""),
+)]
+
+
+def same_text(gold, answer):
+    """Whether two mathematical answers are the same but for notation: no algebra, no dependency.
+
+    After the comparison of the MATH dataset (arXiv 2103.03874); numbers are compared as fractions.
+    """
+    texts = [plain_digits(gold), plain_digits(answer)]
+    for pattern, plain in NOTATION:
+        texts = [pattern.sub(plain, text) for text in texts]
+    number = r"-?(?:\d{1,99}(?:\.\d{0,99})?|\.\d{1,99}|\d{1,99}/0*[1-9]\d{0,99})"
+    if all(re.fullmatch(number, text, re.ASCII) for text in texts):
+        return Fraction(texts[0]) == Fraction(texts[1])
+    return texts[0] == texts[1]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# countdown
+
+OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+ARITHMETIC = [(re.compile(pattern), plain) for pattern, plain in (
+    (r"\\(?:left|right|displaystyle|[bB]igg?[lrm]?)(?![A-Za-z])", ""),
+    (r"\\[,;:!>() ]|\\q?quad(?![A-Za-z])|\\?\$|~|\s", " "),  # \s is any space of Unicode
+    (r"\\(?:times|cdot|ast)(?![A-Za-z])|[×·⋅∙∗]", "*"),
+    (r"\\div(?![A-Za-z])|[÷∕⁄]", "/"),
+    (r"[−–]", "-"),
+    (r"\[|\\\{|\\lbrack(?![A-Za-z])", "("),
+    (r"\]|\\\}|\\rbrack(?![A-Za-z])", ")"),
+    (r"\\[dtc]?frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+)]
+FRACTION = re.compile(r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+
+
+def _reaches(expression, nums, target):
+    """Whether the expression has each of the numbers exactly once, no other, and the target as its value.
+
+    What it claims to equal, "(3 + 4) * 2 = 14", has to be the target, too.
+    """
+    try:
+        sides = [_value(side) for side in _plain_arithmetic(expression).split("=")]
+    except (SyntaxError, ValueError, ZeroDivisionError, MemoryError, RecursionError):
+        return False
+    used = sides[0][1]
+    only_given = all(type(number) is int for number in used) and sorted(used) == sorted(nums)
+    return only_given and all(value == target for value, _ in sides)
+
+
+def _plain_arithmetic(text):
+    """LaTeX and typeset signs as + - * / ( ), with every product written out. Raises ValueError if it is too long."""
+    if len(text) > 400:
+        raise ValueError("too long")
+    for pattern, plain in ARITHMETIC:
+        text = pattern.sub(plain, text)
+    if re.search(r"\d\s*\\[dtc]?frac", text):
+        raise ValueError("2\\frac{1}{2} is a product to some and 5/2 to others")
+    while (expanded := FRACTION.sub(r"((\1)/(\2))", text)) != text:
+        text = expanded
+    text = text.replace("{", "(").replace("}", ")")
+    text = re.sub(r"(?<=[0-9)])\s*\(", "*(", text)  # 2(3 + 4)
+    return re.sub(r"\)\s*(?=[0-9])", ")*", text)
+
+
+def _value(expression):
+    """(value, the numbers in it) of + - * / over numbers, exactly. Raises ValueError for anything else."""
+    if len(expression) > 200 or not re.fullmatch(r"[0-9+\-*/(). ]+", expression):
+        raise ValueError("expected + - * / of numbers")
+    used = []
+
+    def value(node):
+        match node:
+            case ast.BinOp(left, op, right) if type(op) in OPERATIONS:  # no powers: nothing grows huge
+                return OPERATIONS[type(op)](value(left), value(right))
+            case ast.UnaryOp(ast.USub(), operand):
+                return -value(operand)
+            case ast.Constant(number):
+                used.append(number)
+                return Fraction(number)
+        raise ValueError("expected + - * / of numbers")
+
+    return value(ast.parse(expression.strip(), mode="eval").body), used
+
+
+# ---------------------------------------------------------------------------------------------------------
+# multiple choice
+
+
+def _letter(text):
+    """The one choice that a text names: "C", "(C)", "\\text{C}", "C. 5 m"; None where there is none, or several."""
+    text = re.sub(r"\\[a-z]+\s*\{", "", text).strip(" ${}().*_\n")
+    match = re.fullmatch(r"(?:(?:option|answer)\W+)?([A-D])(?:[).:}]+(?:\s.*)?)?", text, re.DOTALL | re.IGNORECASE)
+    return match[1].upper() if match else None
