@@ -15,7 +15,7 @@ from study_log import greedy, interval, sampled
 
 FIGURES = Path(__file__).resolve().parent
 RED, GREY, BLUE, ORANGE, PURPLE, LILAC = "#c8102e", "#8c8c8c", "#2a6f97", "#e09f3e", "#5e3c99", "#b2abd2"
-ACCURACY = ((greedy, 1.0), (sampled, 0.45))  # the two measures of most bar charts, and how opaque their bars are
+OPACITY = (1.0, 0.45)  # of an arm's first bar and its second
 plt.rcParams.update({"font.size": 9, "axes.titlesize": 8, "axes.labelsize": 8, "axes.spines.top": False,
                      "axes.spines.right": False, "figure.dpi": 150, "axes.grid": True, "grid.alpha": 0.25,
                      "axes.axisbelow": True, "legend.frameon": False, "legend.fontsize": 7,
@@ -34,7 +34,7 @@ LABELS = {  # of arms, where their name in the log does not say enough
     "direct RL": "direct RL on correctness",
     "ground truth": "ground-truth chains",
 }
-COLOURS = {"RLT": RED, "direct RL": BLUE, "best of 10": ORANGE}
+COLOURS = {"RLT": RED, "direct RL": BLUE, "best of 10": ORANGE, "RL traces, raw": LILAC, "RL traces, filtered": PURPLE}
 
 
 def whisker(values, highest):
@@ -45,22 +45,22 @@ def whisker(values, highest):
     return mean, [[mean - max(0, mean - half)], [min(highest, mean + half) - mean]]
 
 
-def bars(axes, rows, measures=ACCURACY, *, labels=None, colours=None, highest=100):
+def bars(axes, rows, measures=(greedy, sampled), *, labels=None, colours=None, highest=100):
     """Horizontal bars, one for each arm and measure: mean over seeds, 95 % interval, and a dot for each seed.
 
-    rows: {arm: rows of the log}; an arm without rows is left out. measures: pairs of a function of a row and the
-    opacity of its bar. labels, colours: by arm, before those of all figures. highest: the largest value the measure
-    can have, math.inf if there is none.
+    rows: {arm: rows of the log}; an arm without rows is left out. measures: one or two functions of a row.
+    labels, colours: by arm, before those of all figures. highest: the largest value that a measure can have, math.inf
+    if there is none.
     """
     labels, colours = LABELS | (labels or {}), COLOURS | (colours or {})
     arms = [arm for arm in rows if rows[arm]]
     height = 0.8 / len(measures)
     for place, arm in enumerate(reversed(arms)):
-        for i, (measure, opacity) in enumerate(measures):
+        for i, measure in enumerate(measures):
             y = place + 0.4 - height * (i + 0.5)
             values = [measure(row) for row in rows[arm]]
             mean, error = whisker(values, highest)
-            axes.barh(y, mean, height, color=colours.get(arm, GREY), alpha=opacity)
+            axes.barh(y, mean, height, color=colours.get(arm, GREY), alpha=OPACITY[i])
             if error:
                 axes.errorbar(mean, y, xerr=error, fmt="none", ecolor="black", elinewidth=0.8, capsize=2)
             axes.plot(values, [y] * len(values), "k.", ms=3)
@@ -75,7 +75,7 @@ def bars(axes, rows, measures=ACCURACY, *, labels=None, colours=None, highest=10
 
 def accuracy_legend(figure, **place):
     """Explains what bars() draws with its default measures."""
-    handles = [Patch(color=GREY, label="greedy"), Patch(color=GREY, alpha=0.45, label="sampled at T = 1"),
+    handles = [Patch(color=GREY, label="greedy"), Patch(color=GREY, alpha=OPACITY[1], label="sampled at T = 1"),
                Line2D([], [], color="black", marker="|", lw=0.8, label="95 % interval of the mean, cut at 0 and 100"),
                Line2D([], [], color="black", marker=".", ms=4, ls="", label="one seed")]
     figure.legend(handles=handles, ncols=4, **({"loc": "upper center", "bbox_to_anchor": (0.5, 0.03)} | place))

@@ -15,7 +15,7 @@ GROUP = 16  # samples of a question
 
 
 def describe_base(share):
-    return f"base pretrained with {100 * share:g} % full chains"
+    return f"{100 * share:g} % full chains in the base's pretraining"
 
 
 def all_from(some, draws, group=GROUP):

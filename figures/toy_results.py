@@ -5,7 +5,7 @@ import math
 import statistics
 
 import matplotlib.pyplot as plt
-from plotting import ACCURACY, BLUE, GREY, LABELS, LILAC, ORANGE, PURPLE, RED, accuracy_legend, bars, save, smooth, steps
+from plotting import BLUE, COLOURS, GREY, LABELS, ORANGE, PURPLE, RED, accuracy_legend, bars, save, smooth, steps
 from study_log import correlations, greedy, paired_rows, reward_fifths, rows_of, sampled
 
 MAIN_ARMS = ("base", "solutions only", "warm-up teacher", "score only", "best of 10", "RL traces, raw",
@@ -50,7 +50,7 @@ def few_and_long():
     few.set_ylabel("student trained on")
     results = [row["long"] for row in rows_of("long problems")]
     bars(long, {arm: [result[arm] for result in results if arm in result] for arm in MAIN_ARMS},
-         [(lambda exact_match: 100 * exact_match["mean"], 1.0)])
+         [lambda exact_match: 100 * exact_match["mean"]])
     long.set_title("questions of 6 steps (trained on 4 and 5), greedy")
     for axes in (few, long):
         axes.set_xlabel("exact match, %")
@@ -58,30 +58,26 @@ def few_and_long():
     save(figure, "toy_few_and_long")
 
 
-COLD_STARTS = {  # arm: the explanations of its SFT, colour, line
-    "direct RL": ("no cold start", BLUE, "-"),
-    "RL after warm-up teacher": ("warm-up teacher", GREY, "-"),
-    "RL after RL traces, raw": (LABELS["RL traces, raw"], LILAC, "--"),
-    "RL after RL traces, filtered": (LABELS["RL traces, filtered"], PURPLE, "--"),
-    "RL after best of 10": (LABELS["best of 10"], ORANGE, "-."),
-    "RL after RLT": (LABELS["RLT"], RED, "-"),
-}
+COLD_STARTS = ("warm-up teacher", "RL traces, raw", "RL traces, filtered", "best of 10", "RLT")
 
 
 def cold_start():
     """Table 2: RL on correctness, from the base model or after SFT on explanations."""
     figure, (curves, final) = plt.subplots(1, 2, figsize=(10, 2.9))
-    rows = paired_rows(COLD_STARTS)
-    for arm, (start, colour, line) in COLD_STARTS.items():
-        by_step = zip(*(row["curve"] for row in rows[arm]), strict=True)
+    starts = {"direct RL": "direct RL"} | {f"RL after {start}": start for start in COLD_STARTS}
+    labels = {arm: LABELS.get(start, start) for arm, start in starts.items()} | {"direct RL": "no cold start"}
+    colours = {arm: COLOURS.get(start, GREY) for arm, start in starts.items()}
+    rows = paired_rows(starts)
+    for arm, own in rows.items():
+        by_step = zip(*(row["curve"] for row in own), strict=True)
         solved = [100 * statistics.fmean(entry["solved"] for entry in entries) for entries in by_step]
-        curves.plot(steps(rows[arm][0]["curve"]), smooth(solved), color=colour, ls=line, lw=1.3, label=start)
+        curves.plot(steps(own[0]["curve"]), smooth(solved), color=colours[arm], lw=1.3, label=labels[arm],
+                    ls="--" if "traces" in arm else "-")
     curves.set_xlabel("step of RL on correctness")
     curves.set_ylabel("samples that solve a training question, %")
     curves.set_ylim(0, 100)
     curves.legend(title="SFT before RL on")
-    bars(final, rows, labels={arm: start for arm, (start, _, _) in COLD_STARTS.items()},
-         colours={arm: colour for arm, (_, colour, _) in COLD_STARTS.items()})
+    bars(final, rows, labels=labels, colours=colours)
     final.set_xlabel("exact match after RL, %")
     final.set_ylabel("SFT before RL on")
     accuracy_legend(figure)
@@ -137,9 +133,9 @@ def ablations():
         return 100 * row["explanations"]["leak"]
 
     for axes, measures, highest, label in (
-            (panels[0], ACCURACY, 100, "student's exact match, %"),
-            (panels[1], [(length, 1.0)], math.inf, "tokens in an explanation"),
-            (panels[2], [(leak, 1.0)], 100, "explanations that leak, %")):
+            (panels[0], (greedy, sampled), 100, "student's exact match, %"),
+            (panels[1], [length], math.inf, "tokens in an explanation"),
+            (panels[2], [leak], 100, "explanations that leak, %")):
         bars(axes, rows, measures, labels=ABLATIONS, highest=highest)
         axes.set_xlabel(label)
     accuracy_legend(figure)
