@@ -1,25 +1,26 @@
 # SPDX-License-Identifier: MIT
 """
-The toy: a task, its rows, its tokenizer and a base model of half a million parameters, all made from nothing.
+The toy: a task, its rows, its tokenizer and a base model of half a million parameters, all made on this machine.
 
     question     x 3 y 7 s1 x+=y s2 y*=3        two clocks of ten hours, a numbered list of operations
-    solution     0 1                            where they stand in the end
-    explanation  s1 x+=y 0 7 s2 y*=3 0 1        by a careful author; others slip, skip, leak or ramble
+    solution     0 1                            the hours after the last operation
+    explanation  s1 x+=y 0 7 s2 y*=3 0 1        a full correct chain: every step with the state after it
 
-The base model reads explanations of all kinds while it is trained. It learns every single step and can follow
-a chain of them, but of long problems it has mostly seen bad explanations, and writes bad ones itself. So all
-that the method needs is there: a student that can use a good explanation, a solution that is hard to guess,
-and a teacher whose samples hold a few good explanations among many that give the solution away.
+Five kinds of author write explanations (AUTHORS): careful ones the full correct chain, others wrong chains, parts of
+chains, the solution alone, or noise. The base model is pretrained on all kinds. It learns every single step and can
+follow a chain, but on long problems it has mostly seen bad explanations, and writes bad ones itself. That is what the
+method needs: a student that can use a good explanation, a solution that is hard to guess, and a teacher whose samples
+contain a few good explanations among many that leak the solution.
 
-How hard it is can be set: with three clocks every operation turns them all, by a table of its own, and there is no
-guessing where they end; fewer careful authors make good explanations rare, for the base (what it can solve by itself)
-and in the rows (what the warm-up teacher writes). With --rooms base and rows know a second task, to transfer to:
+The difficulty can be set. With three clocks every operation changes all of them, each by a fixed table, so that the
+solution can't be guessed. With fewer careful authors good explanations are rarer: in pretraining (what the base can
+solve by itself) and in the rows (what the warm-up teacher writes). --rooms adds a second task, to transfer to:
 
-    question     room b s1 left s2 up s3 left s4 in        twelve rooms with six doors each, by a fixed plan
-    solution     e                                         the room where one ends
+    question     room b s1 left s2 up s3 left s4 in        twelve rooms with six doors each, the same plan always
+    solution     e                                         the room after the last door
     explanation  s1 left e s2 up e s3 left a s4 in e
 
-CPU, two minutes:  python data/toy.py        makes runs/toy; the other scripts call it when they need it
+CPU, two minutes:  python data/toy.py        makes runs/toy; the other scripts make it when they need it
 """
 
 import argparse
@@ -34,12 +35,12 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # for rlt/prompts.py: the base is trained on what the pipeline will show it
+sys.path.insert(0, str(ROOT))  # for rlt/prompts.py, which formats the rows in pretraining as everywhere else
 
-CLOCKS = ("x", "y", "z")  # the first two of them, or all
+CLOCKS = ("x", "y", "z")  # the first two, or all three
 HOURS, ROOMS = range(10), "abcdefghijkl"
 _draw = random.Random("tables of the toy")
-TURNS, DOORS = (  # what three clocks do, and where a door leads from each room
+TURNS, DOORS = (  # operation: {hour: next hour} with three clocks; door: {room: next room}
     {name: dict(zip(places, _draw.sample(places, len(places)), strict=True)) for name in names}
     for places, names in ((HOURS, ("op1", "op2", "op3", "op4")), (ROOMS, ("left", "right", "up", "down", "in", "out")))
 )
@@ -47,21 +48,21 @@ TABLES = TURNS | DOORS
 FILLER = ("so", "then", "now", "well", "let", "me", "see", "hmm")
 MAX_STEPS = 9
 
-# Who explains: shares of the authors by what the document is for.
+# Shares of the authors, in this order, by what a document is used for.
 AUTHORS = ("careful", "sloppy", "skipping", "leaking", "rambling")
-SINGLE = (1, 0, 0, 0, 0)  # pretraining, one step: how the base learns what a step is
-SHORT = (0.50, 0.05, 0.15, 0.20, 0.10)  # pretraining, 2 and 3 steps: how it learns to go on from a step
-LESSONS = (0.50, 0, 0, 0.50, 0)  # pretraining, three clocks, the second half of the lessons: to copy a solution, too
-LONG = (0.08, 0.05, 0.25, 0.30, 0.32)  # pretraining, 4 steps and more: why it explains those badly
-ROWS = (0.10, 0.05, 0.20, 0.35, 0.30)  # the rows' explanations, on which the teacher is warmed up
-HINTED = 0.1  # share of documents with a hint
+SINGLE = (1, 0, 0, 0, 0)  # pretraining, 1 step: teaches the base what a step is
+SHORT = (0.50, 0.05, 0.15, 0.20, 0.10)  # pretraining, 2 and 3 steps: teaches it to continue a chain
+LESSONS = (0.50, 0, 0, 0.50, 0)  # pretraining with three clocks, second half of the lessons: how to copy a solution
+LONG = (0.08, 0.05, 0.25, 0.30, 0.32)  # pretraining, 4 steps and more: few good explanations
+ROWS = (0.10, 0.05, 0.20, 0.35, 0.30)  # explanations in the rows, on which the warm-up teacher is trained
+HINTED = 0.1  # share of pretraining documents with a hint
 
 # split: (rows, numbers of steps)
 SPLITS = {"train": (3000, (4, 5)), "val": (400, (4, 5)), "test": (800, (4, 5)), "long": (400, (6,))}
 
 
 def mixture(shares, careful):
-    """The shares with another one of careful authors, and in proportion of all who write steps: sloppy, skipping."""
+    """The shares with `careful` as the share of careful authors; sloppy and skipping ones change in proportion."""
     if careful == shares[0]:
         return shares
     stepwise = [share * careful / shares[0] for share in shares[:3]]
@@ -69,11 +70,11 @@ def mixture(shares, careful):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# the clocks, and the room
+# questions: clocks and rooms
 
 
 def operations(names):
-    """What can happen to what the names stand for, as words: two clocks, three, or ("room",)."""
+    """The operations of a task, as words. names: two clocks, three clocks, or ("room",)."""
     if len(names) != 2:
         return tuple(DOORS if names == ("room",) else TURNS)
     return (
@@ -85,11 +86,12 @@ def operations(names):
 
 
 def places(names):
+    """The states that a clock, or the room, can be in."""
     return ROOMS if names == ("room",) else HOURS
 
 
 def read(question):
-    """({clock: hour} or {"room": room}, operations) of a question. Raises ValueError on anything else."""
+    """Parse a question -> ({clock: hour} or {"room": room}, operations). Raises UserError on anything else."""
     words = question.split()
     n = words.index("s1") if "s1" in words else 0
     start, numbers, todo = dict(zip(words[:n:2], words[1:n:2], strict=False)), words[n::2], words[n + 1 :: 2]
@@ -103,14 +105,16 @@ def read(question):
         or numbers != [f"s{n}" for n in range(1, len(todo) + 1)]
         or not set(todo) <= set(operations(names))
     ):
-        raise ValueError(f"{question!r} is no toy question: expected one like 'x 3 y 7 s1 x+=y s2 y*=3'.")
+        from rlt.errors import UserError
+
+        raise UserError(f"{question!r} is no toy question: expected one like 'x 3 y 7 s1 x+=y s2 y*=3'.")
     return {name: known[start[name]] for name in names}, todo
 
 
 def steps(question, slips=0.0, rng=None):
-    """The question worked out, one "s1 x+=y 0 7" per operation: its number, itself, the state after it.
+    """The steps of the question's chain, e.g. "s1 x+=y 0 7": number, operation, state after it.
 
-    slips: probability that a step's state goes wrong, drawn from rng. Who slips goes on from there.
+    slips: probability that a step ends in a wrong state, drawn from rng. The chain continues from the wrong state.
     """
     state, todo = read(question)
     worked = []
@@ -132,34 +136,34 @@ def steps(question, slips=0.0, rng=None):
 def draw_question(rng, n_steps, names):
     todo = " ".join(f"s{n} {rng.choice(operations(names))}" for n in range(1, n_steps + 1))
     start = [f"{name} {rng.choice(places(names))}" for name in names]
-    if len(names) == 3:  # in any order: else some bases find the third by its distance, and lose it as questions grow
+    if len(names) == 3:  # in any order: otherwise some bases find z by its position, and fail on longer questions
         rng.shuffle(start)
     return " ".join([*start, todo])
 
 
 # ---------------------------------------------------------------------------------------------------------
-# explanations, and rows
+# explanations and rows
 
 
 def chain(question):
-    """The full right explanation."""
+    """The full correct chain: the best explanation."""
     return " ".join(steps(question))
 
 
 def solution(question):
-    """The state after the last step, "x y", or the room."""
+    """The state after the last step: the hours, or the room."""
     return " ".join(steps(question)[-1].split()[2:])
 
 
 def is_full_chain(question, explanation):
-    """Whether the explanation holds every step, right and in order, with nothing in between."""
+    """Whether the explanation contains the full correct chain, with nothing in between."""
     return f" {chain(question)} " in f" {' '.join(explanation.split())} "
 
 
 def gives_away(question, explanation):
-    """Whether the explanation states the solution other than as the state after one of its right steps.
+    """Whether the explanation leaks: it states the solution outside of its correct steps.
 
-    Exact where prompts.leaks, which knows no chain, goes by the place.
+    This is exact. rlt.rows.leaks works for any task, and estimates it from the solution's place in the text.
     """
     text = f" {' '.join(explanation.split())} "
     for step in steps(question):
@@ -168,7 +172,7 @@ def gives_away(question, explanation):
 
 
 def explain(question, author, rng):
-    """What an author of this kind (one of AUTHORS) writes about the question."""
+    """An explanation by an author of this kind (one of AUTHORS)."""
     if author == "careful":
         words = steps(question)
     elif author == "sloppy":
@@ -184,10 +188,7 @@ def explain(question, author, rng):
 
 
 def make_row(question, shares, rng):
-    """A row: question, solution, an explanation by an author drawn by shares, the right chain, a hint.
-
-    The hint is the first half of the chain's steps.
-    """
+    """A row: question, solution, explanation by an author drawn by shares, full chain, hint (half of its steps)."""
     worked = steps(question)
     author = rng.choices(AUTHORS, shares)[0]
     return {
@@ -200,37 +201,38 @@ def make_row(question, shares, rng):
 
 
 def make_rows(n_clocks, careful, rooms):
-    """{split: rows}, the same for every seed of the model, so that all are measured on the same questions.
+    """{split: rows}, the same for every seed of the model, so that all are evaluated on the same questions.
 
-    No question is there twice, in whatever split. Authors have draws of their own, so that other
-    shares leave the questions as they are. careful: the share of careful authors.
+    No question occurs twice, in any of the splits. Authors are drawn from a random stream of their own, so that the
+    questions do not depend on the shares. careful: the share of careful authors.
     """
     questions, authors = random.Random("questions of the toy"), random.Random("authors")
     seen, splits, shares = set(), {}, mixture(ROWS, careful)
 
-    def fill(split, size, draw):
-        splits[split] = []
-        while len(splits[split]) < size:
-            question = draw()
+    def new_rows(split, names):
+        size, lengths = SPLITS[split]
+        rows = []
+        while len(rows) < size:
+            question = draw_question(questions, questions.choice(lengths), names)
             if question not in seen:
                 seen.add(question)
-                splits[split].append(make_row(question, shares, authors))
+                rows.append(make_row(question, shares, authors))
+        return rows
 
-    for split, (size, lengths) in SPLITS.items():
-        fill(split, size, lambda: draw_question(questions, questions.choice(lengths), CLOCKS[:n_clocks]))  # noqa: B023
+    for split in SPLITS:
+        splits[split] = new_rows(split, CLOCKS[:n_clocks])
     if rooms:
         for split in ("train", "val", "test"):
-            size, lengths = SPLITS[split]
-            fill(f"rooms-{split}", size, lambda: draw_question(questions, questions.choice(lengths), ("room",)))  # noqa: B023
+            splits[f"rooms-{split}"] = new_rows(split, ("room",))
         pairs = zip(splits["train"], splits["rooms-train"], strict=True)
         splits["both-train"] = list(itertools.chain(*pairs))  # for the teacher's warm-up
     return splits
 
 
 def draw_documents(rng, held_out, n_clocks, careful, rooms, hints):
-    """Rows to pretrain on, without end: short problems mostly explained well, long ones mostly badly.
+    """Endless pretraining rows: short problems mostly explained well, long ones mostly badly.
 
-    careful: the share of careful authors among those who explain long problems.
+    careful: the share of careful authors among the explanations of long problems.
     """
     long = mixture(LONG, careful)
     while True:
@@ -245,11 +247,11 @@ def draw_documents(rng, held_out, n_clocks, careful, rooms, hints):
 
 
 def draw_lessons(rng, held_out, count):
-    """Rows to read before all others: problems of three clocks, the first half short and explained well, the second of
-    all lengths, explained well or given away.
+    """Pretraining rows that come first, with three clocks: half of them short problems explained well, the other half
+    problems of all lengths, explained well or leaked.
 
     A step of three clocks is hard to learn from few good explanations, and three hours are hard to copy: without
-    lessons some seeds never learn it. The habit of explaining long problems well is lost in what is read afterwards.
+    lessons some seeds never learn it. The rows that follow make the base forget to explain long problems well.
     """
     for n in range(count):
         size, shares = (rng.randint(1, 3), SINGLE) if n < count // 2 else (rng.randint(1, 6), LESSONS)
@@ -263,14 +265,14 @@ def draw_lessons(rng, held_out, count):
 
 
 def make_tokenizer(n_clocks, rooms):
-    """One token a word; blanks and newlines separate words and vanish. An unknown word raises an exception.
+    """One token a word; blanks and newlines separate words and are dropped. An unknown word raises an exception.
 
-    The tags of the explanation become those of the thought, so that teacher and student share their tokens.
+    The tags of the explanation are replaced by those of the thought, so that teacher and student share their tokens.
     """
+    from rlt.tags import SOLUTION, THOUGHT
+
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-
-    from rlt.tags import SOLUTION, THOUGHT
 
     pad, eos = "<|pad|>", "<|end_of_turn|>"
     clocks = CLOCKS[:n_clocks]
@@ -281,13 +283,13 @@ def make_tokenizer(n_clocks, rooms):
     # WordLevel raises on unknown words as long as its unk_token is not a word
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=""))
     backend.normalizer = normalizers.Replace("of_explanation|>", "of_thought|>")
-    tag = pre_tokenizers.Split(Regex(r"<\|\w+\|>"), "isolated")  # a raw explanation may end right at its tag
+    tag = pre_tokenizers.Split(Regex(r"<\|\w+\|>"), "isolated")  # a raw explanation may end directly at its tag
     backend.pre_tokenizer = pre_tokenizers.Sequence([tag, pre_tokenizers.WhitespaceSplit()])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token=pad, eos_token=eos, padding_side="left"
     )
-    # Beside a Qwen2 model AutoTokenizer silently makes a Qwen2 tokenizer of our words, whatever the class we
-    # name; an entry here, even an empty one, has it take tokenizer.json as it is.
+    # For a folder with a Qwen2 model, AutoTokenizer silently builds a Qwen2 tokenizer from our words, whatever class
+    # the files name. With an entry here, even an empty one, it loads tokenizer.json as it is.
     tokenizer.init_kwargs["auto_map"] = {"AutoTokenizer": [None, None]}
     tokenizer.chat_template = (  # system messages are left out: their words are not the toy's
         "{% for message in messages %}"
@@ -300,7 +302,7 @@ def make_tokenizer(n_clocks, rooms):
 
 
 def make_model(seed, words, hidden_size):
-    """A Qwen2 of three layers, float32, randomly initialised, for so many words; at 128 half a million parameters."""
+    """A randomly initialised Qwen2 of three layers in float32; with hidden size 128 half a million parameters."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -322,10 +324,10 @@ def make_model(seed, words, hidden_size):
 
 
 def pack(documents, width):
-    """(ids, first index with loss) of each document -> input_ids, position_ids, labels, each (rows, width).
+    """Pack documents (ids, first index with loss) -> input_ids, position_ids, labels, each (rows, width).
 
-    First fit, longest document first. Positions restart at every document, which is how transformers keeps
-    documents in one row apart; labels are -100 where no loss is due. About a third faster than padding.
+    First fit, longest document first. Positions restart at every document: that is how transformers masks attention
+    between documents in one row. Labels are -100 where there is no loss. About a third faster than padding.
     """
     import torch
 
@@ -343,10 +345,10 @@ def pack(documents, width):
 
 def pretrain(model, tokenizer, documents, n_steps):
     """Train the model in place on n_steps batches of 64 documents (rows)."""
+    from rlt.prompts import Prompts
+
     import torch
     from tqdm import tqdm
-
-    from rlt.prompts import Prompts
 
     prompts = Prompts(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True)
@@ -358,7 +360,7 @@ def pretrain(model, tokenizer, documents, n_steps):
         for _ in bar:
             batch = [prompts.sft_row(next(documents), "student") for _ in range(64)]
             input_ids, position_ids, labels = pack(batch, width=max(64, *(len(ids) for ids, _ in batch)))
-            # neither cache nor mask: only then are documents kept apart
+            # transformers masks between documents only without a cache and without an attention mask
             logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
             loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
             loss.backward()
@@ -371,14 +373,15 @@ def pretrain(model, tokenizer, documents, n_steps):
 
 
 def make(out, seed, n_steps, *, hidden_size, clocks, careful_base, careful_rows, rooms, hints):
-    """Write model, tokenizer and rows to the folder `out`, which appears whole or not at all -> {split: rows}."""
+    """Write model, tokenizer and rows to the folder `out`, which is renamed into place when complete -> {split: rows}.
+    """
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # transformers shows one for every file that it writes
+    disable_progress_bar()  # of transformers, for every file that it writes
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
-        folder = Path(beside) / out.name
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+        folder = Path(temporary) / out.name
         folder.mkdir()
         splits = make_rows(clocks, careful_rows, rooms)
         for split, rows in splits.items():
@@ -403,18 +406,19 @@ if __name__ == "__main__":
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="folder to make")
-    parser.add_argument("--seed", type=int, default=0, help="of the base model; the rows are always the same")
-    parser.add_argument("--steps", type=int, default=2000, help="of 64 documents; 0 = an untrained base")
-    parser.add_argument("--hidden-size", type=int, default=128, help="of the base; its heads have 32 each")
-    parser.add_argument("--clocks", type=int, choices=(2, 3), default=2, help="3: solutions can't be guessed")
-    parser.add_argument("--careful-base", type=float, default=LONG[0], help="share of careful authors among the long "
-                        "problems the base reads: how often it solves one")
-    parser.add_argument("--careful-rows", type=float, default=ROWS[0], help="the same among the rows: how often the "
-                        "warm-up teacher explains well")
-    parser.add_argument("--rooms", action="store_true", help="base and rows know a second task, too: "
-                        "rooms-*.jsonl, and both-train.jsonl for the warm-up")
-    parser.add_argument("--hints", action="store_true", help="the base learns what a hint is (Guide-GRPO)")
+    parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the base model; the rows are always the same")
+    parser.add_argument("--steps", type=int, default=2000, help="pretraining steps of 64 documents; 0: untrained")
+    parser.add_argument("--hidden-size", type=int, default=128, help="hidden size of the base; a multiple of 32")
+    parser.add_argument("--clocks", type=int, choices=(2, 3), default=2, help="clocks in a question; with 3 the "
+                        "solution can't be guessed")
+    parser.add_argument("--careful-base", type=float, default=LONG[0], help="share of careful authors in pretraining "
+                        "on long problems: how often the base solves one")
+    parser.add_argument("--careful-rows", type=float, default=ROWS[0], help="share of careful authors in the rows: how "
+                        "often the warm-up teacher explains well")
+    parser.add_argument("--rooms", action="store_true", help="add a second task: rooms-*.jsonl, and "
+                        "both-train.jsonl for the warm-up")
+    parser.add_argument("--hints", action="store_true", help="pretrain on questions with hints, too (Guide-GRPO)")
     args = parser.parse_args()
     if args.out.exists():
         parser.error(f"{args.out} exists already: delete it, or choose another --out.")
@@ -424,7 +428,7 @@ if __name__ == "__main__":
         parser.error(f"--hidden-size {args.hidden_size}: expected a multiple of 32.")
     for flag, shares in (("base", LONG), ("rows", ROWS)):
         share = getattr(args, f"careful_{flag}")
-        if not 0 <= share * sum(shares[:3]) / shares[0] <= 1:  # sloppy and skipping authors come along
+        if not 0 <= share * sum(shares[:3]) / shares[0] <= 1:  # sloppy and skipping ones included
             parser.error(f"--careful-{flag} {share}: expected 0 to {shares[0] / sum(shares[:3]):.2f}.")
 
     print(f"Making the toy in {args.out}: base model, tokenizer, rows; about two minutes on two cores, once.")

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: MIT
+"""The steps that the arms of the toy study consist of: one command each, in the folder of the arm's setting and seed.
+
+A step returns the path of what it made. What a command has made is not made again, so that arms share it.
+"""
+
+import json
+import os
+import runpy
+import statistics
+import sys
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TOY_FLAGS = {  # setting: flags of data/toy.py
+    "toy": [],
+    "rooms": ["--rooms", "--steps", 4000],  # base and warm-up teacher know both tasks, RL sees one
+    # three clocks; the share of full chains among the explanations of long problems that the base is pretrained on
+    **{f"base {share}": ["--clocks", 3, "--hints", "--careful-base", share] for share in (0.08, 0.005, 0.0)},
+}
+RESUMABLE = ("train_rlt.py", "rl_student.py", "sft_student.py", "distill.py")
+TEACHER_CURVE = ("step", "reward", "score", "kl", "closed", "leak", "length", "entropy", "kl_ref", "eval_reward")
+STUDENT_CURVE = ("step", "reward", "solved", "zero_groups", "usable_groups", "hinted", "hinted_solved", "length",
+                 "guided_log_ratio", "eval_solved")
+COMPLETIONS_PER_STEP = 16 * 16  # of train_rlt.py, by its defaults
+
+
+def read_rows(path):
+    """The objects of a JSON Lines file. A last line without its newline is still being written, and left out."""
+    return [json.loads(line) for line in Path(path).read_text().split("\n")[:-1]]
+
+
+def mean_of(rows, keys):
+    return {key: statistics.fmean(row[key] for row in rows) for key in keys}
+
+
+def file_name(arm):
+    return arm.replace(", ", "-").replace(" ", "-")
+
+
+class Job:
+    """One arm on one seed of one setting.
+
+    recipes: {arm: function of a Job -> its student, or None where the arm only measures}. quick: few steps and rows.
+    """
+
+    def __init__(self, recipes, setting, seed, arm, quick=False):
+        self.recipes, self.setting, self.seed, self.arm, self.quick = recipes, setting, seed, arm, quick
+        self.folder = ROOT / "runs/study" / f"{'quick-' * quick}{setting.replace(' ', '-')}-seed{seed}"
+        self.name = file_name(arm)
+        self.commands, self.facts = [], {}  # what the log will say of the arm
+        task = "rooms-" if setting == "rooms" else ""
+        self.rows = f"runs/toy/{task}train.jsonl"
+        self.data = ["--data", self.rows] if task else []
+        self.tests = {split: f"runs/toy/{task}{split}.jsonl" for split in ("val", "test")}
+
+    def run(self, script, *flags, out=None, seed=True):
+        """Run one command in the folder, unless `out` is complete, and note it as a user would type it."""
+        flags = [*flags, *(["--seed", self.seed] if seed else []), *(["--out", out] if out else [])]
+        command = ["python", script, *map(str, flags)]
+        self.commands.append(" ".join(command))
+        if out and self.is_complete(script, out):
+            return out
+        print(f"[{self.folder.name}] {self.commands[-1]}", flush=True)
+        if script in RESUMABLE:
+            command.append("--resume")
+        child = os.fork()  # not a new process, which would spend seconds on imports
+        if child == 0:
+            os._exit(run_in_child(self.folder, command))
+        if os.waitpid(child, 0)[1]:
+            raise RuntimeError(f"{self.commands[-1]} failed: see {self.folder}/log.txt")
+        if out and out.endswith(".jsonl"):
+            (self.folder / f"{out}.complete").touch()
+        return out
+
+    def is_complete(self, script, out):
+        marks = [f"{out}/final", f"{out}.complete"] + [f"{out}/config.json"] * (script == "data/toy.py")
+        return any((self.folder / mark).exists() for mark in marks)
+
+    def if_quick(self, *flags):
+        return flags if self.quick else ()
+
+    def write(self, path, rows):
+        (self.folder / path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    # -- models and explanations
+
+    def base(self, out="runs/toy", flags=()):
+        """The toy of this setting: base model and rows."""
+        return self.run("data/toy.py", *TOY_FLAGS[self.setting], *flags, *self.if_quick("--steps", 20), out=out)
+
+    def warm_up_teacher(self, careful=None):
+        """SFT of the teacher on the toy's rows, or on rows with this share of full chains (three clocks)."""
+        if careful is None:
+            data, steps = ["--data", "runs/toy/both-train.jsonl"] if self.setting == "rooms" else [], []
+            out = "runs/toy-teacher"
+        else:
+            rows = toy().make_rows(3, careful, False)["train"]
+            data, steps = ["--data", self.write(f"rows-{careful}.jsonl", rows)], ["--steps", 300]
+            out = f"runs/toy-teacher-{careful}"
+        return self.run("sft_student.py", "--format", "teacher", *data, *steps, *self.if_quick("--steps", 2), out=out)
+
+    def train_teacher(self, warm_up, *flags):
+        """RLT from this warm-up teacher."""
+        out = f"runs/{self.name}"
+        self.run("train_rlt.py", "--model", warm_up, *flags, *self.if_quick("--steps", 2), out=out)
+        metrics = read_rows(self.folder / out / "metrics.jsonl")
+        self.facts["curve"] = [{key: entry[key] for key in TEACHER_CURVE} for entry in metrics]
+        self.facts["sampled_tokens"] = round(sum(entry["length"] for entry in metrics) * COMPLETIONS_PER_STEP)
+        self.facts["seconds_a_step"] = mean_of(metrics, ("t_rollout", "t_score", "t_update"))
+        return out
+
+    def explain(self, teacher, *flags, out=None):
+        """The teacher's explanations of the training questions; all teachers' are scored alike: exact KL, lambda 3."""
+        data = f"runs/{out or self.name}.jsonl"
+        self.run("distill.py", "--model", teacher, *self.data, *flags, *self.if_quick("--limit", 80), out=data)
+        rows = read_rows(self.folder / data)
+        self.facts["explanations"] = {
+            **mean_of(rows, ("reward", "score", "kl", "length", "closed")),
+            # exact; the leak of the training log is an estimate, by the place of the solution in the text
+            "leak": statistics.fmean(toy().gives_away(row["question"], row["explanation"]) for row in rows),
+            "full_chain": share_of_full_chains(rows),
+            "count": len(rows),
+        }
+        return data
+
+    def solve(self, student, *flags):
+        """The student's own answers to the training questions: traditional distillation."""
+        data = f"runs/{self.name}.jsonl"
+        few = self.if_quick("--limit", 80, "--keep-wrong")
+        self.run("distill.py", "--solver", "--model", student, *flags, *few, out=data)
+        rows = read_rows(self.folder / data)
+        self.facts["traces"] = {**mean_of(rows, ("right", "length")), "count": len(rows),
+                                "full_chain": share_of_full_chains(rows)}
+        return data
+
+    def replace_explanations(self, explanation):
+        """The training rows with explanation(row) for an explanation."""
+        rows = read_rows(self.folder / self.rows)
+        return self.write(f"runs/{self.name}.jsonl", [{**row, "explanation": explanation(row)} for row in rows])
+
+    def sft(self, data, *flags):
+        """A student of these explanations."""
+        return self.run("sft_student.py", "--data", data, *flags, *self.if_quick("--steps", 2),
+                        out=f"runs/student-{self.name}")
+
+    def rl(self, *flags):
+        """A student by RL on correctness."""
+        student = self.run("rl_student.py", *self.data, *flags, *self.if_quick("--steps", 2), out=f"runs/{self.name}")
+        metrics = read_rows(self.folder / student / "metrics.jsonl")
+        self.facts["curve"] = [{key: entry[key] for key in STUDENT_CURVE} for entry in metrics]
+        self.facts["sampled_tokens"] = sum(entry["sampled_tokens"] for entry in metrics)
+        return student
+
+    def student_of(self, arm):
+        """The student of another arm on the same seed, made if it does not exist."""
+        other = Job(self.recipes, self.setting, self.seed, arm, self.quick)
+        student = self.recipes[arm](other)
+        self.commands += other.commands
+        return student
+
+    def explanations_of(self, arm):
+        """The file that the student of another arm was trained on."""
+        self.student_of(arm)
+        return f"runs/{file_name(arm)}.jsonl"
+
+    # -- measurements
+
+    def evaluate(self, models, data, *flags, out):
+        """{model: its evaluation}, by one command."""
+        self.run("evaluate.py", "--task", "toy", "--model", *models, "--data", data, *flags,
+                 *self.if_quick("--limit", 40), "--out", out)
+        report = "eval_toy_hinted.json" if "--hinted" in flags else "eval_toy.json"
+        return {model: json.loads((self.folder / out / model.replace("/", "_") / report).read_text())
+                for model in models}
+
+    def accuracy(self, student):
+        """{split and decoding: exact match} of a student."""
+        found = {}
+        for split, decoding, temperature in (("val", "greedy", 0), ("test", "greedy", 0), ("test", "sampled", 1)):
+            result = self.evaluate([student], self.tests[split], "--temperature", temperature,
+                                   out=f"runs/eval/{split}-{decoding}")[student]
+            found[f"{split} {decoding}"] = {**result["exact_match"], "questions": result["questions"],
+                                            "length": result["length"]}
+        return found
+
+
+def toy():
+    """data/toy.py, which the scripts find by its path, as a module."""
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    from data import toy as module
+
+    return module
+
+
+def share_of_full_chains(rows):
+    return statistics.fmean(toy().is_full_chain(row["question"], row["explanation"]) for row in rows)
+
+
+def run_in_child(folder, command):
+    """In a forked child: do what `python script flags` does in this folder, with its output in log.txt -> status."""
+    os.chdir(folder)
+    log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.argv = command[1:]
+    status = 0
+    try:
+        runpy.run_path(str(ROOT / command[1]), run_name="__main__")
+    except SystemExit as leaving:
+        status = leaving.code if isinstance(leaving.code, int) else bool(leaving.code)
+    except BaseException:  # whatever it is: the child must not continue as the study
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return status
