@@ -217,6 +217,7 @@ def held_out_success(*key):
 progress = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, unit="step", dynamic_ncols=True,
                 disable=None if rank == 0 else True)
 for step in progress:
+    eval_solved_before = held_out_success("before") if step == 0 and held_out and rank == 0 else None
     timer = StepTimer(device)
 
     # 1. this rank's share of the step's questions, and G answers to each
@@ -282,7 +283,8 @@ for step in progress:
         "clip_fraction": stats["clip_fraction"] / plain if plain else None,
         "guided_log_ratio": stats["guided_log_ratio"] / guided if guided else None,
         "sampler_logprob_diff": logprob_diff, "loss": loss, "lr": optimizer.param_groups[0]["lr"],
-        "grad_norm": grad_norm, "eval_solved": eval_solved, **timer.numbers, "tokens_per_s": tokens / timer.seconds,
+        "grad_norm": grad_norm, "eval_solved": eval_solved, "eval_solved_before": eval_solved_before,
+        **timer.numbers, "tokens_per_s": tokens / timer.seconds,
     }
     progress.write(run.log(entry))
     if step % 10 == 0 or step + 1 == args.steps:

@@ -219,6 +219,7 @@ def held_out_reward(*key):
 progress = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, unit="step", dynamic_ncols=True,
                 disable=None if rank == 0 else True)
 for step in progress:
+    eval_reward_before = held_out_reward("before") if step == 0 and held_out and rank == 0 else None
     timer = StepTimer(device)
 
     # 1. this rank's share of the step's questions, and G explanations of each
@@ -256,7 +257,7 @@ for step in progress:
         "step": step, **summarize(batch, explanations, scored, rewards), "kl_ref": stats.get("kl_ref"),
         "clip_fraction": stats["clip_fraction"], "sampler_logprob_diff": logprob_diff, "loss": loss,
         "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm, "eval_reward": eval_reward,
-        **timer.numbers, "tokens_per_s": tokens / timer.seconds,
+        "eval_reward_before": eval_reward_before, **timer.numbers, "tokens_per_s": tokens / timer.seconds,
     }
     progress.write(run.log(entry))
     if warning := reward_is_dropping(run.metrics):

@@ -31,8 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 HASHES = ("base_hash", "student_hash", "rows_hash")  # what a resumed run, and every rank, must find unchanged
 RESUME_OVERRIDABLE = {"resume", "steps", "save_every", "device", "dry_run", "offload_student", "out"}
 DROPPED_FLAGS = {"head_chunk", "logits_dtype", "cache_tokens", "score_temperature", "engine"}  # of older versions
-LOGGED = ("reward", "score", "kl", "solved", "hinted", "closed", "leak", "kl_ref", "length", "eval_reward",
-          "eval_solved", "loss", "val_loss")  # what the console shows of a step
+LOGGED = ("reward", "score", "kl", "solved", "hinted", "closed", "leak", "kl_ref", "length", "eval_reward_before",
+          "eval_reward", "eval_solved_before", "eval_solved", "loss", "val_loss")  # what the console shows of a step
 
 
 # ---------------------------------------------------------------------------------------------------------
