@@ -29,7 +29,8 @@ QWEN_3_THINKING = QWEN_3.replace("GENERATE", "'<think>\n'")
 R1 = (  # opens a thought, and takes it out of every finished turn
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}"
     "{{ '<|User|>' + m.content }}{% else %}"
-    "{{ '<|Assistant|>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"
+    "{{ '<|Assistant|>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"
 )
 GPT_OSS = (  # thoughts and answers are channels, named in front of what a turn says
     "{% for m in messages %}{% set channel = '<|channel|>final' if m.role == 'assistant' else '' %}"
