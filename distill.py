@@ -23,9 +23,9 @@ from rlt.dry_run import ModelFootprint, dry_run
 from rlt.errors import UserError
 from rlt.grading import TASKS, gradable, grade_all
 from rlt.prompts import THOUGHT, Prompts
-from rlt.rollout import generate
+from rlt.rollout import make_engine
 from rlt.rows import between, leaks, load_rows
-from rlt.runs import append_jsonl, check_same_flags, describe, read_jsonl, seed_for, write_atomically
+from rlt.runs import append_jsonl, check_same_flags, describe, read_jsonl, write_atomically
 
 import torch
 from tqdm import tqdm
@@ -99,9 +99,9 @@ rows = prompts.drop_overlong(rows, models.context_length(args.model, student_nam
                              skip=args.skip_bad_rows, also=explanation_ids)
 rows_per_batch = max(1, args.batch_size // args.samples)  # each with all its samples
 batches = [rows[at : at + rows_per_batch] for at in range(0, len(rows), rows_per_batch)]
+longest = max(len(prompts.teacher_prompt(row)) + sum(len(ids(row)) for ids in explanation_ids) for row in rows)
 if args.dry_run is not None:
     gpu, sampled = args.dry_run > 0 or device.type == "cuda", len(batches[0]) * args.samples
-    longest = max(len(prompts.teacher_prompt(row)) + sum(len(ids(row)) for ids in explanation_ids) for row in rows)
     footprints = [ModelFootprint(**models.model_and_adapter_config(args.model), bits=args.teacher_bits, gpu=gpu)]
     if not args.solver:
         student_config = models.model_and_adapter_config(student_name)
@@ -115,6 +115,10 @@ teacher = models.load_model(args.model, bits=args.teacher_bits, device=device, s
 student = None
 if not args.solver:
     student = models.load_model(student_name, bits=args.student_bits, device=device, scores=True)
+engine = None
+if not args.score_file:
+    engine = make_engine(args.engine, teacher, tokenizer, base=models.base_of(args.model), bits=args.teacher_bits,
+                         device=device, max_tokens=longest + args.max_new_tokens, batch=args.batch_size)
 barrier()  # all ranks have read what exists
 if rank == 0:
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -123,8 +127,8 @@ if rank == 0:
 
 
 def sample(prompt_ids, batch):
-    return generate(teacher, tokenizer, prompt_ids, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                    seed=seed_for(args.seed, "distill", 0, batch))
+    return engine.generate(prompt_ids, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                           key=(args.seed, "distill", 0), first=batch)
 
 
 def explain(rows, batch):

@@ -22,10 +22,10 @@ from rlt import flags, models
 from rlt.distributed import all_reduce_gradients, all_reduce_mean, all_reduce_sum, init_distributed
 from rlt.dry_run import dry_run_rl
 from rlt.grading import TASKS, answer_of, gradable, grade_all
-from rlt.grpo import LOSSES, group_advantages, grpo_loss, guided_loss, step_denominator
+from rlt.grpo import LOSSES, group_advantages, grpo_loss, guided_loss, step_denominator, tis_weights
 from rlt.logprobs import completion_logprobs
 from rlt.prompts import Prompts
-from rlt.rollout import generate
+from rlt.rollout import make_engine
 from rlt.rows import load_rows
 from rlt.runs import (
     Run,
@@ -35,7 +35,6 @@ from rlt.runs import (
     digest,
     lr_fraction,
     quantiles,
-    seed_for,
     split_held_out,
 )
 
@@ -92,9 +91,9 @@ context = models.context_length(args.model) - args.max_new_tokens
 rows = prompts.drop_overlong(gradable(args.task, rows), context, skip=args.skip_bad_rows,
                              also=[prompts.hinted_prompt] if args.hints else [])
 rows, held_out = split_held_out(rows, args)
+prompt_of = prompts.hinted_prompt if args.hints else prompts.question_prompt
+longest = max(len(prompt_of(row)) for row in rows + held_out)
 if args.dry_run is not None:
-    prompt_of = prompts.hinted_prompt if args.hints else prompts.question_prompt
-    longest = max(len(prompt_of(row)) for row in rows + held_out)
     sys.exit(dry_run_rl(args, device, world, args.bits, None, longest_prompt=longest, vocab=vocab,
                         held_out=len(held_out)))
 
@@ -107,6 +106,8 @@ optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
 if run.checkpoint:
     models.restore(student, run.checkpoint)
     models.restore_optimizer(optimizer, run.checkpoint)
+engine = make_engine(args.engine, student, tokenizer, base=models.base_of(args.model), bits=args.bits, device=device,
+                     max_tokens=longest + args.max_new_tokens, batch=args.rollout_batch)
 run.start(base_hash=models.fingerprint(student), rows_hash=digest(rows), device=str(device), rows=len(rows))
 print(f"{run.folder}: {sum(p.numel() for p in parameters):,} trained parameters, {len(rows)} rows, {device}, "
       f"log-probs by {implementation('auto', device.type)}", flush=True)
@@ -119,12 +120,8 @@ def save(folder):
 
 def sample(prompt_ids, *key):
     """One completion for each prompt, drawn with seeds of this key."""
-    completions = []
-    for at in range(0, len(prompt_ids), args.rollout_batch):
-        completions += generate(student, tokenizer, prompt_ids[at : at + args.rollout_batch],
-                                max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                                seed=seed_for(args.seed, *key, at))
-    return completions
+    return engine.generate(prompt_ids, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                           key=(args.seed, *key))
 
 
 def compute_rewards(batch, completions):
@@ -168,11 +165,11 @@ def split_into_batches(kept, hinted, prompt_ids, sampled_from, completion_ids):
                 yield indices
 
 
-def update_policy(batches, prompt_ids, completion_ids, old_logprobs, advantages, hinted):
+def update_policy(batches, prompt_ids, completion_ids, old_logprobs, token_weights, advantages, hinted):
     """Optimizer steps on one batch, in micro-batches that add up to one loss.
 
-    old_logprobs: of each micro-batch; advantages, hinted (B,) -> the last step's loss and gradient norm, and the
-    losses' stats, summed over tokens.
+    old_logprobs, token_weights (or None): of each micro-batch; advantages, hinted (B,) -> the last step's loss and
+    gradient norm, and the losses' stats, summed over tokens.
     """
     lengths = torch.tensor([len(ids) for ids in completion_ids])
     kept = [i for indices in batches for i in indices]
@@ -187,9 +184,9 @@ def update_policy(batches, prompt_ids, completion_ids, old_logprobs, advantages,
     student.train()  # gradient checkpointing asks for it; dropout is off
     for _ in range(args.updates_per_batch):
         step_loss, stats = 0.0, Counter()
-        for indices, old, ref in zip(batches, old_logprobs, ref_logprobs, strict=True):
+        for indices, old, weights, ref in zip(batches, old_logprobs, token_weights, ref_logprobs, strict=True):
             logprobs, _ = policy_logprobs(indices, prompt_ids, completion_ids)
-            common = dict(denominator=denominator, beta=args.beta, loss=args.loss)
+            common = dict(denominator=denominator, beta=args.beta, loss=args.loss, token_weights=weights)
             if hinted[indices[0]]:
                 loss, token_stats = guided_loss(logprobs, old, ref, advantages[indices], lengths[indices], **common)
             else:
@@ -248,8 +245,14 @@ for step in progress:
         measured = [policy_logprobs(indices, sampled_from, completion_ids) for indices in batches]
         old_logprobs = [logprobs for logprobs, _ in measured]
         entropies = torch.cat([empty, *(entropy for _, entropy in measured)])
-        logprob_diff = check_logprob_diff([completions[i] for indices in batches for i in indices],
-                                          torch.cat([empty, *old_logprobs]), args.max_logprob_diff)
+        sampler_logprobs = torch.tensor([p for indices in batches for i in indices for p in completions[i].logprobs],
+                                        device=device)
+        all_old = torch.cat([empty, *old_logprobs])
+        logprob_diff = check_logprob_diff(sampler_logprobs, all_old, args.max_logprob_diff)
+        token_weights, tis = [None] * len(batches), {}
+        if args.engine == "vllm" and args.tis_cap and batches:
+            weights, tis = tis_weights(all_old, sampler_logprobs, args.tis_cap)
+            token_weights = weights.split([len(old) for old in old_logprobs])
         if args.hint_ratio == "naive":
             old_logprobs = [policy_logprobs(indices, prompt_ids, completion_ids)[0] for indices in batches]
     timer.end("score")
@@ -257,7 +260,9 @@ for step in progress:
     # 5. the policy update
     for group in optimizer.param_groups:
         group["lr"] = args.lr * lr_fraction(step, args.steps, args.warmup_steps, args.final_lr_fraction)
-    loss, grad_norm, stats = update_policy(batches, prompt_ids, completion_ids, old_logprobs, advantages, hinted)
+    loss, grad_norm, stats = update_policy(batches, prompt_ids, completion_ids, old_logprobs, token_weights, advantages,
+                                          hinted)
+    engine.load_adapter(student)
     if args.beta > 0 and args.sync_ref_every and (step + 1) % args.sync_ref_every == 0:
         models.sync_reference(student, args.sync_ref_mix)
     timer.end("update")
@@ -282,7 +287,7 @@ for step in progress:
         "entropy": all_reduce_mean(entropies.mean().item(), len(entropies)),
         "clip_fraction": stats["clip_fraction"] / plain if plain else None,
         "guided_log_ratio": stats["guided_log_ratio"] / guided if guided else None,
-        "sampler_logprob_diff": logprob_diff, "loss": loss, "lr": optimizer.param_groups[0]["lr"],
+        "sampler_logprob_diff": logprob_diff, **tis, "loss": loss, "lr": optimizer.param_groups[0]["lr"],
         "grad_norm": grad_norm, "eval_solved": eval_solved, "eval_solved_before": eval_solved_before,
         **timer.numbers, "tokens_per_s": tokens / timer.seconds,
     }

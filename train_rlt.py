@@ -20,10 +20,10 @@ from collections import Counter
 from rlt import flags, models
 from rlt.distributed import all_reduce_gradients, all_reduce_mean, all_reduce_sum, init_distributed
 from rlt.dry_run import dry_run_rl
-from rlt.grpo import LOSSES, group_advantages, group_scale, grpo_loss, pathwise_kl_loss, step_denominator
+from rlt.grpo import LOSSES, group_advantages, group_scale, grpo_loss, pathwise_kl_loss, step_denominator, tis_weights
 from rlt.logprobs import completion_logprobs, completion_logprobs_and_kl
 from rlt.prompts import Prompts
-from rlt.rollout import generate
+from rlt.rollout import make_engine
 from rlt.rows import leaks, load_rows
 from rlt.runs import (
     Run,
@@ -34,7 +34,6 @@ from rlt.runs import (
     lr_fraction,
     quantiles,
     reward_is_dropping,
-    seed_for,
     split_held_out,
 )
 
@@ -87,8 +86,8 @@ prompts, vocab = Prompts(tokenizer, args.solution_in), len(tokenizer)
 rows = load_rows(models.data_source(args.data, "train"), **flags.row_options(args))
 context = models.context_length(args.model, student_name) - args.max_new_tokens
 rows, held_out = split_held_out(prompts.drop_overlong(rows, context, skip=args.skip_bad_rows), args)
+longest = max(len(prompts.teacher_prompt(row)) for row in rows + held_out)
 if args.dry_run is not None:
-    longest = max(len(prompts.teacher_prompt(row)) for row in rows + held_out)
     sys.exit(dry_run_rl(args, device, world, args.teacher_bits, student_name, longest_prompt=longest, vocab=vocab,
                         held_out=len(held_out)))
 
@@ -105,6 +104,8 @@ optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
 if run.checkpoint:
     models.restore(teacher, run.checkpoint)
     models.restore_optimizer(optimizer, run.checkpoint)
+engine = make_engine(args.engine, teacher, tokenizer, base=models.base_of(args.model), bits=args.teacher_bits,
+                     device=device, max_tokens=longest + args.max_new_tokens, batch=args.rollout_batch)
 run.start(base_hash=models.fingerprint(teacher), student_hash=student_hash, student=student_name,
           rows_hash=digest(rows), device=str(device), rows=len(rows))
 print(f"{run.folder}: {sum(p.numel() for p in parameters):,} trained parameters, {len(rows)} rows, {device}, "
@@ -118,12 +119,8 @@ def save(folder):
 
 def sample(prompt_ids, *key):
     """One completion for each prompt, drawn with seeds of this key."""
-    completions = []
-    for at in range(0, len(prompt_ids), args.rollout_batch):
-        completions += generate(teacher, tokenizer, prompt_ids[at : at + args.rollout_batch],
-                                max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                                seed=seed_for(args.seed, *key, at))
-    return completions
+    return engine.generate(prompt_ids, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                           key=(args.seed, *key))
 
 
 def compute_rewards(batch, completions):
@@ -144,10 +141,11 @@ def policy_logprobs(indices, prompt_ids, completion_ids):
                                vocab=vocab, temperature=args.temperature)[0]
 
 
-def update_policy(batch, explanations, prompt_ids, completion_ids, scored, advantages, scales):
+def update_policy(batch, explanations, prompt_ids, completion_ids, scored, advantages, scales, token_weights):
     """Optimizer steps on one batch, in micro-batches that add up to one loss.
 
-    advantages, scales (B,) -> the last step's loss and gradient norm, and grpo_loss's stats, means over tokens.
+    advantages, scales (B,); token_weights: None, or of each completion's tokens -> the last step's loss and gradient
+    norm, and grpo_loss's stats, means over tokens.
     """
     lengths = torch.tensor(scored.completion_lengths)
     old_logprobs = scored.old_logprobs.split(scored.completion_lengths)
@@ -172,7 +170,7 @@ def update_policy(batch, explanations, prompt_ids, completion_ids, scored, advan
             loss, token_stats = grpo_loss(
                 logprobs, torch.cat([old_logprobs[i] for i in indices]), ref, advantages[indices], lengths[indices],
                 denominator=denominator, epsilon_low=args.epsilon_low, epsilon_high=args.epsilon_high, beta=args.beta,
-                loss=args.loss)
+                loss=args.loss, token_weights=token_weights and torch.cat([token_weights[i] for i in indices]))
             if args.kl_gradient:
                 thought_lengths = torch.tensor([len(explanations[i].thought) for i in indices])
                 loss = loss + pathwise_kl_loss(token_kl, thought_lengths, lengths[indices], scales[indices],
@@ -232,7 +230,12 @@ for step in progress:
 
     # 2. rewards (B,), old log-probs and entropies: one pass of the teacher and one of the student
     rewards, explanations, scored = compute_rewards(batch, completions)
-    logprob_diff = check_logprob_diff(completions, scored.old_logprobs, args.max_logprob_diff)
+    sampler_logprobs = torch.tensor([p for c in completions for p in c.logprobs], device=device)
+    logprob_diff = check_logprob_diff(sampler_logprobs, scored.old_logprobs, args.max_logprob_diff)
+    token_weights, tis = None, {}
+    if args.engine == "vllm" and args.tis_cap:
+        token_weights, tis = tis_weights(scored.old_logprobs, sampler_logprobs, args.tis_cap)
+        token_weights = token_weights.split(scored.completion_lengths)
     timer.end("score")
 
     # 3. advantages (B,): how much better each explanation is than the others of its question
@@ -243,7 +246,9 @@ for step in progress:
     # 4. the policy update
     for group in optimizer.param_groups:
         group["lr"] = args.lr * lr_fraction(step, args.steps, args.warmup_steps, args.final_lr_fraction)
-    loss, grad_norm, stats = update_policy(batch, explanations, prompt_ids, completion_ids, scored, advantages, scales)
+    loss, grad_norm, stats = update_policy(batch, explanations, prompt_ids, completion_ids, scored, advantages, scales,
+                                          token_weights)
+    engine.load_adapter(teacher)
     if args.beta > 0 and args.sync_ref_every and (step + 1) % args.sync_ref_every == 0:
         models.sync_reference(teacher, args.sync_ref_mix)
     timer.end("update")
@@ -255,7 +260,7 @@ for step in progress:
     tokens = all_reduce_sum(sum(scored.completion_lengths))[0]
     entry = {
         "step": step, **summarize(batch, explanations, scored, rewards), "kl_ref": stats.get("kl_ref"),
-        "clip_fraction": stats["clip_fraction"], "sampler_logprob_diff": logprob_diff, "loss": loss,
+        "clip_fraction": stats["clip_fraction"], "sampler_logprob_diff": logprob_diff, **tis, "loss": loss,
         "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm, "eval_reward": eval_reward,
         "eval_reward_before": eval_reward_before, **timer.numbers, "tokens_per_s": tokens / timer.seconds,
     }

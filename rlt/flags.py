@@ -160,6 +160,8 @@ def add_sampling(group, *, max_new_tokens, temperature=1.0, batch_flag="--rollou
                        help="length limit of a completion, tokens")
     group.add_argument(batch_flag, type=number(int, 1), default=batch, metavar="N",
                        help="completions sampled at the same time")
+    group.add_argument("--engine", choices=ENGINES, default="transformers", metavar="NAME",
+                       help="what samples: transformers, or vllm (requirements-vllm.txt)")
 
 
 def add_rollouts(group, *, prompts_per_step=16, group_size=16, max_new_tokens=48):
@@ -171,6 +173,8 @@ def add_rollouts(group, *, prompts_per_step=16, group_size=16, max_new_tokens=48
     add_sampling(group, max_new_tokens=max_new_tokens)
     group.add_argument("--max-logprob-diff", type=number(float, above=0), default=0.1, metavar="D",
                        help="stop when sampler and trainer differ by more, nats a token on average")
+    group.add_argument("--tis-cap", type=number(float, 0), default=2.0, metavar="C",
+                       help="with --engine vllm: truncated importance sampling, weights up to C; 0: none")
 
 
 def check_prompts_per_rank(args, world):

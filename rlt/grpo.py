@@ -61,13 +61,28 @@ def step_denominator(loss, *, sequences, tokens, max_new_tokens):
     return {"grpo": sequences, "gspo": sequences, "dapo": tokens, "dr_grpo": sequences * max_new_tokens}[loss]
 
 
+def tis_weights(trainer_logprobs, sampler_logprobs, cap):
+    """Truncated importance sampling, for a sampling engine whose log-probs are not quite the trainer's.
+
+    trainer_logprobs, sampler_logprobs: (N,) nats of the sampled tokens under the same weights -> weights (N,), without
+    gradient: min(exp(trainer - sampler), cap), and {"tis_weight": their mean, "tis_capped": share at the cap}. Where
+    both agree all weights are exactly 1. Source: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You
+    Off-Policy RL Training" (cap 2 in verl and TRL).
+    """
+    log_weights = (trainer_logprobs - sampler_logprobs).detach()
+    weights = log_weights.clamp(max=math.log(cap)).exp()
+    capped = (log_weights > math.log(cap)).float()
+    return weights, {"tis_weight": weights.mean().item(), "tis_capped": capped.mean().item()}
+
+
 def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, lengths, *, denominator,
-              epsilon_low=0.2, epsilon_high=0.2, beta=0.0, loss="grpo"):
+              epsilon_low=0.2, epsilon_high=0.2, beta=0.0, loss="grpo", token_weights=None):
     """The clipped loss of a micro-batch: B sequences with N completion tokens in all -> (loss (), stats).
 
     logprobs, old_logprobs, ref_logprobs: (N,) nats of the sampled tokens under the policy (with gradient),
       the policy that sampled, and the reference (or None where beta is 0: then no KL is logged).
     advantages: (B,). lengths: (B,) tokens of each sequence. denominator: from step_denominator.
+    token_weights: (N,) factors of the clipped term, from tis_weights; None: 1.
     stats: sums over tokens; added over micro-batches and divided by the step's tokens they are
       clip_fraction, tokens without gradient because the ratio (in gspo their sequence's) left its range, and
       kl_ref, nats per token. So no logged number depends on the size of a micro-batch.
@@ -86,11 +101,13 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, lengths, *, deno
                           log_ratio.clamp(min=math.log1p(-epsilon_low)))
     stats = {"clip_fraction": ((clamped != log_ratio) & (advantages != 0)).sum()}
     token_loss = -advantages * clamped.exp()
+    if token_weights is not None:
+        token_loss = token_loss * token_weights
     return _add_up(token_loss, logprobs, ref_logprobs, lengths, denominator, beta, loss, stats)
 
 
 def guided_loss(logprobs, hinted_logprobs, ref_logprobs, advantages, lengths, *, denominator,
-                quantile=0.9, beta=0.0, loss="grpo"):
+                quantile=0.9, beta=0.0, loss="grpo", token_weights=None):
     """Guide-GRPO's loss of completions sampled with a hint and learned without it (arXiv 2506.13923).
 
     The call is grpo_loss's, with r_t = pi(token_t | question) / pi_old(token_t | question, hint):
@@ -114,6 +131,8 @@ def guided_loss(logprobs, hinted_logprobs, ref_logprobs, advantages, lengths, *,
         log_gamma = log_gamma.clamp(min=math.log(1e-4)).repeat_interleave(lengths)                  # (N,)
         weight = torch.sigmoid(log_ratio - log_gamma)                            # this is r / (r + gamma)
     token_loss = -advantages.repeat_interleave(lengths) * weight
+    if token_weights is not None:
+        token_loss = token_loss * token_weights
     stats = {"guided_log_ratio": log_ratio.detach().sum()}
     return _add_up(token_loss, logprobs, ref_logprobs, lengths, denominator, beta, loss, stats)
 

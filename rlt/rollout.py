@@ -4,11 +4,16 @@ Sampling: completions of prompts, with the log-prob of each id under the very di
 
 What is drawn is exactly softmax(logits / temperature) over the tokenizer's vocabulary: no top-k, no top-p, no
 penalties, and the columns that a model's head has beyond its tokenizer are masked.
+
+    transformers   the model itself, some prompts at a time; nothing to install, and what the toy uses
+    vllm           an engine with its own copy of the base, into which the adapter is loaded after every update
 """
 
 from typing import NamedTuple
 
-from rlt.prompts import turn_ends
+from rlt.chat_template import turn_ends
+from rlt.errors import UserError
+from rlt.runs import seed_for
 
 import torch
 
@@ -17,6 +22,56 @@ class Completion(NamedTuple):
     ids: list  # what was sampled, the end of the turn included
     logprobs: list  # of each id, nats
     finished: bool  # the end of the turn was sampled
+
+
+def make_engine(name, model, tokenizer, *, base, bits, device, max_tokens, batch):
+    """The engine that --engine names: .generate samples, .load_adapter after every update.
+
+    model: samples in transformers; the adapter that vLLM starts with. base: folder or hub id of its base, at `bits`.
+    max_tokens: the longest prompt and its completion. batch: completions that transformers samples at the same time.
+    Raises UserError where vLLM is missing or can't run the model.
+    """
+    if name == "transformers":
+        return TransformersEngine(model, tokenizer, batch)
+    from rlt.vllm_engine import VLLMEngine
+
+    if bits == 4:
+        raise UserError("--engine vllm samples from a base of 16 or 32 bits, and 4 were asked for: the policy that is "
+                        "trained would be another one. Pass 16, or --engine transformers.")
+    lora = model.peft_config["default"] if hasattr(model, "peft_config") else None
+    engine = VLLMEngine(base, tokenizer, bits=bits, device=device, max_model_len=max_tokens,
+                        stop_ids=turn_ends(tokenizer), lora_rank=lora.r if lora else None)
+    if lora:
+        engine.load_adapter(model)
+    return engine
+
+
+class TransformersEngine:
+    """Samples from the model itself, `batch` prompts at the same time."""
+
+    def __init__(self, model, tokenizer, batch):
+        self.model, self.tokenizer, self.batch = model, tokenizer, batch
+
+    def load_adapter(self, model):
+        """Nothing to do: the model that is trained is the one that samples."""
+
+    def generate(self, prompts, *, max_new_tokens, temperature, key, first=0):
+        """One completion for each prompt (lists of ids), in their order. temperature 0 is greedy.
+
+        Draws of a batch are keyed by (*key, position of its first prompt); `first` is the first prompt's position.
+        More prompts than one batch are sampled in the order of their lengths, so that less of a batch is padding.
+        """
+        order = range(len(prompts))
+        if len(prompts) > self.batch:
+            order = sorted(order, key=lambda i: len(prompts[i]))
+        completions = [None] * len(prompts)
+        for at in range(0, len(prompts), self.batch):
+            indices = order[at : at + self.batch]
+            sampled = generate(self.model, self.tokenizer, [prompts[i] for i in indices], temperature=temperature,
+                               max_new_tokens=max_new_tokens, seed=seed_for(*key, first + at))
+            for i, completion in zip(indices, sampled, strict=True):
+                completions[i] = completion
+        return completions
 
 
 @torch.no_grad()

@@ -30,7 +30,6 @@ from rlt.flags import RENAMED
 ROOT = Path(__file__).resolve().parent.parent
 HASHES = ("base_hash", "student_hash", "rows_hash")  # what a resumed run, and every rank, must find unchanged
 RESUME_OVERRIDABLE = {"resume", "steps", "save_every", "device", "dry_run", "offload_student", "out"}
-DROPPED_FLAGS = {"head_chunk", "logits_dtype", "cache_tokens", "score_temperature", "engine"}  # of older versions
 LOGGED = ("reward", "score", "kl", "solved", "hinted", "closed", "leak", "kl_ref", "length", "eval_reward_before",
           "eval_reward", "eval_solved_before", "eval_solved", "loss", "val_loss")  # what the console shows of a step
 
@@ -78,15 +77,12 @@ def reward_is_dropping(metrics, key="reward", window=10):
         return f"the {key} has dropped for {3 * window} steps ({means[0]:.3g} -> {means[1]:.3g} -> {means[2]:.3g})."
 
 
-def check_logprob_diff(completions, logprobs, limit):
-    """Mean difference of the sampler's log-probs to the trainer's (N,), packed, nats a token, over all ranks.
+def check_logprob_diff(sampler_logprobs, trainer_logprobs, limit):
+    """Mean difference of the sampler's log-probs (N,) to the trainer's, nats a token, over all ranks.
 
     Raises UserError, on all ranks, where it is above the limit or NaN: the gradient would be wrong.
     """
-    import torch
-
-    sampled = torch.tensor([p for c in completions for p in c.logprobs], device=logprobs.device)
-    diff = all_reduce_mean((sampled - logprobs).abs().mean().item(), len(sampled)) or 0.0
+    diff = all_reduce_mean((sampler_logprobs - trainer_logprobs).abs().mean().item(), len(sampler_logprobs)) or 0.0
     if not diff <= limit:
         raise UserError(
             f"sampler and trainer differ by {diff:.3g} nats a token, --max-logprob-diff is {limit}: the gradient would "
@@ -211,6 +207,8 @@ def check_same_flags(out, before, now):
     """A resumed run continues with the flags it was started with. before, now: flags as dicts; all differences are
     named at once. Flags that have been renamed since are compared under their new names."""
     before = {RENAMED.get(flag, flag): value for flag, value in before.items()}
+    if before.get("engine") == "batch":
+        before["engine"] = "transformers"
     different = []
     for flag in sorted(set(now) - RESUME_OVERRIDABLE):
         if flag in before and before[flag] != now[flag]:
