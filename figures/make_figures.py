@@ -9,15 +9,15 @@ import re
 from pathlib import Path
 
 import benchmarks
-import tables
+import study_tables
 import toy_map
 import toy_results
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "figures/README.md")
 TABLES = {  # what a page calls the block: the function that writes it
-    "toy table": tables.accuracy_table,
-    "claims": tables.claims_table,
+    "toy table": study_tables.accuracy_table,
+    "claims": study_tables.claims_table,
     "bench text": benchmarks.scoring_table,
     "machines": benchmarks.machine_table,
 }

@@ -4,6 +4,7 @@
 A step returns the path of what it made. What a command has made is not made again, so that arms share it.
 """
 
+import functools
 import json
 import os
 import runpy
@@ -81,6 +82,12 @@ class Job:
     def if_quick(self, *flags):
         return flags if self.quick else ()
 
+    def read(self, path):
+        return read_rows(self.folder / path)
+
+    def report(self, path):
+        return json.loads((self.folder / path).read_text())
+
     def write(self, path, rows):
         (self.folder / path).write_text("".join(json.dumps(row) + "\n" for row in rows))
         return path
@@ -97,8 +104,8 @@ class Job:
             data, steps = ["--data", "runs/toy/both-train.jsonl"] if self.setting == "rooms" else [], []
             out = "runs/toy-teacher"
         else:
-            rows = toy().make_rows(3, careful, False)["train"]
-            data, steps = ["--data", self.write(f"rows-{careful}.jsonl", rows)], ["--steps", 300]
+            rows = self.write(f"rows-{careful}.jsonl", rows_with(careful))
+            data, steps = ["--data", rows], ["--steps", 300]
             out = f"runs/toy-teacher-{careful}"
         return self.run("sft_student.py", "--format", "teacher", *data, *steps, *self.if_quick("--steps", 2), out=out)
 
@@ -106,7 +113,7 @@ class Job:
         """RLT from this warm-up teacher."""
         out = f"runs/{self.name}"
         self.run("train_rlt.py", "--model", warm_up, *flags, *self.if_quick("--steps", 2), out=out)
-        metrics = read_rows(self.folder / out / "metrics.jsonl")
+        metrics = self.read(f"{out}/metrics.jsonl")
         self.facts["curve"] = [{key: entry[key] for key in TEACHER_CURVE} for entry in metrics]
         self.facts["sampled_tokens"] = round(sum(entry["length"] for entry in metrics) * COMPLETIONS_PER_STEP)
         self.facts["seconds_a_step"] = mean_of(metrics, ("t_rollout", "t_score", "t_update"))
@@ -116,7 +123,7 @@ class Job:
         """The teacher's explanations of the training questions; all teachers' are scored alike: exact KL, lambda 3."""
         data = f"runs/{out or self.name}.jsonl"
         self.run("distill.py", "--model", teacher, *self.data, *flags, *self.if_quick("--limit", 80), out=data)
-        rows = read_rows(self.folder / data)
+        rows = self.read(data)
         self.facts["explanations"] = {
             **mean_of(rows, ("reward", "score", "kl", "length", "closed")),
             # exact; the leak of the training log is an estimate, by the place of the solution in the text
@@ -131,14 +138,14 @@ class Job:
         data = f"runs/{self.name}.jsonl"
         few = self.if_quick("--limit", 80, "--keep-wrong")
         self.run("distill.py", "--solver", "--model", student, *flags, *few, out=data)
-        rows = read_rows(self.folder / data)
+        rows = self.read(data)
         self.facts["traces"] = {**mean_of(rows, ("right", "length")), "count": len(rows),
                                 "full_chain": share_of_full_chains(rows)}
         return data
 
     def replace_explanations(self, explanation):
         """The training rows with explanation(row) for an explanation."""
-        rows = read_rows(self.folder / self.rows)
+        rows = self.read(self.rows)
         return self.write(f"runs/{self.name}.jsonl", [{**row, "explanation": explanation(row)} for row in rows])
 
     def sft(self, data, *flags):
@@ -149,14 +156,14 @@ class Job:
     def rl(self, *flags):
         """A student by RL on correctness."""
         student = self.run("rl_student.py", *self.data, *flags, *self.if_quick("--steps", 2), out=f"runs/{self.name}")
-        metrics = read_rows(self.folder / student / "metrics.jsonl")
+        metrics = self.read(f"{student}/metrics.jsonl")
         self.facts["curve"] = [{key: entry[key] for key in STUDENT_CURVE} for entry in metrics]
         self.facts["sampled_tokens"] = sum(entry["sampled_tokens"] for entry in metrics)
         return student
 
     def student_of(self, arm):
         """The student of another arm on the same seed, made if it does not exist."""
-        other = Job(self.recipes, self.setting, self.seed, arm, self.quick)
+        other = type(self)(self.recipes, self.setting, self.seed, arm, self.quick)
         student = self.recipes[arm](other)
         self.commands += other.commands
         return student
@@ -172,9 +179,8 @@ class Job:
         """{model: its evaluation}, by one command."""
         self.run("evaluate.py", "--task", "toy", "--model", *models, "--data", data, *flags,
                  *self.if_quick("--limit", 40), "--out", out)
-        report = "eval_toy_hinted.json" if "--hinted" in flags else "eval_toy.json"
-        return {model: json.loads((self.folder / out / model.replace("/", "_") / report).read_text())
-                for model in models}
+        name = "eval_toy_hinted.json" if "--hinted" in flags else "eval_toy.json"
+        return {model: self.report(f"{out}/{model.replace('/', '_')}/{name}") for model in models}
 
     def accuracy(self, student):
         """{split and decoding: exact match} of a student."""
@@ -194,6 +200,12 @@ def toy():
     from data import toy as module
 
     return module
+
+
+@functools.cache
+def rows_with(careful):
+    """The training rows with three clocks, with this share of full chains among the explanations."""
+    return toy().make_rows(3, careful, False)["train"]
 
 
 def share_of_full_chains(rows):

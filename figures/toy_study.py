@@ -68,7 +68,7 @@ def reward_fifth(job, i):
     """A student of one fifth of the warm-up teacher's explanations, by reward within the question."""
     job.explain(job.warm_up_teacher(), "--samples", 10, "--limit", 1000, "--partition", 5, out="ranked")
     data = f"runs/ranked.within-{i}of5.jsonl"
-    job.facts["explanations"] = mean_of(read_rows(job.folder / data), ("reward", "score", "kl"))
+    job.facts["explanations"] = mean_of(job.read(data), ("reward", "score", "kl"))
     return job.sft(data)
 
 
@@ -108,7 +108,7 @@ def what_rl_did(job, *arms):
         before, after = (f"runs/eval/16/{model.replace('/', '_')}" for model in (base, student))
         job.run("evaluate.py", "--task", "toy", "--compare", before, after, "--floor", "runs/eval/16-again/runs_toy",
                 seed=False)
-        report = json.loads((job.folder / after / "compare_toy.json").read_text())
+        report = job.report(f"{after}/compare_toy.json")
         kept = {key: without_lists(report[key]) for key in ("pass_at", "split", "samples", "reach")}
         job.facts.setdefault("compare", {})[arm] = kept
 
@@ -126,7 +126,7 @@ def signal(job):
     for kind, flags, stem in (("plain", (), "eval_toy"), ("hinted", ("--hinted",), "eval_toy_hinted")):
         out = f"runs/eval/32{''.join(flags)}"
         job.evaluate([job.base()], job.tests["val"], "--samples", 32, "--temperature", 1, *flags, out=out)
-        correct = [bool(row["grade"]) for row in read_rows(job.folder / out / f"runs_toy/{stem}_samples.jsonl")]
+        correct = [bool(row["grade"]) for row in job.read(f"{out}/runs_toy/{stem}_samples.jsonl")]
         groups = [correct[at : at + 32] for at in range(0, len(correct), 32)]
         counts[kind] = [(sum(group[:16]), sum(group[16:])) for group in groups]
     job.facts["signal"] = counts

@@ -237,7 +237,7 @@ def claims_table():
     lines = []
     for subject, found in claims().items():
         lines += [f"**{subject}**", "",
-                  "| claim | papers (7B) | measure on the toy | mean ± 95 % interval | seeds | verdict |",
+                  "| claim | papers | measure on the toy | mean ± 95 % interval | seeds | verdict |",
                   "| --- | --- | --- | --- | --- | --- |"]
         for claim in found:
             mean, half = interval(claim.values)
