@@ -148,7 +148,8 @@ def explain(rows, batch):
     return [{
         "batch": batch, "question": row["question"], "solution": row["solution"], "explanation": explanations[i].text,
         "reward": rewards[i], "score": scores[i], "kl": kls[i], "closed": explanations[i].closed,
-        "length": len(completions[i][0]), "leak": leaks(explanations[i].text, row["solution"]),
+        "foreign_tags": explanations[i].foreign_tags, "length": len(completions[i][0]),
+        "leak": leaks(explanations[i].text, row["solution"]),
         "messages": prompts.chat_messages(row, explanations[i].text),
     } for i, row in enumerate(rows)]
 
@@ -167,7 +168,9 @@ def solve(rows, batch):
 
 
 def keep(line):
-    return (line["closed"] or not args.drop_unclosed) and (line.get("right", True) or args.keep_wrong)
+    if args.drop_unclosed and not line["closed"] or not args.keep_wrong and not line.get("right", True):
+        return False
+    return not line.get("foreign_tags")  # a student that is trained on it would learn to forge a solution block
 
 
 def lines_of(batch):

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rlt.footprint import AllocationTracker, ModelFootprint
+from rlt.models import model_and_adapter_config
+from rlt.vllm_engine import MEMORY_SHARE
 
 import torch
 
 from rewards import LOGITS_CHUNK
 
-__all__ = ["AllocationTracker", "Machine", "ModelFootprint", "dry_run", "expected_hours", "phases"]
+__all__ = ["AllocationTracker", "Machine", "ModelFootprint", "dry_run", "dry_run_rl", "expected_hours", "phases"]
 GB, MARGIN = 1e9, 1.5e9
 COLUMNS = ("weights", "adapters, AdamW", "cache", "activations", "logits", "total")
 
@@ -31,27 +33,30 @@ COLUMNS = ("weights", "adapters, AdamW", "cache", "activations", "logits", "tota
 
 
 def phases(policy, student=None, *, vocab, tokens, rollout=None, scored=False, learned=False, reference=False,
-           checkpointing=False, kl_gradient=False, offloaded=False):
+           checkpointing=False, kl_gradient=False, offloaded=False, engine_bytes=0):
     """Peak bytes by phase: {phase: {column: bytes}}. The parts are at their own peaks, the total at the phase's.
 
     policy: the ModelFootprint that samples and learns. student: the frozen one, for the reward. tokens: of a forward
     pass. rollout: (batch, prompt, new) tokens of generate, or None. scored: a pass of the policy, and of the student
     where there is one. learned: an update, with gradients. reference: a pass under the reference adapter. offloaded:
-    the student is on the device only while it scores.
+    the student is on the device only while it scores. engine_bytes: what vLLM reserves, for its own copy of the base
+    and its cache; 0: transformers samples.
     """
     student_bytes = student.weights + student.adapters if student else 0
     table = {}
 
     def add(name, transient, *, cache=0, activations=0, logits=0, with_student=not offloaded, copies=2):
         """copies: of the trained parameters' size, beside them: AdamW's two states, and gradients."""
-        weights = policy.weights + student_bytes * with_student
+        weights = policy.weights + student_bytes * with_student + engine_bytes
         trained = policy.adapters + copies * policy.trained_bytes
         table[name] = dict(zip(COLUMNS, (weights, trained, cache, activations, logits, weights + trained + transient),
                                strict=True))
 
     largest = max(model.largest for model in (policy, student) if model)  # a tensor while its type is changed
     add("load", largest, activations=largest, copies=0, with_student=True)
-    if rollout:
+    if rollout and engine_bytes:
+        add("rollout", 0)
+    elif rollout:
         cache, activations, both = policy.generate_bytes(*rollout)
         logits = rollout[0] * len(policy.head) * (policy.head.itemsize + 5 * 4)  # a step's, and five copies in float32
         add("rollout", max(both, cache + logits), cache=cache, activations=activations, logits=logits)
@@ -96,9 +101,15 @@ def dry_run(args, device, policy, student=None, *, row, vocab, **parts):
     row: tokens of the longest row. parts: for `phases`, whose other arguments come from the script's flags.
     """
     flags, problems = vars(args), []
+    available, where = available_bytes(device, args.dry_run)
+    engine_bytes = MEMORY_SHARE * available if flags.get("engine") == "vllm" else 0
+    if 0 < engine_bytes < policy.weights:
+        problems.append(f"vLLM gets {engine_bytes / GB:.3g} GB, {MEMORY_SHARE:.0%} of the memory, and its copy of the "
+                        f"base takes {policy.weights / GB:.3g} GB: pass --engine transformers, or a larger GPU.")
     table = phases(policy, student, vocab=vocab, tokens=max(flags.get("micro_batch_tokens", 0), row),
                    checkpointing=flags.get("gradient_checkpointing", False),
-                   kl_gradient=flags.get("kl_gradient", False), offloaded=flags.get("offload_student", False), **parts)
+                   kl_gradient=flags.get("kl_gradient", False), offloaded=flags.get("offload_student", False),
+                   engine_bytes=engine_bytes, **parts)
     print(f"{sum(p.numel() for p in policy.parameters):,} trained parameters; rows of up to {row:,} tokens\n")
     print(f"{'GB':10}", *(f"{column:>{len(column) + 5}}" for column in COLUMNS))
     for phase, numbers in table.items():
@@ -119,12 +130,28 @@ def dry_run(args, device, policy, student=None, *, row, vocab, **parts):
             problems.append(f"the disk is too small for {saves} checkpoints: raise --save-every, or change --out.")
 
     worst = max(table, key=lambda phase: table[phase]["total"])
-    available, where = available_bytes(device, args.dry_run)
     verdict = f"{table[worst]['total'] / GB:.3g} GB in {worst}, {available / GB:.3g} GB on {where}"
     if table[worst]["total"] + MARGIN > available:
         problems.append(f"does not fit: {verdict}. First: {remedy(flags, worst, table[worst], row)}")
     print("\n".join(problems) or f"fits: {verdict}")
     return 1 if problems else 0
+
+
+def dry_run_rl(args, device, world, bits, student_name, *, longest_prompt, held_out, vocab):
+    """`dry_run` of a script with a GRPO loop.
+
+    bits: of the policy's base. student_name: of the student in the reward, or None. longest_prompt: tokens. held_out:
+    rows that are sampled at the same time, for the held-out measure.
+    """
+    gpu = args.dry_run > 0 or device.type == "cuda"
+    adapter = {"rank": args.lora_rank, "targets": args.lora_targets} | model_and_adapter_config(args.model)
+    models = [ModelFootprint(**adapter, bits=bits, gpu=gpu, trained="adapter", reference=args.beta > 0)]
+    if student_name:
+        models.append(ModelFootprint(**model_and_adapter_config(student_name), bits=args.student_bits, gpu=gpu))
+    completions = max(args.prompts_per_step // world * args.group_size, held_out)
+    return dry_run(args, device, *models, vocab=vocab, row=longest_prompt + args.max_new_tokens, scored=True,
+                   learned=True, reference=args.beta > 0,
+                   rollout=(min(args.rollout_batch, completions), longest_prompt, args.max_new_tokens))
 
 
 def available_bytes(device, asked_gb):

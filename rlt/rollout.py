@@ -12,7 +12,6 @@ penalties, and the columns that a model's head has beyond its tokenizer are mask
 from typing import NamedTuple
 
 from rlt.chat_template import turn_ends
-from rlt.errors import UserError
 from rlt.runs import seed_for
 
 import torch
@@ -35,9 +34,6 @@ def make_engine(name, model, tokenizer, *, base, bits, device, max_tokens, batch
         return TransformersEngine(model, tokenizer, batch)
     from rlt.vllm_engine import VLLMEngine
 
-    if bits == 4:
-        raise UserError("--engine vllm samples from a base of 16 or 32 bits, and 4 were asked for: the policy that is "
-                        "trained would be another one. Pass 16, or --engine transformers.")
     lora = model.peft_config["default"] if hasattr(model, "peft_config") else None
     engine = VLLMEngine(base, tokenizer, bits=bits, device=device, max_model_len=max_tokens,
                         stop_ids=turn_ends(tokenizer), lora_rank=lora.r if lora else None)
