@@ -9,7 +9,7 @@ Write explanations of every row with a teacher: the data that students are disti
 
 Each line of --out is a row: question, solution, explanation, reward, score, kl, closed, and `messages`, the chat
 (system, user, assistant) that any SFT tool takes. The explanation is the teacher's raw text, between the student's
-tags; nothing is filtered unless asked for. With --score-file the teacher writes nothing: it scores explanations that
+tags. Nothing is filtered unless asked for, but explanations that contain tags or special tokens. With --score-file the teacher writes nothing: it scores explanations that
 exist already. With --solver the model is a student that answers the questions, and what the grader accepts is kept.
 """
 
@@ -40,7 +40,7 @@ group.add_argument("--student", type=flags.path, help="frozen student; default: 
 flags.add_bits(group, "--teacher-bits", 32, "weights of the teacher's base")
 flags.add_bits(group, "--student-bits", 4, "weights of the student")
 group = parser.add_argument_group("data")
-flags.add_data(group, data="toy")
+flags.add_data(group, data="toy", columns=("question", "solution", "explanation"))
 flags.add_solution_in(group)
 group.add_argument("--score-file", type=flags.path, metavar="FILE", help="score this file's explanations, write none")
 group = parser.add_argument_group("answers instead of explanations")

@@ -52,7 +52,7 @@ flags.add_lora(group)
 group = parser.add_argument_group("data")
 group.add_argument("--task", choices=TASKS, default="toy", metavar="NAME",
                    help=f"how answers are graded: {', '.join(TASKS)}")
-flags.add_data(group, data="toy", what="what the task is graded by", columns=False)
+flags.add_data(group, data="toy", what="what the task is graded by")
 group = parser.add_argument_group("reward, and groups in which all answers fail")
 group.add_argument("--rewards", type=flags.number(float), nargs=3, default=[-1.0, -0.5, 1.0],
                    metavar=("NONE", "WRONG", "RIGHT"), help="of no answer, a wrong, a right one; --hints take 0 0 1")

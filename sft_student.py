@@ -36,7 +36,8 @@ group.add_argument("--model", type=flags.path, default="toy", help="model to sta
 flags.add_bits(group, "--bits", 32, "weights of the base")
 flags.add_lora(group, lowest_rank=0)
 group = parser.add_argument_group("data")
-flags.add_data(group, data=None, what="an explanation; default: runs/distilled.jsonl; for a teacher toy")
+flags.add_data(group, data=None, what="an explanation; default: runs/distilled.jsonl; for a teacher toy",
+               columns=("question", "solution", "explanation"))
 flags.add_solution_in(group)
 group.add_argument("--max-tokens", type=flags.number(int, 2), default=16384, metavar="N",
                    help="longer rows are cut to N tokens, or to the model's context")

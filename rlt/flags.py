@@ -28,7 +28,8 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=31, width=min(shutil.get_terminal_size((120, 0)).columns, 120))
 
     def _get_help_string(self, action):
-        shown = action.default not in (None, False, argparse.SUPPRESS) and action.option_strings
+        hidden = action.default is None or action.default is False or action.default is argparse.SUPPRESS
+        shown = action.option_strings and not hidden
         return f"{action.help} [%(default)s]" if shown else action.help
 
 
@@ -116,13 +117,12 @@ def add_lora(group, lowest_rank=1):
                        help="layers with an adapter, with commas; default: the model's own, else all-linear")
 
 
-def add_data(group, data, what="question and solution", columns=True):
-    """Rows to read. columns: the flags that name columns, for scripts that read question and solution."""
+def add_data(group, data, what="question and solution", columns=()):
+    """Rows to read. columns: those that a flag names, of question, solution and explanation."""
     group.add_argument("--data", type=path, default=data, help=f"rows with {what}: file, hub id, or toy")
-    if columns:
-        for column in ("question", "solution", "explanation"):
-            group.add_argument(f"--{column}-column", metavar="NAME",
-                               help=f"column with the {column}; default: by known schemas")
+    for column in columns:
+        group.add_argument(f"--{column}-column", metavar="NAME",
+                           help=f"column with the {column}; default: by known schemas")
     group.add_argument("--limit", type=number(int, 1), metavar="N", help="use the first N rows only")
     group.add_argument("--skip-bad-rows", action="store_true", help="leave out bad and over-long rows, and count them")
 
