@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """
-Evaluations as files and tables: where the two files of one are written, when they may be replaced, how they are read.
+Evaluations as files and tables: where they are written, when they may be replaced, how they are read and printed.
 
-    eval_<task>.json             accuracy, pass@k, truncated, length, and the flags they were made with
+    eval_<task>.json             exact_match, pass_at, truncated, length, and the flags they were made with
     eval_<task>_samples.jsonl    one object a sample: question, gold, output, answer, grade
 """
 
@@ -10,23 +10,15 @@ import json
 from pathlib import Path
 
 from rlt.errors import UserError
-from rlt.runs import read_jsonl
+from rlt.runs import read_jsonl, write_atomically
 
 SETTINGS = ("samples", "temperature", "max_new_tokens", "seed", "bits", "batch_size")  # what an evaluation depends on
-
-
-def percent(share):
-    """A share of over_questions as text: mean and standard error."""
-    error = share["standard_error"]
-    return f"{100 * share['mean']:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "") + " %"
-
-
-def print_table(table):
-    """Print rows of texts, the first of them the header, in aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    print()
-    for line in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+PAPER = {  # arXiv 2506.08388, Table 1: % right, one answer a question, SkyThought's grader
+    "Qwen2.5-7B-Instruct": {"aime24": 10.0, "math500": 74.2, "gpqa": 33.3},
+    "Bespoke-7B": {"aime24": 20.0, "math500": 82.0, "gpqa": 37.8},
+    "RLT-7B": {"aime24": 23.3, "math500": 82.8, "gpqa": 42.4},
+    "RLT-32B": {"aime24": 66.7, "math500": 93.4, "gpqa": 59.6},
+}
 
 
 def result_path(name, folder, args):
@@ -36,16 +28,17 @@ def result_path(name, folder, args):
     """
     run = Path(folder).parent if Path(folder).name == "final" else Path(folder)
     if args.out or not _is_run_folder(run):
-        run = Path(args.out or "runs/eval") / name.strip("/").replace("/", "_")
+        run = Path(args.out or "runs/eval") / "_".join(part for part in Path(name).parts if part != "/")
     return run / f"eval_{args.task}{'_hinted' * args.hinted}.json"
 
 
 def _is_run_folder(folder):
     """Whether a script of this repository made it: a run's config.json has its flags, the toy's folder its rows."""
     try:
-        return "flags" in json.loads((folder / "config.json").read_text()) or (folder / "test.jsonl").is_file()
+        config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
         return False
+    return isinstance(config, dict) and ("flags" in config or (folder / "test.jsonl").is_file())
 
 
 def check_same_settings(path, args, questions_hash):
@@ -58,6 +51,13 @@ def check_same_settings(path, args, questions_hash):
     different = [f"{key} = {before[key]}, now {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
     if different:
         raise UserError(f"{path} was made with {'; '.join(different)}. Pass --out FOLDER to keep both.")
+
+
+def write_evaluation(path, summary, samples):
+    """The two files of an evaluation: `path` and, in the same folder, its samples."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(summary, indent=2) + "\n")
+    write_atomically(path.with_name(f"{path.stem}_samples.jsonl"), "".join(json.dumps(line) + "\n" for line in samples))
 
 
 def read_evaluations(paths):
@@ -82,3 +82,47 @@ def read_evaluations(paths):
         right = [bool(sample["grade"]) for sample in samples]
         tables[label] = [right[at : at + n] for at in range(0, len(right), n)]
     return tables
+
+
+# ---------------------------------------------------------------------------------------------------------
+# tables
+
+
+def percent(share):
+    """A share of over_questions as text: mean and standard error."""
+    error = share["standard_error"]
+    return f"{100 * share['mean']:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "") + " %"
+
+
+def print_table(table):
+    """Print rows of texts, the first of them the header, in aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    print()
+    for line in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def print_results(results, args):
+    """The table of all models, the paper's numbers of the same task, and what the columns mean."""
+    pass_ks = [k for k in results[0]["pass_at"] if k > 1]
+    twice = "string_match" in results[0]
+    paper = {name: scores[args.task] for name, scores in PAPER.items() if args.task in scores}
+    table = [["model", "task", "questions", "exact match", *["string match"] * twice,
+              *(f"pass@{k}" for k in pass_ks), "truncated", "length", "grader"]]
+    for r in results:
+        shares = [r["exact_match"], *([r["string_match"]] if twice else []), *(r["pass_at"][k] for k in pass_ks)]
+        table.append([r["model"], r["task"] + ", hinted" * r["hinted"], str(r["questions"]), *map(percent, shares),
+                      f"{100 * r['truncated']:.1f} %", f"{r['length']:.1f}", r["grader"]])
+    for name, score in paper.items():
+        blanks = [""] * (len(table[0]) - 5)
+        table.append([f"{name} (paper)", args.task, "", f"{score:.1f} %", *blanks, "SkyThought's"])
+    print_table(table)
+    print(f"protocol {args.protocol} | samples {args.samples} | temperature {args.temperature:g} | top_p 1 | seed "
+          f"{args.seed} | max new tokens {args.max_new_tokens} | bits {args.bits} | prompt {results[0]['prompt_hash']}")
+    notes = ["± standard error over questions", "truncated: cut off at --max-new-tokens", "length: mean tokens"]
+    notes += ["string match: the same answers, compared as text"] * twice
+    notes += ["(paper): as printed in arXiv 2506.08388, not measured here"] * bool(paper)
+    print(" | ".join(notes))
+    for r in results:
+        if r["timeouts"]:
+            print(f"{r['model']}: the grader ran out of time on {r['timeouts']} answers: counted as wrong")

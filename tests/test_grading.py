@@ -13,6 +13,7 @@ import time
 
 from rlt.answers import same_text
 from rlt.errors import UserError
+from rlt.evaluations import read_evaluations
 from rlt.grading import (
     answer_of,
     compare,
@@ -23,7 +24,6 @@ from rlt.grading import (
     over_questions,
     pass_at_k,
     pass_curve,
-    read_evaluations,
     solved_sets,
     with_choices,
 )
