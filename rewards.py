@@ -415,12 +415,13 @@ def score_explanations(teacher, student, rows, *, lam=3.0, alpha=0.01, kl="exact
     """
     if kl not in ("exact", "sampled"):
         raise ValueError(f"kl is {kl!r}, expected 'exact' or 'sampled'")
-    check_model(teacher), check_model(student)
     rows = [Row(*map(list, row)) for row in rows]
     n = row_lengths(rows)
     if 0 in n.solution:
         raise ValueError(f"row {n.solution.tolist().index(0)} has an empty solution, expected at least one "
                          "token: there is nothing to score, drop the row")
+    check_model(teacher)
+    check_model(student)
     head_t, head_s = output_head(teacher, vocab), output_head(student, vocab)
     device = head_t[0].device
 
@@ -479,8 +480,9 @@ def _score_micro_batch(teacher, student, head_t, head_s, rows, temperature, head
     end = head_logprobs(states_end, head_t, ids_end, temperature, buffer_t, impl)
     ids_solution = flat_ids([r.solution for r in rows], head_s)
     solution, _ = head_logprobs(states_solution, head_s, ids_solution, temperature, buffer_s, impl)
-    return (torch.stack((token_kl, teacher_logprob - student_logprob)),
-            torch.stack((teacher_logprob, teacher_entropy)), torch.stack(end), solution.to(device))
+    return (torch.stack((token_kl, teacher_logprob - student_logprob)).float(),
+            torch.stack((teacher_logprob, teacher_entropy)).float(), torch.stack(end).float(),
+            solution.to(device).float())
 
 
 def row_lengths(rows):
@@ -633,14 +635,20 @@ def check_model(model):
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise UnsupportedModel("prompt-learning adapters are not supported: use one in the layers, LoRA")
     model = causal_lm(model)
+    head = model.get_output_embeddings()
+    if type(head) is not torch.nn.Linear:  # every time: an adapter may have come since
+        kind = f"{type(head).__module__}.{type(head).__name__}"
+        raise UnsupportedModel(f"the head of {type(model).__name__} is a {kind}, expected a plain torch.nn.Linear: use "
+                               "another model, or an adapter that leaves lm_head alone")
     if model not in _CHECKED:
-        training = model.training
+        modes = [(module, module.training) for module in model.modules()]
         model.eval()
         try:
             _check_head(model)
             _CHECKED[model] = _can_pack(model)
         finally:
-            model.train(training)
+            for module, training in modes:
+                module.training = training
         if not _CHECKED[model]:
             print(f"rewards.py: {type(model).__name__} reads sequences one by one: its attention can't be packed",
                   file=sys.stderr)
@@ -648,11 +656,7 @@ def check_model(model):
 
 
 def _check_head(model):
-    name, head = type(model).__name__, model.get_output_embeddings()
-    if type(head) is not torch.nn.Linear:
-        raise UnsupportedModel(f"the head of {name} is a {type(head).__name__}, expected a plain Linear layer: "
-                               "use a model without one, or an adapter that leaves lm_head alone")
-    weight = head.weight
+    name, weight = type(model).__name__, model.get_output_embeddings().weight
     states = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
     largest = (states.float() @ weight[:4096].float().T).abs().amax(1, keepdim=True)
     states = (states * (torch.tensor([[1.0], [30.0], [300.0]]).to(largest) / largest)).to(weight.dtype)
@@ -680,7 +684,9 @@ def _check_head(model):
 def _can_pack(model):
     if not enable_packed_attention(model):
         return False
-    sequences = [[i % 7 + i // 7 for i in range(n)] for n in (23, 6)]  # in a leak, the second sees mostly the first
+    vocab = len(model.get_input_embeddings().weight)
+    # in a leak, the second sees mostly the first
+    sequences = [[(i % 7 + i // 7) % vocab for i in range(n)] for n in (23, 6)]
     alone = _states_one_by_one(model, sequences)
     try:
         equal = _close(_packed_states(model, sequences), alone, 1e-3, 5e-2, model.get_output_embeddings().weight.dtype)

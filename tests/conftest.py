@@ -7,9 +7,11 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
+
+from rlt import errors
 
 import pytest
-from rlt import runs
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,19 +96,31 @@ def call(folder, script, *flags):
         os.chdir(before[1])
 
 
-def said(folder, script, *flags):
-    """(stdout, stderr) of a script that ends before it works, as its user sees them: --help, or a refusal."""
-    streams = io.StringIO(), io.StringIO()
+class Ended(NamedTuple):
+    """How a script ended before it began to work: --help, a refusal."""
+
+    stdout: str
+    stderr: str
+    code: int
+
+
+def ended(folder, script, *flags):
+    """Run a script that ends by itself, in this process -> Ended, as its user sees it."""
+    streams, argv = (io.StringIO(), io.StringIO()), sys.argv
     with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
         try:
             call(folder, script, *flags)
-        except SystemExit:
-            pass
-        except Exception:
-            runs.one_line(*sys.exc_info())  # what the script has put in the place of a traceback
+        except SystemExit as error:
+            code = error.code or 0
+        except Exception as error:
+            code, sys.argv = 2 if isinstance(error, errors.UserError) else 1, [script]
+            with contextlib.suppress(SystemExit):  # what make_parser has put in the place of a traceback
+                errors._excepthook(type(error), error, error.__traceback__)
         else:
-            raise AssertionError(f"{script} {flags} ran")
-    return tuple(stream.getvalue() for stream in streams)
+            raise AssertionError(f"{script} {flags} ran to its end")
+        finally:
+            sys.argv = argv
+    return Ended(*(stream.getvalue() for stream in streams), code)
 
 
 @pytest.fixture(scope="session")

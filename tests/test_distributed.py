@@ -18,9 +18,9 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-from rlt import models
+from rlt import models, runs
+
 import pytest
-from rlt import runs
 import torch
 from conftest import ROOT, call
 

@@ -6,9 +6,10 @@ import json
 import math
 from pathlib import Path
 
+from rlt.grpo import LOSSES, group_advantages, grpo_loss, guided_loss, step_denominator
+
 import pytest
 import torch
-from rlt.grpo import LOSSES, group_advantages, grpo_loss, guided_loss, step_denominator
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("grpo.json").read_text())
 

@@ -2,11 +2,12 @@
 
 import itertools
 
-import pytest
 from rlt import runs
+from rlt.grpo import group_advantages, group_scale, grpo_loss, pathwise_kl_loss
+
+import pytest
 import torch
 from conftest import call
-from rlt.grpo import group_advantages, group_scale, grpo_loss, pathwise_kl_loss
 
 from rewards import Row, completion_logprobs, completion_logprobs_and_kl, score_explanations
 

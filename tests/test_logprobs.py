@@ -1,19 +1,31 @@
-"""Sequences end to end in one row: each must not know of the others.   python -m pytest tests/test_packing.py"""
+"""
+Log-probs with a gradient, and sequences packed into one row, where none may see another.
 
+    python -m pytest tests/test_logprobs.py
+"""
 
+import copy
 import inspect
 
-from rlt import models
+from rlt import models, rollout
+from rlt.logprobs import completion_logprobs, completion_logprobs_and_kl
+
 import pytest
+import test_rewards
 import torch
+from test_rewards import REAL, Watch, make_rows
 from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen2Config, Qwen2ForCausalLM
 
 import rewards
-from rewards import Row, completion_logprobs, completion_logprobs_and_kl, micro_batches, score_explanations
+from rewards import Row, UnsupportedModel, check_model, micro_batches, score_explanations
 
 CPU, V = torch.device("cpu"), 53
+
+# ----------------------------------------------------------------------------------------------------------
+# Packing
+
 LENGTHS = (9, 1, 30, 4, 17, 2)
 
 
@@ -32,7 +44,7 @@ def sequences(seed=0, lengths=LENGTHS):
 def whole(model, rows):
     """The states that predict all tokens but the first, of every row."""
     n = torch.tensor([len(row) for row in rows])
-    states, = rewards._hidden(model, rows, (torch.ones_like(n), n - 1))
+    states, = rewards.hidden_states(model, rows, (torch.ones_like(n), n - 1))
     return states
 
 
@@ -111,7 +123,7 @@ def test_log_probs_and_kl_are_those_of_one_row_at_a_time():
 
 
 def test_checkpointed_layers_pack_again_in_the_backward():
-    """They run a second time there, when the forward is long over, and whoever sampled in between."""
+    """They run a second time there, after the forward pass, even if the model has sampled in between."""
     rows, plain = sequences(), tiny()
     wanted = gradients(plain, whole(plain, rows))
     model = tiny().train()
@@ -129,7 +141,10 @@ def test_sampling_stays_as_it_was(toy):
     tokenizer = models.load_tokenizer(base)
     prompts = [[2, 8, 10, 9, 11, 3, 4], [2, 8, 3], [2, 8, 10, 9, 11, 20, 31, 21, 33, 22, 35, 3, 4]] * 3
     model = models.load_model(base, bits=32, device=CPU)
-    draw = lambda t: rollout.generate(model, tokenizer, prompts, max_new_tokens=12, temperature=t, seed=3)  # noqa: E731
+
+    def draw(t):
+        return rollout.generate(model, tokenizer, prompts, max_new_tokens=12, temperature=t, seed=3)
+
     before = [draw(t) for t in (0, 1)]
     whole(model, prompts)
     assert model.config._attn_implementation == "packed"
@@ -153,21 +168,23 @@ def test_adapters_on_off_and_reference(toy, bits):
     with torch.no_grad():
         for p in models.adapter_parameters(model):
             p.add_(0.3 * torch.randn_like(p))
-    ask = lambda some: completion_logprobs(model, [row[:2] for row in some], [row[2:] for row in some])[0]  # noqa: E731
     tolerance = 0.05 if bits == 16 else 1e-4
 
-    def compare(speaker):
+    def ask(some):
+        return completion_logprobs(model, [row[:2] for row in some], [row[2:] for row in some])[0]
+
+    def together_as_apart():
         together, apart = ask(rows), torch.cat([ask([row]) for row in rows])
         torch.testing.assert_close(together, apart, rtol=tolerance, atol=tolerance)
-        return speaker, together.detach()
+        return together.detach()
 
-    said = dict([compare("policy")])
+    policy = together_as_apart()
     with models.use_adapter(model, "reference"):
-        said |= [compare("reference")]
+        reference = together_as_apart()
     with torch.no_grad(), model.disable_adapter():
-        said |= [compare("base")]
-    assert torch.equal(said["reference"], said["base"]), "a fresh adapter is none"
-    assert not torch.allclose(said["policy"], said["base"], atol=0.1)
+        plain = together_as_apart()
+    assert torch.equal(reference, plain), "a fresh adapter is none"
+    assert not torch.allclose(policy, plain, atol=0.1)
     ask(rows).sum().backward()
     together = [p.grad.clone() for p in models.adapter_parameters(model)]
     model.zero_grad()
@@ -192,22 +209,24 @@ def gemma():
 ], ids=["gemma3", "window", "eager"])
 def test_what_can_not_be_packed_is_read_one_by_one(make, capsys):
     model, rows, shapes = make(), sequences(), []
-    rewards._one_by_one.cache_clear()
     wanted = alone(model, rows)
+    assert not check_model(model)
     model.model.register_forward_pre_hook(lambda *call: shapes.append(call[2]["input_ids"].shape), with_kwargs=True)
     assert torch.equal(whole(model, rows), wanted)
     assert shapes == [(1, n) for n in LENGTHS] and model.config._attn_implementation != "packed"
-    whole(model, rows)
-    assert capsys.readouterr().err == f"rewards.py: {type(model).__name__} reads sequences one by one: its attention " \
-        "can't be packed\n"  # once
+    message = f"rewards.py: {type(model).__name__} reads sequences one by one: its attention can't be packed\n"
+    assert capsys.readouterr().err == message, "said once"
 
 
-def test_a_model_that_loses_the_bounds_does_not_go_on(monkeypatch):
-    """Rather an error than sequences that see each other."""
+def test_a_model_that_loses_the_bounds_later_does_not_go_on(monkeypatch):
+    """After it was checked, too: rather an error than sequences that see each other."""
     model = tiny()
     whole(model, sequences())
     forward = type(model.model.layers[0]).forward
-    forget = lambda self, *args, packed=None, **kwargs: forward(self, *args, **kwargs)  # noqa: E731
+
+    def forget(self, *args, packed=None, **kwargs):
+        return forward(self, *args, **kwargs)
+
     monkeypatch.setattr(type(model.model.layers[0]), "forward", forget)
     with pytest.raises(RuntimeError):
         whole(model, sequences())
@@ -225,6 +244,7 @@ def test_scoring_passes_hold_no_more_tokens_than_asked_for():
     teacher, student, seen = tiny(0), tiny(1), []
     rows = [Row(*parts) for parts in zip(*(sequences(seed, (3, 7, 1, 12, 2)) for seed in range(6)), strict=True)]
     for model in (teacher, student):
+        check_model(model)
         model.model.register_forward_pre_hook(lambda *call: seen.append(call[2]["input_ids"].shape), with_kwargs=True)
     score_explanations(teacher, student, rows, micro_batch_tokens=48, impl="torch")
     assert {shape[0] for shape in seen} == {1} and max(shape[1] for shape in seen) == 48
@@ -297,3 +317,115 @@ def test_on_a_gpu_packed_is_as_exact_as_alone(checkpointing):
     pairs = [states, *([s[name] for s in slopes] for name in slopes[0])]
     for wanted, single, got in pairs:
         assert (got.float() - wanted).norm() <= 1.5 * (single.float() - wanted).norm() + 1e-3 * wanted.norm()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Log-probs of the policy
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return test_rewards.tiny(0), test_rewards.tiny(1)
+
+
+def policy_case():
+    rows = make_rows()
+    return [row.teacher_prompt for row in rows], [row.thought + row.teacher_end for row in rows]
+
+
+def eager_logprobs(model, prompts, completions, temperature):
+    out = []
+    for p, c in zip(prompts, completions, strict=True):
+        full = model(torch.tensor([p + c])).logits[0, len(p) - 1 : -1, :REAL] / temperature
+        out.append(full.log_softmax(-1).gather(1, torch.tensor(c)[:, None])[:, 0])
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 1024])
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_are_those_of_full_logits(tied, chunk):
+    model = test_rewards.tiny(0, tie_word_embeddings=tied).double()
+    prompts, completions = policy_case()
+    weights = torch.randn(sum(map(len, completions)), dtype=torch.double)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+
+    def gradients(logprobs):
+        return torch.autograd.grad((weights * logprobs).sum(), parameters)
+
+    logprobs, entropies = completion_logprobs(
+        model, prompts, completions, temperature=0.7, vocab=REAL, head_chunk=chunk
+    )
+    eager = eager_logprobs(model, prompts, completions, 0.7)
+    torch.testing.assert_close(logprobs, eager, rtol=1e-10, atol=1e-10)
+    assert logprobs.requires_grad and not entropies.requires_grad
+    for name, got, want in zip(names, gradients(logprobs), gradients(eager), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_head_with_a_bias_has_its_gradient_too():
+    """Also one whose exponentials overflow if nothing is subtracted."""
+    model = test_rewards.tiny(0).double()
+    model.lm_head = torch.nn.Linear(32, test_rewards.V).double()
+    model.lm_head.bias.data += 1e4
+    prompts, completions = policy_case()
+    got, want = (
+        torch.autograd.grad(f.square().sum(), (model.lm_head.bias, model.lm_head.weight))
+        for f in (
+            completion_logprobs(model, prompts, completions, vocab=REAL, head_chunk=3)[0],
+            eager_logprobs(model, prompts, completions, 1.0),
+        )
+    )
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    assert (got[0][REAL:] == 0).all()
+
+
+def test_values_are_the_same_bits_with_and_without_grad(pair):
+    prompts, completions = policy_case()
+    with_grad = completion_logprobs(pair[0], prompts, completions, vocab=REAL, head_chunk=4)
+    with torch.no_grad():
+        without = completion_logprobs(pair[0], prompts, completions, vocab=REAL, head_chunk=4)
+    assert all(torch.equal(x, y) for x, y in zip(with_grad, without, strict=True))
+    assert with_grad[0].requires_grad and not without[0].requires_grad
+
+
+def test_the_scoring_pass_and_the_policy_pass_agree(pair):
+    rows = make_rows()
+    scored = score_explanations(*pair, rows, temperature=0.7, vocab=REAL, micro_batch_tokens=50)
+    with torch.no_grad():
+        logprobs, entropies = completion_logprobs(pair[0], *policy_case(), temperature=0.7, vocab=REAL)
+    torch.testing.assert_close(logprobs, scored.old_logprobs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropies, scored.entropies, rtol=1e-5, atol=1e-5)
+
+
+def test_a_frozen_head_gets_no_gradient_buffer_and_chunks_stay_small():
+    model = test_rewards.tiny(0)
+    model.lm_head.requires_grad_(False)
+    check_model(model)
+    with Watch(model) as watch:
+        completion_logprobs(model, *policy_case(), vocab=REAL, head_chunk=4)[0].sum().backward()
+    assert max(watch.rows) <= 4 and model.lm_head.weight.grad is None
+    assert model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
+    # forward and backward: each row goes through the head twice
+    assert sum(n for n, _ in watch.matmuls) == 2 * sum(map(len, policy_case()[1]))
+
+
+def test_models_whose_logits_are_not_the_heads_are_refused_here_too(pair):
+    capped = test_rewards.small("Gemma2", head_dim=8, final_logit_softcapping=30.0)
+    capped.lm_head.requires_grad_(False)
+    with pytest.raises(UnsupportedModel, match="Gemma2ForCausalLM does more to its logits"):
+        completion_logprobs(capped, *policy_case(), vocab=REAL)
+    for models_of in ((capped, pair[1]), (test_rewards.tiny(0).requires_grad_(False), capped)):
+        with pytest.raises(UnsupportedModel, match="Gemma2ForCausalLM does more to its logits"):
+            completion_logprobs_and_kl(*models_of, make_rows(), vocab=REAL)
+
+
+def test_bfloat16_heads_give_float32_logits(pair):
+    """Logits rounded to bfloat16 move a log-prob by hundredths of a nat: only weights and states may be."""
+    model = copy.deepcopy(pair[0]).bfloat16()
+    head = model.lm_head.weight[:REAL].double()
+    for p, c in zip(*policy_case(), strict=True):
+        with torch.no_grad():
+            got, _ = completion_logprobs(model, [p], [c], vocab=REAL)
+            states = model.model(torch.tensor([p + c]), use_cache=False).last_hidden_state[0, len(p) - 1 : -1]
+        want = (states.double() @ head.T).log_softmax(-1).gather(1, torch.tensor(c)[:, None])[:, 0]
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5)

@@ -3,6 +3,7 @@
 import json
 
 from rlt import models
+
 import pytest
 import torch
 from conftest import run_script

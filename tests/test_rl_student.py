@@ -3,8 +3,9 @@
 import json
 import zlib
 
-import pytest
 from rlt import runs
+
+import pytest
 import torch
 from conftest import ROOT, call, said
 

@@ -3,6 +3,7 @@
 import inspect
 
 from rlt import models
+
 import pytest
 import torch
 from torch.nn.attention import varlen

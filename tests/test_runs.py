@@ -4,8 +4,9 @@ import argparse
 import json
 import math
 
-import pytest
 from rlt import runs
+
+import pytest
 
 
 def start(folder, resume=False, steps=9, **flags):

@@ -10,9 +10,9 @@ import sys
 import time
 from types import ModuleType, SimpleNamespace
 
-from rlt import models
+from rlt import models, runs
+
 import pytest
-from rlt import runs
 import torch
 from conftest import ROOT, call, data_file, run_script, said
 

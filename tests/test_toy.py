@@ -6,11 +6,12 @@ import json
 import random
 from collections import Counter
 
+from rlt.models import load_tokenizer
+from rlt.prompts import EXPLANATION, SOLUTION, THOUGHT, Prompts
+
 import pytest
 import torch
 from conftest import run_script
-from rlt.models import load_tokenizer
-from rlt.prompts import EXPLANATION, SOLUTION, THOUGHT, Prompts
 from torch.nn.functional import cross_entropy
 
 from data import toy as game  # `toy` is the fixture: a folder that holds runs/toy
