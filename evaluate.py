@@ -53,7 +53,7 @@ from rlt.grading import (
     same_text,
 )
 from rlt.rows import load_rows, map_rows
-from rlt.runs import describe, seed_for, write_atomically
+from rlt.runs import describe, write_atomically
 
 from tqdm import tqdm
 
@@ -75,7 +75,7 @@ def parse_flags():
     flags.add_bits(group, "--bits", 32, "weights of the models' bases")
     group.add_argument("--task", choices=TASKS, default="toy", metavar="NAME",
                        help=f"what is asked and how it is graded: {', '.join(TASKS)}")
-    flags.add_data(group, data="toy", what="what the task is graded by", columns=False)
+    flags.add_data(group, data="toy", what="what the task is graded by")
     group.add_argument("--hinted", action="store_true", help="ask with each row's column `hint`; --compare: read such "
                        "evaluations, too")
     group = parser.add_argument_group("comparison, without a model")
@@ -146,13 +146,12 @@ def prompt_encoder(name, prompts, context, args):
     return encode
 
 
-def sample(name, model, tokenizer, prompt_ids, args, rank, world):
+def sample(name, engine, prompt_ids, args, rank, world):
     """One completion for each prompt: every world-th batch on each rank, the same draws on any number of them."""
-    from rlt.rollout import generate
 
-    def draw(batch, seed, **settings):
+    def draw(at, prompts, **settings):
         try:
-            completions = generate(model, tokenizer, batch, seed=seed, **settings)
+            completions = engine.generate(prompts, key=(args.seed, "evaluate"), first=at, **settings)
             finite = all(math.isfinite(p) for c in completions for p in c.logprobs)
         except RuntimeError as error:
             if "probability tensor contains" not in str(error):
@@ -163,11 +162,11 @@ def sample(name, model, tokenizer, prompt_ids, args, rank, world):
                             f"{args.bits} is too coarse for it. Nothing is graded.")
         return [c._replace(logprobs=None) for c in completions]
 
-    draw(prompt_ids[:1], 0, max_new_tokens=1, temperature=0.0)  # a GPU could not go on after sampling from a NaN
+    draw(0, prompt_ids[:1], max_new_tokens=1, temperature=0.0)  # a GPU could not go on after sampling from a NaN
     starts, drawn = range(0, len(prompt_ids), args.batch_size), []
     for at in tqdm(starts[rank::world], desc=name, unit="batch", dynamic_ncols=True, disable=True if rank else None):
-        drawn.append(draw(prompt_ids[at : at + args.batch_size], seed_for(args.seed, "evaluate", at),
-                          max_new_tokens=args.max_new_tokens, temperature=args.temperature))
+        drawn.append(draw(at, prompt_ids[at : at + args.batch_size], max_new_tokens=args.max_new_tokens,
+                          temperature=args.temperature))
     drawn = all_gather_object(drawn)
     return [c for i in range(len(starts)) for c in drawn[i % world][i // world]]
 
@@ -206,6 +205,7 @@ def main():
     from rlt import models
     from rlt.dry_run import ModelFootprint, dry_run
     from rlt.prompts import Prompts
+    from rlt.rollout import make_engines
 
     device = models.pick_device(args.device)
     rank, world = init_distributed(device)
@@ -228,39 +228,40 @@ def main():
     for path in paths.values():
         check_same_settings(path, args, questions_hash)
 
-    results, codes = [], []
-    for name, path in paths.items():
-        tokenizer = tokenizers[name]
-        prompt_ids = [ids for row in rows for ids in [encoders[name](row)] * args.samples]
-        if args.dry_run is not None:
-            longest = max(map(len, prompt_ids))
+    prompt_ids = {name: [ids for row in rows for ids in [encode(row)] * args.samples]
+                  for name, encode in encoders.items()}
+    longest = max(len(ids) for name in paths for ids in prompt_ids[name])
+    if args.dry_run is not None:
+        codes = []
+        for name in paths:
+            print(name)
             footprint = ModelFootprint(**models.model_and_adapter_config(name), bits=args.bits,
                                        gpu=args.dry_run > 0 or device.type == "cuda")
-            print(name)
-            codes.append(dry_run(args, device, footprint, vocab=len(tokenizer), row=longest + args.max_new_tokens,
-                                 rollout=(min(args.batch_size, len(prompt_ids)), longest, args.max_new_tokens)))
-            continue
+            batch = min(args.batch_size, len(prompt_ids[name]))
+            codes.append(dry_run(args, device, footprint, vocab=len(tokenizers[name]),
+                                 row=longest + args.max_new_tokens, rollout=(batch, longest, args.max_new_tokens)))
+        sys.exit(max(codes))
 
+    results = []
+    for name, engine in make_engines(args, longest, tokenizers, device):
         # 1. sample
-        model = models.load_model(name, bits=args.bits, device=device)
-        completions = sample(name, model, tokenizer, prompt_ids, args, rank, world)
-        del model  # before the next one is loaded
+        tokenizer = tokenizers[name]
+        completions = sample(name, engine, prompt_ids[name], args, rank, world)
+        del engine  # before the next model is loaded
         if rank:
             continue
 
         # 2. grade; a thought that the prompt has opened belongs to the output
-        opened = opened_thought(tokenizer.decode(prompt_ids[0]))
+        opened = opened_thought(tokenizer.decode(prompt_ids[name][0]))
         outputs = [opened + tokenizer.decode(c.ids[:-1] if c.finished else c.ids) for c in completions]
         summary, lines = summarise(name, rows, completions, outputs, args)
         prompt_hash = hashlib.sha256(repr(prompts[name].question_prompt({"question": ""})).encode()).hexdigest()[:8]
         results.append(summary | {"prompt_hash": prompt_hash, "questions_hash": questions_hash})
 
         # 3. write the summary and every sample
-        write_evaluation(path, results[-1] | {"device": str(device)} | describe(args), lines)
-        print(f"{path}, and every sample in {path.stem}_samples.jsonl")
+        write_evaluation(paths[name], results[-1] | {"device": str(device)} | describe(args), lines)
+        print(f"{paths[name]}, and every sample in {paths[name].stem}_samples.jsonl")
 
-    if args.dry_run is not None:
-        sys.exit(max(codes))
     if rank == 0:
         print_results(results, args)
 

@@ -12,6 +12,7 @@ penalties, and the columns that a model's head has beyond its tokenizer are mask
 from typing import NamedTuple
 
 from rlt.chat_template import turn_ends
+from rlt.errors import UserError
 from rlt.runs import seed_for
 
 import torch
@@ -34,10 +35,10 @@ def make_engine(name, model, tokenizer, *, base, bits, device, max_tokens, batch
         return TransformersEngine(model, tokenizer, batch)
     from rlt.vllm_engine import VLLMEngine
 
-    lora = model.peft_config["default"] if hasattr(model, "peft_config") else None
+    adapter = model.peft_config["default"] if hasattr(model, "peft_config") else None
     engine = VLLMEngine(base, tokenizer, bits=bits, device=device, max_model_len=max_tokens,
-                        stop_ids=turn_ends(tokenizer), lora_rank=lora.r if lora else None)
-    if lora:
+                        stop_ids=turn_ends(tokenizer), lora_rank=adapter.r if adapter else None)
+    if adapter:
         engine.load_adapter(model)
     return engine
 
@@ -144,3 +145,31 @@ class _LogprobRecorder:
         """(B, T) of all ids drawn. sequences (B, prompt + T): what generate returned."""
         self._record(sequences)
         return torch.stack(self.drawn, 1)
+
+
+def make_engines(args, longest_prompt, tokenizers, device):
+    """(name, engine) of one model after the other, with --engine, --bits and --batch-size of args: for evaluation.
+
+    tokenizers: by the models' names. longest_prompt: tokens. vLLM has one engine in a process, so there all models must
+    be one base, with adapters or without.
+    """
+    from rlt import models
+
+    if args.engine == "transformers":
+        for name, tokenizer in tokenizers.items():
+            yield name, TransformersEngine(models.load_model(name, bits=args.bits, device=device), tokenizer,
+                                           args.batch_size)
+        return
+    from rlt.vllm_engine import VLLMEngine
+
+    bases = {models.base_of(name) for name in tokenizers}
+    if len(bases) > 1:
+        raise UserError(f"--engine vllm evaluates models of one base at a time, these have {len(bases)}: "
+                        f"{', '.join(sorted(bases))}. Call evaluate.py for each.")
+    ranks = [models.model_and_adapter_config(name).get("rank", 0) for name in tokenizers]
+    tokenizer = next(iter(tokenizers.values()))
+    engine = VLLMEngine(bases.pop(), tokenizer, bits=args.bits, device=device, stop_ids=turn_ends(tokenizer),
+                        max_model_len=longest_prompt + args.max_new_tokens, lora_rank=max(ranks) or None)
+    for name, rank in zip(tokenizers, ranks, strict=True):
+        engine.load_adapter_folder(models.resolve(name) if rank else None)
+        yield name, engine

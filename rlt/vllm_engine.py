@@ -99,25 +99,32 @@ class VLLMEngine:
         model.compute_logits = compute_masked_logits
 
     def load_adapter(self, model):
-        """Sample from now on with the adapter "default" of this peft model, as it is now.
+        """Sample from now on with the adapter "default" of this peft model, as it is now. Raises UserError."""
+        before, self.folder = self.folder, tempfile.TemporaryDirectory(prefix="rlt-adapter-")
+        model.save_pretrained(self.folder.name, selected_adapters=["default"], save_embedding_layers=False)
+        self.load_adapter_folder(self.folder.name)
+        if before is not None:
+            before.cleanup()
+
+    def load_adapter_folder(self, folder):
+        """Sample from now on with the adapter in this folder; None: with the base alone.
 
         Raises UserError if the engine was made without lora_rank, or vLLM can't read the adapter.
         """
         from vllm.lora.request import LoRARequest
 
+        if folder is None:
+            self.request = None
+            return
         if self.lora_rank is None:
             raise UserError("this engine was made without adapters: expected a lora_rank.")
-        before, self.number = self.folder, self.number + 1
-        self.folder = tempfile.TemporaryDirectory(prefix="rlt-adapter-")
-        model.save_pretrained(self.folder.name, selected_adapters=["default"], save_embedding_layers=False)
+        self.number += 1
         # vLLM's prefix cache goes by the name, its adapter cache by the number: both must be new
-        self.request = LoRARequest(f"adapter-{self.number}", self.number, self.folder.name)
+        self.request = LoRARequest(f"adapter-{self.number}", self.number, folder)
         try:
             self.llm.llm_engine.add_lora(self.request)
         except ValueError as error:
-            raise UserError(f"vLLM can't load the adapter: {_one_line(error)}") from None
-        if before is not None:
-            before.cleanup()
+            raise UserError(f"vLLM can't load the adapter in {folder}: {_one_line(error)}") from None
 
     def generate(self, prompts, *, max_new_tokens, temperature, key, first=0):
         """One completion for each prompt, in their order; the draws of prompt i are keyed by (*key, first, i)."""
