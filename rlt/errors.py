@@ -12,7 +12,19 @@ class UserError(ValueError):
 
     The message says what came, what was expected and what to do next. Scripts print it as one line and exit with
     code 2. Any other exception is a defect of this code, or of somebody's change to it, and keeps its traceback.
+    What rows and files bring into a message can't break the line or reach the terminal: see `printable`.
     """
+
+    def __init__(self, message):
+        super().__init__(printable(message))
+
+
+def printable(text, longest=1000):
+    """The text on one line: line breaks and control characters escaped, and the middle left out if it is long."""
+    text = str(text)
+    if len(text) > longest:
+        text = f"{text[: longest // 2]} [...] {text[-longest // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def print_user_errors():

@@ -21,7 +21,7 @@ import re
 from typing import NamedTuple
 
 from rlt.chat_template import ChatTemplate, turn_ends
-from rlt.errors import UserError
+from rlt.errors import UserError, printable
 from rlt.rows import map_rows
 from rlt.tags import EXPLANATION, SOLUTION, THOUGHT
 
@@ -251,6 +251,40 @@ class Prompts:
                 raise UserError(f"takes {tokens} tokens, room is for {context}: shorten it, lower --max-new-tokens")
 
         return [row for row, _ in map_rows(rows, check_length, skip)]
+
+
+def show_rows(prompts, rows, n):
+    """The first n rows as each model sees them, as text to print: special tokens as they are, line ends as \u21b5.
+
+    Blanks at a line's end are \u00b7, control characters are escaped. Of a prompt and what follows it, the count of
+    tokens is given, too. Raises UserError where a row can't be turned into prompts.
+    """
+    shown = []
+    for row, sections in map_rows(rows[:n], lambda row: _sections(prompts, row)):
+        shown.append(f"=== {printable(row['where'])}")
+        for title, ids in sections.items():
+            shown += [f"--- {title}: {len(ids)} tokens", _visible(prompts.tokenizer.decode(ids))]
+    return "\n".join(shown)
+
+
+def _sections(prompts, row):
+    """Titles and ids of what a row is turned into. Explanations stand between the prompts and what follows them."""
+    if row["solution"] is None:
+        return {"the student's prompt": prompts.question_prompt(row)}
+    scoring = prompts.scoring_row(row, Explanation([], [], "", "", True, False))
+    sections = {"the teacher's prompt": scoring.teacher_prompt, "the student's prompt": scoring.student_prompt,
+                "what the student reads behind an explanation": scoring.bridge,
+                "the solution, whose tokens are scored": scoring.solution}
+    if isinstance(row.get("explanation"), str) or "messages" in row:
+        for view in ("student", "teacher") if isinstance(row.get("explanation"), str) else ("student",):
+            ids, start = prompts.sft_row(row, view)
+            sections[f"SFT row, --format {view}: the supervised part"] = ids[start:]
+    return sections
+
+
+def _visible(text):
+    text = re.sub(r"[ \t]+(?=\n|$)", lambda blanks: "\u00b7" * len(blanks[0]), text)
+    return "\n".join(printable(line, longest=10**9) for line in text.replace("\n", "\u21b5\n").split("\n"))
 
 
 def _any_of(texts):

@@ -1,152 +1,49 @@
 # SPDX-License-Identifier: MIT
 """
-Reading rows: files, hub ids, schemas, bad rows. data/README.md has the table of schemas.
+Rows of data sets in one form: schemas, bad rows, leaks. data/README.md has the table of schemas.
 
 Everything a user can get wrong here is a UserError that names the row.
 """
 
 import json
 import re
-from pathlib import Path
 
+from rlt.answers import answer_of, as_text, whole_number
 from rlt.errors import UserError
+from rlt.sources import BROKEN, read_source
 from rlt.tags import SOLUTION, THOUGHT
 
 BOXED = "Return your final response within \\boxed{}. "  # the instruction that the benchmarks' harness puts first
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 
 def load_rows(source, *, question_column=None, solution_column=None, explanation_column=None, limit=None,
               skip_bad=False, require_solution=True):
     """Rows of a data source as dicts with `question`, `solution`, `where`, and every column they came with.
 
-    source: a .jsonl, .json or .parquet file, or a hub id ("org/name", its train split). Known schemas: our own
-    (question, solution, perhaps explanation), Stratos `conversations`, GSM8K, MATH, AIME, countdown; any other
-    through the two columns. require_solution=False also takes rows that have no solution (countdown).
-    limit counts rows of the source, from its start. A bad row raises UserError naming file and line; with
-    skip_bad it is left out and counted in a line of output.
+    source: a file or a hub id, see rlt/sources.py; limit counts its rows, bad ones included. Schemas are recognised by
+    their columns; the three arguments name those of any other. `solution` is None where there is none, which
+    require_solution=False allows. Rows that have them bring `explanation` (text) and `messages` (dicts with role and
+    content, an assistant's turn last); messages are left out where a column is named.
+
+    A bad row raises UserError naming file and line; with skip_bad it is left out and counted in a line of output.
     """
+    named = {"question": question_column, "solution": solution_column, "explanation": explanation_column}
+    named = {ours: theirs for ours, theirs in named.items() if theirs}
     rows, bad = [], []
-    for where, raw in _read(source, limit):
+    for where, raw in read_source(source, limit):
         try:
-            if isinstance(raw, Exception):
-                raise UserError(f"is not JSON ({raw})")
-            row = _canonical(raw, where, question_column, solution_column, require_solution)
-            if explanation_column:
-                row["explanation"] = raw[explanation_column]
-            rows.append(row)
+            rows.append(_row(raw, named, require_solution) | {"where": where})
         except UserError as error:
+            bad.append(UserError(f"{where} {error}"))
             if not skip_bad:
-                raise UserError(f"{where} {error}. Fix it, or pass --skip-bad-rows to leave such rows out.") from None
-            bad.append(f"{where} {error}")
+                raise UserError(f"{bad[0]}. Fix it, or pass --skip-bad-rows to leave such rows out.") from None
     if bad:
         print(f"{source}: {len(bad)} bad rows left out, the first: {bad[0]}")
     if not rows:
-        raise UserError(f"{source} has no usable rows: expected at least one with a question and a solution.")
+        raise UserError(f"{source} has no usable rows: expected at least one with a question"
+                        + " and a solution." * require_solution)
     return rows
-
-
-def _read(source, limit):
-    """(where, object or the exception that stands for it), at most `limit` of them."""
-    path = Path(source)
-    if path.suffix == ".jsonl" and path.is_file():
-        with path.open("rb") as file:
-            filled = ((number, line) for number, line in enumerate(file, 1) if line.strip())
-            for count, (number, line) in enumerate(filled):
-                if count == limit:
-                    return
-                try:
-                    yield f"{source} line {number}", json.loads(line)
-                except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                    yield f"{source} line {number}", error
-        return
-    if path.suffix == ".json" and path.is_file():
-        try:
-            table = json.loads(path.read_bytes())
-        except json.JSONDecodeError as error:
-            raise UserError(f"{source} is not JSON ({error}). Fix it, or save it as JSONL.") from None
-        if not isinstance(table, list):
-            raise UserError(f"{source} holds a {type(table).__name__}, expected a list of rows. Save it as JSONL.")
-    else:
-        from datasets import load_dataset
-
-        if path.suffix == ".parquet" and path.is_file():
-            table = load_dataset("parquet", data_files=str(path), split="train")
-        elif path.exists() or path.suffix in (".jsonl", ".json", ".parquet"):
-            raise UserError(f"{source}: expected a .jsonl, .json or .parquet file that exists, or a hub id.")
-        else:
-            try:
-                table = load_dataset(str(source), split="train")
-            except Exception as error:  # whatever the hub has to say, in its first line
-                reason = str(error).strip().partition("\n")[0]
-                raise UserError(f"{source}: expected a file or a readable hub id ({reason})") from None
-    for number, raw in enumerate(table):
-        if number == limit:
-            return
-        yield f"{source} row {number}", raw
-
-
-def _canonical(raw, where, question_column, solution_column, require_solution):
-    """One row in our column names. Raises UserError with the end of a sentence that starts with the row's place."""
-    if not isinstance(raw, dict):
-        raise UserError(f"holds a {type(raw).__name__}, expected an object")
-    row, boxed = {**raw, "where": where}, ""
-    if question_column or solution_column:
-        question, solution = question_column or "question", solution_column or "solution"
-        for column in (question, solution):
-            if column not in raw:
-                raise UserError(f'has no "{column}"; columns found: {", ".join(raw)}')
-        row["question"], row["solution"] = raw[question], raw[solution]
-    elif "conversations" in raw:
-        row |= _stratos(raw["conversations"])
-    elif "problem" in raw and "solution" in raw:  # MATH, AIME
-        row["question"], boxed = raw["problem"], BOXED
-    elif "question" in raw and "solution" in raw:
-        pass
-    elif "question" in raw and "answer" in raw:  # GSM8K: steps with calculator marks, then "#### 72"
-        row["solution"], boxed = _gsm8k_solution(raw["answer"]), BOXED
-    elif isinstance(raw.get("nums"), list) and "target" in raw and not require_solution:
-        numbers = ", ".join(map(str, raw["nums"]))
-        row["question"], row["solution"], boxed = (
-            f"Using each of the numbers {numbers} exactly once, with + - * / and parentheses, write an expression that "
-            f"equals {raw['target']}."
-        ), None, BOXED
-    else:
-        raise UserError(
-            f'has no "question" and "solution"; columns found: {", ".join(raw)}; name them by '
-            "--question-column and --solution-column"
-        )
-    for column in ("question", "solution") if require_solution else ("question",):
-        if not isinstance(row[column], str):
-            raise UserError(f"has a {column} of type {type(row[column]).__name__}, expected text")
-        if not row[column].strip():
-            raise UserError(f"has an empty {column}")
-    row["question"] = boxed + row["question"]
-    return row
-
-
-def _stratos(turns):
-    """Bespoke-Stratos: a user turn, and an assistant turn with a thought and a solution in their tags."""
-    turns = turns if isinstance(turns, list) else []
-    said = {turn.get("from"): turn.get("value") for turn in turns if isinstance(turn, dict)}
-    answer = said.get("assistant")
-    parts = [between(answer, *tags) if isinstance(answer, str) else None for tags in (THOUGHT, SOLUTION)]
-    if None in parts or "user" not in said:
-        raise UserError("has conversations without a user turn, or an assistant turn without thought and solution")
-    return {"question": said["user"], "explanation": parts[0].strip("\n"), "solution": parts[1].strip("\n")}
-
-
-def between(text, start, end):
-    """What stands between the first `start` and the `end` after it, or None."""
-    head, opened, tail = text.partition(start)
-    inner, closed, _ = tail.partition(end)
-    return inner if opened and closed else None
-
-
-def _gsm8k_solution(answer):
-    steps, mark, value = str(answer).rpartition("####")
-    if not mark or not value.strip():
-        raise UserError('has an answer without "#### number"')
-    return re.sub(r"<<.*?>>", "", steps).rstrip() + f"\n\\boxed{{{value.strip()}}}"
 
 
 def map_rows(rows, function, skip=False):
@@ -155,22 +52,249 @@ def map_rows(rows, function, skip=False):
     A row that the function refuses (UserError) raises with the row's place; with skip it is left out and counted in a
     line of output.
     """
-    kept, out = [], []
+    kept, bad = [], []
     for row in rows:
         try:
             kept.append((row, function(row)))
         except UserError as error:
+            bad.append(UserError(f"{row['where']} {error}"))
             if not skip:
-                raise UserError(f"{row['where']} {error}, or pass --skip-bad-rows to leave such rows out.") from None
-            out.append(f"{row['where']} {error}")
-    if out:
-        print(f"{len(out)} of {len(rows)} rows left out, the first: {out[0]}")
+                raise UserError(f"{bad[0]}, or pass --skip-bad-rows to leave such rows out.") from None
+    if bad:
+        print(f"{len(bad)} of {len(rows)} rows left out, the first: {bad[0]}")
     return kept
 
 
+def between(text, start, end):
+    """The text between the first `start` and the `end` after it, or None."""
+    _, opened, tail = text.partition(start)
+    inner, closed, _ = tail.partition(end)
+    return inner if opened and closed else None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# schemas
+
+
+def _row(raw, named, require_solution):
+    """A row with our columns. Raises UserError with the end of a sentence that starts with the row's place.
+
+    named: our column -> the row's own, where a flag names it.
+    """
+    if isinstance(raw, UserError):
+        raise raw
+    if not isinstance(raw, dict):
+        raise UserError(f"holds a {type(raw).__name__}, expected an object")
+    for name in named.values():
+        if name not in raw:
+            raise UserError(f'has no "{name}"; columns found: {", ".join(raw)}')
+    filled = {name: value for name, value in raw.items() if not _is_empty(value)}
+    columns = {name.strip().lower(): value for name, value in filled.items()} | filled
+    if "answer" in columns:
+        columns["answer"] = _number_as_text(columns["answer"])
+
+    row = {name: value for name, value in raw.items() if name != "messages"} | {"solution": raw.get("solution")}
+    if not named.keys() & {"question", "solution"}:
+        row |= _by_schema(columns)
+    row |= {name: columns[name] for name in ("answer", "explanation") if name in columns}
+    if "messages" in columns and not named:
+        row |= _messages(columns["messages"], "explanation" in raw)
+    row |= {ours: _number_as_text(raw[name]) for ours, name in named.items()}
+
+    required = {"question", *named, *(["solution"] if require_solution else [])}
+    for column in ("question", "solution", "explanation", "hint"):
+        value = row.get(column)
+        if column in required and _is_empty(value):
+            _raise_missing(column, raw, require_solution)
+        if value is not None and not isinstance(value, str) and column in ("question", "solution", *named):
+            raise UserError(f"has {column} of type {type(value).__name__}, expected text")
+        if isinstance(value, str) and BROKEN.search(value):
+            raise UserError(f"has half a character (a lone surrogate) in its {column}")
+    return row
+
+
+def _raise_missing(column, raw, require_solution):
+    for name in (column, "problem" if column == "question" else column):
+        if name in raw:
+            raise UserError(f"has an empty {name}")
+    wanted = '"question" and "solution"' if require_solution else '"question"'
+    raise UserError(f'has no {wanted}; columns found: {", ".join(raw)}; name them by '
+                    "--question-column and --solution-column")
+
+
+def _is_empty(value):
+    """Whether a value stands for nothing: null, NaN (as pandas writes it), blanks."""
+    return value is None or value != value or isinstance(value, str) and not value.strip()
+
+
+def _number_as_text(value):
+    """72 as "72", and so 72.0, which a column of whole numbers with a null holds; any other value as it is."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return as_text(value) or value if isinstance(value, int | float) else value
+
+
+def _by_schema(columns):
+    """question, solution, perhaps explanation, of a row with known columns; {} of any other.
+
+    columns: the row's without empty ones, names in lower case, too. The order is that of data/README.md.
+    """
+    names = columns.keys()
+    if "conversations" in names:  # Bespoke-Stratos, OpenThoughts, ShareGPT
+        return _exchange(columns["conversations"], "conversations")
+    if names >= {"problem", "deepseek_reasoning", "deepseek_solution"}:  # OpenThoughts, the metadata
+        return {"question": columns["problem"], "solution": columns["deepseek_solution"],
+                "explanation": columns["deepseek_reasoning"]}
+    if names >= {"problem", "solution"}:  # MATH, AIME 2024, open-r1
+        return {"question": BOXED + _text(columns, "problem"), "solution": columns["solution"]}
+    if names >= {"question", "solution"}:
+        return {"question": columns["question"], "solution": columns["solution"]}
+    if names >= {"question", "correct answer"}:  # GPQA: rlt/grading.py adds the choices
+        return {"question": columns["question"], "solution": _number_as_text(columns["correct answer"])}
+    for name in ("question", "problem"):  # GSM8K, AIME 2025
+        if names >= {name, "answer"}:
+            return {"question": BOXED + _text(columns, name), "solution": _solution_of(columns["answer"])}
+    if names >= {"nums", "target"}:
+        return _countdown(columns["nums"], columns["target"])
+    if names >= {"instruction", "output"}:  # Alpaca
+        question = "\n\n".join(_text(columns, name) for name in ("instruction", "input") if name in names)
+        return {"question": question, "solution": columns["output"]}
+    if "messages" in names:
+        return _exchange(columns["messages"], "messages")
+    if "problem" in names:
+        return {"question": columns["problem"]}
+    return {}
+
+
+def _text(columns, name):
+    if not isinstance(columns[name], str):
+        raise UserError(f"has {name} of type {type(columns[name]).__name__}, expected text")
+    return columns[name]
+
+
+def _solution_of(answer):
+    """A solution from an answer: GSM8K's steps without calculator marks, their number boxed; others boxed if short."""
+    answer = as_text(answer)
+    if answer is None:
+        raise UserError("has an answer that is neither text nor a number")
+    steps, mark, value = answer.rpartition("####")
+    if mark and not value.strip():
+        raise UserError('has an answer without "#### number"')
+    if mark:
+        return re.sub(r"<<.*?>>", "", steps).rstrip() + f"\n\\boxed{{{value.strip()}}}"
+    return answer if "\\boxed" in answer or "\n" in answer else f"\\boxed{{{answer}}}"
+
+
+def _countdown(nums, target):
+    """Numbers to reach a target with; there is no solution, any right expression counts."""
+    if isinstance(nums, str) and nums.startswith("["):  # from a CSV file
+        nums = _json(nums, "nums")
+    if not isinstance(nums, list):
+        return {}
+    nums, target = [whole_number(number) for number in nums], whole_number(target)
+    if not nums or None in (*nums, target):
+        raise UserError("has nums and a target that are not whole numbers")
+    question = (f"{BOXED}Using each of the numbers {', '.join(map(str, nums))} exactly once, with + - * / and "
+                f"parentheses, write an expression that equals {target}.")
+    return {"question": question, "solution": None, "nums": nums, "target": target}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# conversations
+
+
+def _exchange(value, column):
+    """question, solution, perhaps explanation, of a conversation with one question and its answer."""
+    turns = [turn for turn in _turns(value, column) if turn["role"] != "system"]
+    if [turn["role"] for turn in turns] != ["user", "assistant"]:
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise UserError(f"has {column} without a user turn and the assistant's answer (found: {roles})")
+    question, answer = (turn["content"] for turn in turns)
+    explanation, solution = _sections(answer)
+    if solution is None:
+        raise UserError(f"has {column} without thought and solution in their tags")
+    return {"question": question, "solution": solution.strip("\n")} | (
+        {} if explanation is None else {"explanation": explanation.strip("\n")})
+
+
+def _messages(value, explained):
+    """`messages` to train on, where they end with an assistant's turn; and `explanation`, unless the row has one.
+
+    That explanation is the text in the messages, so that the two give the same ids.
+    """
+    turns = _turns(value, "messages")
+    if turns[-1]["role"] != "assistant":
+        return {}
+    explanation, _ = _sections(turns[-1]["content"])
+    return {"messages": turns} | ({} if explained or explanation is None else {"explanation": explanation})
+
+
+def _turns(value, column):
+    """A conversation as dicts with role and content (text), whatever its keys and its form."""
+    if isinstance(value, str):
+        value = _json(value, column)
+    if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
+        raise UserError(f"has {column} without turns: expected a list of objects with role and content")
+    turns = []
+    for turn in value:
+        role = turn.get("role") or turn.get("from")
+        content = next((turn[key] for key in ("content", "value") if turn.get(key) is not None), None)
+        if isinstance(content, list):  # parts, as in the API for text and images
+            parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+            content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+        role = ROLES.get(role, role) if isinstance(role, str) else None
+        if role not in ("system", "user", "assistant") or not isinstance(content, str):
+            raise UserError(f"has {column} with a turn that is no text by system, user or assistant")
+        if BROKEN.search(content):
+            raise UserError(f"has half a character (a lone surrogate) in its {column}")
+        turns.append({"role": role, "content": content})
+    return turns
+
+
+def _sections(answer):
+    """(thought, solution) of an assistant's turn, by our tags or <think>; thought None where it has none.
+
+    (None, None) where it has tags that do not belong together.
+    """
+    if any(tag in answer for tag in THOUGHT + SOLUTION):
+        thought, solution = between(answer, *THOUGHT), between(answer, *SOLUTION)
+        return (None, None) if None in (thought, solution) else (thought.lstrip("\n"), solution)
+    thought, tag, solution = answer.partition("</think>")
+    if not tag:
+        return None, answer
+    return thought.rpartition("<think>")[2].strip("\n") + "\n\n", solution
+
+
+def _json(text, column):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise UserError(f"has {column} that are no JSON") from None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# leaks
+
+
 def leaks(explanation, solution):
-    """Whether the explanation gives the solution away instead of arriving at it: the solution stands in it word for
-    word, before its middle or with next to nothing around it."""
-    text, wanted = (f" {' '.join(words.split())} " for words in (explanation, solution))
-    at = text.find(wanted)
-    return at >= 0 and (at < len(text) / 2 or len(text.split()) < 2 * len(wanted.split()))
+    """Whether the explanation gives the solution away instead of arriving at it.
+
+    It does where one of these stands before its middle, or with next to nothing around it:
+      - the solution, word for word
+      - a statement of the answer: "the answer is 144", "\\boxed{144}", "#### 144". The answer is what the solution's
+        last box holds, or a solution of few words itself
+    """
+    text = f" {' '.join(explanation.split())} "
+    wanted = f" {' '.join(solution.split())} "
+    found = [(text.find(wanted), len(wanted.split()))] if wanted in text else []
+    answer = answer_of("math500", solution) or (wanted.strip() if len(wanted.split()) <= 5 else "")
+    if statement := answer and _statement(" ".join(answer.split())).search(text):
+        found.append((statement.start(), len(statement[0].split())))
+    return any(at < len(text) / 2 or len(text.split()) < 2 * words for at, words in found)
+
+
+def _statement(answer):
+    """The pattern of sentences that state an answer."""
+    stated = r"(?:\b(?i:answer|result|solution)(?: is| equals|:| =)|####|(?=\\boxed))[\s:*_$(\[]*(?:\\boxed\s?\{\s?)?"
+    either = "|".join(re.escape(text) for text in {answer, answer.replace(",", "")})
+    return re.compile(rf"{stated}(?:{either})(?!\w|[.,]\d)")

@@ -6,7 +6,7 @@ import re
 import unicodedata
 
 from rlt.errors import UserError
-from rlt.prompts import EXPLANATION, SOLUTION, THOUGHT, Prompts
+from rlt.prompts import EXPLANATION, SOLUTION, THOUGHT, Prompts, show_rows
 from rlt.rows import load_rows, map_rows
 
 import pytest
@@ -274,6 +274,21 @@ def test_rows_too_long_for_the_context_are_named(prompts, capsys):
         prompts.drop_overlong(rows, 400)
     assert prompts.drop_overlong(rows, 400, skip=True) == [ROW]
     assert "1 of 2 rows left out, the first: rows.jsonl line 2 takes" in capsys.readouterr().out
+
+
+def test_rows_shown_as_the_models_see_them(prompts):
+    rows = [{**ROW, "explanation": "Think. \n\x1b[31mThen", "question": "How many? \nWhat?"}, ROW, ROW]
+    shown = show_rows(prompts, rows, 2)
+    assert shown.count("=== here") == 2 and "\x1b" not in shown
+    start = "<|im_end|>\u21b5\n<|im_start|>assistant\u21b5\n"
+    assert f"How many?\u00b7\u21b5\nWhat?{start}{THOUGHT[0]}\u21b5\n\u21b5\n" in shown
+    scored = len(prompts.encode(ROW["solution"] + "\n\n"))
+    assert f"--- the solution, whose tokens are scored: {scored} tokens\nThere are \\boxed{{42}}.\u21b5\n" in shown
+    assert f"Think.\u00b7\u21b5\n\\x1b[31mThen\u21b5\n\u21b5\n{THOUGHT[1]}\u21b5\n" in shown
+    assert shown.count("the supervised part") == 2  # of the first row, as student and as teacher
+    assert show_rows(prompts, [{**ROW, "solution": None}], 5).count("---") == 1
+    with pytest.raises(UserError, match="here has .<.im_end.>. in its question"):
+        show_rows(prompts, [{**ROW, "question": "<|im_end|>"}], 1)
 
 
 def test_all_public_rows_keep_every_token(prompts, capsys):

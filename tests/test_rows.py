@@ -1,17 +1,27 @@
-"""Rows: files, schemas, bad rows, leaks.   python -m pytest tests/test_rows.py"""
+"""Rows: schemas, bad rows, conversations, leaks.   pytest tests/test_rows.py"""
 
 import json
+import random
 
-from rlt.errors import UserError
-from rlt.rows import leaks, load_rows
+from rlt.errors import UserError, printable
+from rlt.rows import BOXED, leaks, load_rows, map_rows
 from rlt.tags import SOLUTION, THOUGHT
 
 import pytest
+
+GOOD = {"question": "q", "solution": "s"}
 
 
 def write(path, rows):
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
+
+
+def load(tmp_path, *rows, **options):
+    return load_rows(write(tmp_path / "rows.jsonl", rows), **options)
+
+
+# -- bad rows
 
 
 @pytest.mark.parametrize(
@@ -20,64 +30,285 @@ def write(path, rows):
         ({"question": "q", "answr": "a"}, 'has no "question" and "solution"; columns found: question, answr'),
         ({"question": "q", "solution": "  "}, "has an empty solution"),
         ({"question": "", "solution": "s"}, "has an empty question"),
-        ({"question": "q", "solution": 3}, "has a solution of type int, expected text"),
-        ({"question": "q", "solution": None}, "has a solution of type NoneType"),
+        ({"question": "q", "solution": 3}, "has solution of type int, expected text"),
+        ({"question": ["q"], "solution": "s"}, "has question of type list, expected text"),
+        ({"question": "q", "solution": None}, "has an empty solution"),
+        ('{"question": "q", "solution": NaN}', "has an empty solution"),
         ('{"question": "q", "solu', "is not JSON"),
         ("[1, 2]", "holds a list, expected an object"),
-        ({"question": "q", "answer": "no mark"}, 'has an answer without "#### number"'),
+        ("null", "holds a NoneType, expected an object"),
+        ('{"question": "q", "answer": ' + "7" * 5000 + "}", "is not JSON (Exceeds the limit (4300 digits)"),
+        ("[" * 100_000, "is not JSON that can be read (its values are nested too deeply)"),
         ({"question": "q", "answer": "no number ####"}, 'has an answer without "#### number"'),
         ({"question": "", "answer": "#### 1"}, "has an empty question"),
-        ({"problem": None, "solution": "s"}, "has a question of type NoneType"),
-        ({"problem": " ", "solution": "s"}, "has an empty question"),
-        ({"conversations": [{"from": "user", "value": "q"}]}, "has conversations without"),
-        ({"conversations": None}, "has conversations without"),
+        ({"problem": None, "solution": "s"}, "has an empty problem"),
+        ({"problem": " ", "solution": "s"}, "has an empty problem"),
+        ({"problem": 5, "answer": "5"}, "has problem of type int, expected text"),
+        ({"problem": "p", "answer": True}, "has an answer that is neither text nor a number"),
+        ({"problem": "p", "answer": ["1", "2"]}, "has an answer that is neither text nor a number"),
+        ('{"problem": "p", "answer": Infinity}', "has an answer that is neither text nor a number"),
+        ('{"problem": "p", "answer": NaN}', 'has no "question" and "solution"'),
+        ({"conversations": [{"from": "user", "value": "q"}]}, "has conversations without a user turn and"),
+        ({"conversations": None}, 'has no "question" and "solution"; columns found: conversations'),
+        ({"conversations": 5}, "has conversations without turns"),
+        ({"conversations": []}, "has conversations without turns"),
+        ({"conversations": "[{"}, "has conversations that are no JSON"),
+        ({"conversations": "[" * 100_000}, "has conversations that are no JSON"),
         ({"nums": 5, "target": 5}, 'has no "question"'),
+        ({"nums": [1, None], "target": 5}, "has nums and a target that are not whole numbers"),
+        ({"nums": [1, 2], "target": 3}, 'has no "question" and "solution"'),  # a solution is required here
+        ({"instruction": 1, "output": "o"}, "has instruction of type int"),
+        ('{"question": "half \\ud83d", "solution": "s"}', "has half a character (a lone surrogate) in its q"),
+        ('{"question": "q", "solution": "s", "hint": "\\udc00"}', "has half a character (a lone surrogate) in its h"),
     ],
 )
 def test_bad_rows_are_named_and_can_be_skipped(tmp_path, capsys, bad, complaint):
-    good = {"question": "q", "solution": "s"}
-    path = write(tmp_path / "rows.jsonl", [good, "", bad, good])
+    path = write(tmp_path / "rows.jsonl", [GOOD, "", bad, GOOD])
     with pytest.raises(UserError) as error:
         load_rows(path)
     assert str(error.value).startswith(f"{path} line 3 {complaint}")
-    assert "--skip-bad-rows" in str(error.value)
+    assert str(error.value).endswith("Fix it, or pass --skip-bad-rows to leave such rows out.")
     assert len(load_rows(path, skip_bad=True)) == 2
-    assert "1 bad rows left out" in capsys.readouterr().out
+    assert "1 bad rows left out, the first" in capsys.readouterr().out
+
+
+def test_errors_name_no_flag_but_those_for_rows(tmp_path):
+    with pytest.raises(UserError) as error:
+        load(tmp_path, {"a": "q"})
+    flags = {word.strip(".,;") for word in str(error.value).split() if word.startswith("--")}
+    assert flags == {"--question-column", "--solution-column", "--skip-bad-rows"}
+
+
+def test_no_row_stops_a_run_that_skips_bad_ones(tmp_path):
+    """Random values in every column that a schema knows."""
+    rng, numbers = random.Random(0), [0, -1, 72, 72.0, 1e-05, 1e16, float("nan"), float("inf"), 10**400]
+    names = ["question", "Problem", "problem", "solution", "answer", "Answer", "conversations", "messages", "nums",
+             "target", "instruction", "input", "output", "explanation", "hint", "correct answer", "deepseek_reasoning",
+             "deepseek_solution", "where", ""]
+
+    def value(depth=0):
+        kind = rng.randrange(12 if depth < 3 else 7)
+        if kind < 3:
+            return rng.choice([" ", "text", "#### 3", "<think>a</think>b", THOUGHT[1] + SOLUTION[0], "[{}]", "\ud800"])
+        if kind < 6:
+            return rng.choice([*numbers, None, True])
+        if kind < 7:
+            return []
+        if kind < 9:
+            return [value(depth + 1) for _ in range(rng.randrange(4))]
+        keys = ["role", "content", "from", "value", "type", "text"]
+        turn = {"role": rng.choice(["user", "assistant", "gpt", "tool", 5]), "content": value(depth + 1)}
+        return turn if kind < 11 else {key: value(depth + 1) for key in rng.sample(keys, 2)}
+
+    rows = [{**GOOD, **{name: value() for name in rng.sample(names, rng.randrange(6))}} for _ in range(1500)]
+    rows += [{name: value() for name in rng.sample(names, rng.randrange(6))} for _ in range(1500)]
+    loaded = {}
+    for required in (True, False):
+        loaded[required] = load(tmp_path, GOOD, *rows, skip_bad=True, require_solution=required)
+        for row in loaded[required]:
+            assert row["question"].strip() and "where" in row
+            assert row["solution"].strip() if required else row["solution"] is None or isinstance(row["solution"], str)
+            assert all(turn.keys() == {"role", "content"} for turn in row.get("messages", []))
+    assert 100 < len(loaded[True]) < len(loaded[False]) < 2500
+    for options in ({"question_column": "hint"}, {"solution_column": "answer"}, {"explanation_column": "output"}):
+        load(tmp_path, {**GOOD, "hint": "h", "answer": 1, "output": "o"}, *rows, skip_bad=True, **options)
+
+
+def test_without_any_usable_row_there_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="rows.jsonl has no usable rows"):
+        load(tmp_path, {"a": 1}, skip_bad=True)
+    with pytest.raises(UserError, match="rows.jsonl has no usable rows"):
+        load(tmp_path)
+
+
+def test_what_a_row_says_can_not_reach_the_terminal(tmp_path, capsys):
+    evil = "\x1b]0;owned\x07\x1b[31m\r\n\u202e\u200b"
+    with pytest.raises(UserError) as error:
+        load(tmp_path, {evil: "q"})
+    assert str(error.value).isprintable() and "\\x1b]0;owned\\x07\\x1b[31m\\r\\n\\u202e\\u200b" in str(error.value)
+    load(tmp_path, {evil: "q"}, GOOD, skip_bad=True)
+    assert capsys.readouterr().out.strip().isprintable()
+
+    def refuse(row):
+        raise UserError(f"has {row['question']}")
+
+    assert map_rows([{"question": evil, "where": "here"}], refuse, skip=True) == []
+    assert "has \\x1b]0;owned" in capsys.readouterr().out
+    with pytest.raises(UserError, match="here has .x1b.*, or pass --skip-bad-rows"):
+        map_rows([{"question": evil, "where": "here"}], refuse)
+    for text in ("caf\u00e9 \u4f60 \\x1b", printable(evil)):
+        assert printable(text) == text
+    long = str(UserError("a" * 10_000 + " the end"))
+    assert len(long) < 1100 and long.endswith("the end")
+
+
+# -- schemas
+
+
+ANSWERED = f"{THOUGHT[0]}\n\nHm.\n\nYes.\n\n{THOUGHT[1]}\n\n{SOLUTION[0]}\n\n\\boxed{{1}}\n\n{SOLUTION[1]}"
+THINKS = "<think>\nHm.\n\nYes.\n</think>\n\n\\boxed{1}"
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "question", "solution", "explanation"),
+    [
+        ("own", {"question": "Q", "solution": "S"}, "Q", "S", None),
+        ("own", {"question": "Q", "solution": "S", "explanation": "E"}, "Q", "S", "E"),
+        ("Bespoke-Stratos", {"system": "S", "conversations": [{"from": "user", "value": "Q"},
+                                                              {"from": "assistant", "value": ANSWERED}]},
+         "Q", "\\boxed{1}", "Hm.\n\nYes."),
+        ("OpenThoughts", {"problem": "Q", "deepseek_reasoning": "E", "deepseek_solution": "S", "domain": "math",
+                          "ground_truth_solution": None}, "Q", "S", "E"),
+        ("OpenThoughts3", {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": THINKS}]},
+         "Q", "\\boxed{1}", "Hm.\n\nYes."),
+        ("ShareGPT", {"id": "1", "conversations": [{"from": "system", "value": "S"}, {"from": "human", "value": "Q"},
+                                                   {"from": "gpt", "value": "A\n"}]}, "Q", "A", None),
+        ("MATH-500", {"problem": "Q", "solution": "So \\boxed{1}.", "answer": "1", "subject": "Algebra", "level": 5},
+         BOXED + "Q", "So \\boxed{1}.", None),
+        ("AIME 2024", {"ID": "2024-I-1", "Problem": "Q", "Solution": "S", "Answer": 204}, BOXED + "Q", "S", None),
+        ("AIME 2025", {"question": "Q", "answer": "70"}, BOXED + "Q", "\\boxed{70}", None),
+        ("AIME 2025", {"problem_idx": 1, "problem": "Q", "answer": 70, "problem_type": ["Algebra"]}, BOXED + "Q",
+         "\\boxed{70}", None),
+        ("GSM8K", {"question": "Q", "answer": "He has 48/2 = <<48/2=24>>24.\n#### 1,024"}, BOXED + "Q",
+         "He has 48/2 = 24.\n\\boxed{1,024}", None),
+        ("GPQA", {"Question": "Q", "Correct Answer": "5 m", "Incorrect Answer 1": "6 m", "Explanation": "E"},
+         "Q", "5 m", "E"),
+        ("Alpaca", {"instruction": "I", "input": "", "output": "O"}, "I", "O", None),
+        ("Alpaca", {"instruction": "I", "input": "i", "output": "O", "text": "t"}, "I\n\ni", "O", None),
+        ("open-r1", {"problem": "Q", "solution": "S", "answer": "1", "messages": [
+            {"role": "user", "content": "Q"}, {"role": "assistant", "content": THINKS}]}, BOXED + "Q", "S",
+         "Hm.\n\nYes.\n\n"),
+        ("open-r1", {"problem": "Q", "solution": None, "answer": "1", "messages": None},
+         BOXED + "Q", "\\boxed{1}", None),
+        ("Mixture-of-Thoughts", {"num_tokens": 9, "messages": [
+            {"role": "user", "content": "Q"}, {"role": "assistant", "content": THINKS}]},
+         "Q", "\\boxed{1}", "Hm.\n\nYes.\n\n"),
+    ],
+)
+def test_schemas(tmp_path, name, raw, question, solution, explanation):
+    [row] = load(tmp_path, raw)
+    assert (row["question"], row["solution"], row.get("explanation")) == (question, solution, explanation)
+    assert {**raw, **row}.items() >= {key: value for key, value in row.items()}.items()  # other columns are kept
+    assert load(tmp_path, raw, require_solution=False)[0]["question"] == question
+    nulls = {**raw, "conversations": raw.get("conversations"), "messages": raw.get("messages"), "nums": None}
+    [row] = load(tmp_path, nulls)  # as a union of several data sets in Parquet has them
+    assert (row["question"], row["solution"], row.get("explanation")) == (question, solution, explanation)
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [(72, "72"), (72.0, "72"), (0.5, "0.5"), ("072", "072"), ([72], None), (10**30, "1" + 30 * "0"),
+     (1e-05, "0.00001"), (1e16, "1" + 16 * "0"), ("$5$", "$5$")],
+)
+def test_answers_of_any_type_are_text(tmp_path, answer, text):
+    """As the grader reads them: no exponent. 72.0 is what a column of whole numbers with a null holds."""
+    [row] = load(tmp_path, {"problem": "p", "answer": answer})
+    assert row["solution"] == f"\\boxed{{{text or 72}}}"
+    assert row["answer"] == (text or answer)
+    [row] = load(tmp_path, {"q": "p", "a": 72, "question": "no"}, question_column="q", solution_column="a")
+    assert (row["question"], row["solution"]) == ("p", "72")
+
+
+def test_an_answer_that_is_a_solution_is_taken_as_it_is(tmp_path):
+    for answer in ("So \\boxed{7}.", "First this.\nThen that."):
+        assert load(tmp_path, {"question": "q", "answer": answer})[0]["solution"] == answer
+
+
+def test_rows_without_a_solution_are_for_grading_only(tmp_path):
+    countdown = {"nums": [3, 4.0, "5"], "target": 23.0}
+    [row] = load(tmp_path, countdown, require_solution=False)
+    assert row["solution"] is None and row["nums"] == [3, 4, 5] and row["target"] == 23
+    assert "numbers 3, 4, 5 exactly once" in row["question"] and row["question"].endswith("equals 23.")
+    [row] = load(tmp_path, {"problem": "p", "answer": None}, require_solution=False)
+    assert (row["question"], row["solution"], row["answer"]) == ("p", None, None)
+    [row] = load(tmp_path, {"question": "p", "tests": "assert"}, require_solution=False)
+    assert (row["question"], row["solution"]) == ("p", None)
+
+
+def test_named_columns_win_and_leave_messages_out(tmp_path):
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    raw = {**GOOD, "explanation": "E", "messages": turns, "better": "B", "other": None}
+    [row] = load(tmp_path, raw)
+    assert row["messages"] == turns and row["explanation"] == "E"
+    [row] = load(tmp_path, raw, explanation_column="better")
+    assert "messages" not in row and row["explanation"] == "B" and row["question"] == "q"
+    with pytest.raises(UserError, match='line 1 has no "worse"; columns found: question, solution'):
+        load(tmp_path, raw, explanation_column="worse")
+    with pytest.raises(UserError, match="line 1 has an empty explanation"):
+        load(tmp_path, {**raw, "explanation": None}, explanation_column="explanation")
+    with pytest.raises(UserError, match='line 1 has no "question" and "solution"'):
+        load(tmp_path, {"frage": "q"}, question_column="frage")
+    assert load(tmp_path, {"frage": "q"}, question_column="frage", require_solution=False)[0]["solution"] is None
 
 
 def test_a_limit_counts_rows_of_the_source(tmp_path):
-    path = write(tmp_path / "rows.jsonl", [{"question": str(i), "solution": "s"} for i in range(9)])
-    assert [row["question"] for row in load_rows(path, limit=3)] == ["0", "1", "2"]
-    assert len(load_rows(path, limit=100)) == 9
+    rows = [{"question": str(i), "solution": "s"} for i in range(9)]
+    assert [row["question"] for row in load(tmp_path, *rows, limit=3)] == ["0", "1", "2"]
+    assert len(load(tmp_path, *rows, limit=100)) == 9
+    assert len(load(tmp_path, rows[0], "{", rows[1], limit=2, skip_bad=True)) == 1
 
 
-def test_json_parquet_and_named_columns(tmp_path):
-    from datasets import Dataset
-
-    rows = [{"frage": "q", "loesung": "s"}, {"frage": "r", "loesung": "t"}]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
-    for name in ("rows.json", "rows.parquet"):
-        loaded = load_rows(tmp_path / name, question_column="frage", solution_column="loesung")
-        assert [(row["question"], row["solution"]) for row in loaded] == [("q", "s"), ("r", "t")]
-        with pytest.raises(UserError, match='row 0 has no "answer"; columns found: frage, loesung'):
-            load_rows(tmp_path / name, question_column="frage", solution_column="answer")
-    with pytest.raises(UserError, match="expected a .jsonl, .json or .parquet file that exists"):
-        load_rows(tmp_path / "missing.jsonl")
+# -- conversations
 
 
-def test_stratos_conversations(tmp_path):
-    answer = f"{THOUGHT[0]}\n\nHm.\n\nYes.\n\n{THOUGHT[1]}\n\n{SOLUTION[0]}\n\n\\boxed{{1}}\n\n{SOLUTION[1]}"
-    row = {"system": "S", "conversations": [{"from": "user", "value": "Q"}, {"from": "assistant", "value": answer}]}
-    [loaded] = load_rows(write(tmp_path / "rows.jsonl", [row]))
-    assert (loaded["question"], loaded["explanation"], loaded["solution"]) == ("Q", "Hm.\n\nYes.", "\\boxed{1}")
+def test_messages_of_any_form(tmp_path):
+    want = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": ANSWERED}]
+    for messages in (
+        want,
+        json.dumps(want),
+        [{"from": "human", "value": "Q"}, {"from": "gpt", "value": ANSWERED}],
+        [{"role": "user", "content": [{"type": "text", "text": "Q"}]},
+         {"role": "assistant", "content": [{"type": "text", "text": text} for text in (ANSWERED[:9], ANSWERED[9:])]}],
+        [{**turn, "tool_calls": None, "from": None, "value": None} for turn in want],
+    ):
+        [row] = load(tmp_path, {"messages": messages})
+        assert row["messages"] == want and row["question"] == "Q" and row["solution"] == "\\boxed{1}"
+        assert row["explanation"] == "Hm.\n\nYes.\n\n"  # what stands in the messages between blank lines and tag
+        [row] = load(tmp_path, {**GOOD, "explanation": "E", "messages": messages})
+        assert row["messages"] == want and (row["question"], row["explanation"]) == ("q", "E")
 
 
-def test_gsm8k_solutions_lose_their_calculator_marks_and_keep_the_answer(tmp_path):
-    row = {"question": "Q", "answer": "He has 48/2 = <<48/2=24>>24.\n#### 1,024"}
-    [loaded] = load_rows(write(tmp_path / "rows.jsonl", [row]))
-    assert loaded["solution"] == "He has 48/2 = 24.\n\\boxed{1,024}"
-    assert loaded["question"].endswith(" Q") and "\\boxed{}" in loaded["question"]
+@pytest.mark.parametrize("messages", [None, "", [{"role": "user", "content": "Q"}]])
+def test_without_an_assistants_turn_at_the_end_there_are_no_messages_to_learn(tmp_path, messages):
+    """The last turn of any row with messages was learned, the user's words too."""
+    [row] = load(tmp_path, {**GOOD, "explanation": "E", "messages": messages})
+    assert "messages" not in row
+    with pytest.raises(UserError, match="has messages without a user turn and" if messages else 'has no "question"'):
+        load(tmp_path, {"messages": messages})
+
+
+@pytest.mark.parametrize(
+    ("messages", "complaint"),
+    [
+        ([], "without turns"),
+        ({"role": "user"}, "without turns"),
+        (["Q", "A"], "without turns"),
+        ("Q", "that are no JSON"),
+        ([{"role": "user", "content": None}], "no text by system, user or assistant"),
+        ([{"role": "tool", "content": "x"}], "no text by system, user or assistant"),
+        ([{"role": ["user"], "content": "x"}], "no text by system, user or assistant"),
+        ([{"content": "x"}], "no text by system, user or assistant"),
+        ([{"role": "user", "content": [{"type": "image", "url": "u"}]}], "no text by system, user or assistant"),
+        ([{"role": "user", "content": "\ud800"}], "half a character"),
+    ],
+)
+def test_messages_that_no_one_can_read_are_bad(tmp_path, messages, complaint):
+    for rest in ({}, {**GOOD, "explanation": "E"}):
+        with pytest.raises(UserError, match=f"line 1 has .*{complaint}"):
+            load(tmp_path, {**rest, "messages": messages})
+
+
+def test_a_conversation_of_many_turns_has_no_one_question(tmp_path):
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
+    with pytest.raises(UserError, match="without a user turn and the assistant's answer .found: user, assistant, user"):
+        load(tmp_path, {"messages": turns})
+    assert len(load(tmp_path, {**GOOD, "messages": turns})[0]["messages"]) == 4
+    for answer in (THOUGHT[0] + "never closed", f"{SOLUTION[0]}1{SOLUTION[1]}", THOUGHT[0] + THOUGHT[1]):
+        with pytest.raises(UserError, match="has conversations without thought and solution in their tags"):
+            load(tmp_path, {"conversations": [{"from": "user", "value": "q"}, {"from": "assistant", "value": answer}]})
+
+
+# -- leaks
 
 
 @pytest.mark.parametrize(
@@ -96,3 +327,38 @@ def test_gsm8k_solutions_lose_their_calculator_marks_and_keep_the_answer(tmp_pat
 )
 def test_leaks(explanation, leak):
     assert leaks(explanation, "0 1") is leak
+
+
+LONG = "Twelve times ten is 120, twelve times two is 24, and the two together give what we are looking for. "
+TEXT = "We have $12^2 = 144$.\n\nSo it is \\boxed{144}."
+
+
+@pytest.mark.parametrize(
+    ("explanation", "solution", "leak"),
+    [
+        ("The answer is 144.", TEXT, True),
+        ("The answer is 144.", "144", True),
+        ("\\boxed{144}", TEXT, True),
+        ("The final answer is: $144$. " + LONG, TEXT, True),
+        ("**Answer:** 144\n\n" + LONG, TEXT, True),
+        ("The answer is \\boxed{144}. " + LONG, TEXT, True),
+        ("#### 144\n" + LONG, TEXT, True),
+        ("ANSWER = 144, as " + LONG, TEXT, True),
+        (TEXT + LONG, TEXT, True),  # word for word
+        (LONG + "So the answer is \\boxed{144}.", TEXT, False),  # it arrives
+        (LONG + LONG + "The answer is 144.", TEXT, False),
+        ("The answer is 1440. " + LONG, TEXT, False),
+        ("The answer is 144.5. " + LONG, TEXT, False),
+        ("The answer is 144,000. " + LONG, TEXT, False),
+        ("144 is a number. " + LONG, TEXT, False),  # it may be the question's
+        ("We want 12 * 12. " + LONG, TEXT, False),
+        ("", TEXT, False),
+        ("The answer is 1024. " + LONG, "It is \\boxed{1,024}.", True),
+        ("The answer is $\\frac{1}{2}$. " + LONG, "a \\boxed{1}, no, \\boxed{\\frac{1}{2}}", True),
+        ("The answer is 1. " + LONG, "a \\boxed{1}, no, \\boxed{\\frac{1}{2}}", False),
+        ("The answer is anything. " + LONG, "A long text without a box that gives no answer by itself.", False),
+        ("The answer is (a+b)*c? " + LONG, "\\boxed{(a+b)*c}", True),  # no regular expression
+    ],
+)
+def test_a_statement_of_the_boxed_answer_is_a_leak(explanation, solution, leak):
+    assert leaks(explanation, solution) is leak
