@@ -107,7 +107,7 @@ def reward_ranks():
                       label=f"seed {seed}: {pearson:.2f}, {spearman:.2f}")
         axes.set_xticks(range(1, 6), ["1\nlowest reward", "2", "3", "4", "5\nhighest reward"])
         axes.set_xlabel("student trained on this fifth of the explanations")
-        axes.set_ylabel(f"exact match, %, {name}")
+        axes.set_ylabel(f"exact match, %,\n{name}")
         axes.set_ylim(0, 100)
         axes.legend(title="correlation: Pearson, Spearman")
     save(figure, "toy_ranks")
