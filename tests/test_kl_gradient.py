@@ -2,14 +2,15 @@
 
 import itertools
 
-from rlt import runs
+from rlt import logprobs, runs
 from rlt.grpo import group_advantages, group_scale, grpo_loss, pathwise_kl_loss
+from rlt.logprobs import completion_logprobs, completion_logprobs_and_kl
 
 import pytest
 import torch
 from conftest import call
 
-from rewards import Row, completion_logprobs, completion_logprobs_and_kl, score_explanations
+from rewards import Row, check_model, score_explanations
 
 V, T, G, LAM = 3, 2, 2, 1.5
 SEQUENCES = list(itertools.product(range(V), repeat=T))
@@ -128,15 +129,12 @@ ROWS = [Row([1, 2], [5, 6, 7], [3], [1, 4], [9], [8, 8]), Row([2], [7, 7], [3, 3
 def test_the_chunked_pass_has_the_values_and_the_gradient_of_the_plain_one(tiny_model):
     teacher, student = tiny_model(48).double(), tiny_model(50, seed=1).double()
     teacher.get_output_embeddings().weight.requires_grad_(False)
-    scored = score_explanations(teacher, student, ROWS, temperature=0.7, policy_temperature=1.3, vocab=45)
-    logprobs, kl = completion_logprobs_and_kl(
-        teacher, student, ROWS, temperature=0.7, policy_temperature=1.3, vocab=45, head_chunk=2
-    )
-    assert torch.allclose(kl.float(), scored.token_kl, atol=1e-6)
+    scored = score_explanations(teacher, student, ROWS, temperature=0.7, vocab=45)
+    logprobs, kl = completion_logprobs_and_kl(teacher, student, ROWS, temperature=0.7, vocab=45, head_chunk=2)
+    assert torch.allclose(kl.float(), scored.token_kl_exact, atol=1e-6)
     assert torch.allclose(logprobs.float(), scored.old_logprobs, atol=1e-6)
-    alone, _ = completion_logprobs(
-        teacher, [r.teacher_prompt for r in ROWS], [r.thought + r.teacher_end for r in ROWS], temperature=1.3, vocab=45
-    )
+    alone, _ = completion_logprobs(teacher, [r.teacher_prompt for r in ROWS],
+                                   [r.thought + r.teacher_end for r in ROWS], temperature=0.7, vocab=45)
     assert torch.allclose(logprobs, alone, atol=1e-6)
 
     weights = torch.arange(1.0, 6.0)
@@ -159,33 +157,26 @@ def test_the_chunked_pass_has_the_values_and_the_gradient_of_the_plain_one(tiny_
 
 
 def test_no_logits_larger_than_a_chunk(tiny_model, monkeypatch):
-    import rewards
+    seen, compute = [], logprobs.compute_logits
 
-    seen, logits = [], rewards._logits
-    monkeypatch.setattr(rewards, "_logits", lambda states, *rest: (seen.append(len(states)), logits(states, *rest))[1])
+    def count(states, *rest):
+        seen.append(len(states))
+        return compute(states, *rest)
+
+    monkeypatch.setattr(logprobs, "compute_logits", count)  # of the KL
+    monkeypatch.setattr("rewards.compute_logits", count)  # of the log-probs' forward pass
     teacher, student = tiny_model(48), tiny_model(48, seed=1)
+    for model in (teacher, student):
+        check_model(model)
+    seen.clear()
     teacher.get_output_embeddings().weight.requires_grad_(False)
     sum(x.sum() for x in completion_logprobs_and_kl(teacher, student, ROWS, head_chunk=2)).backward()
     assert max(seen) == 2 and sum(seen) == 2 * (8 + 2 * 5)  # forward and backward; ends have no kl
 
 
 def test_the_flag_changes_the_update_and_not_the_reward(workshop, tmp_path):
-    flags = [
-        "--steps",
-        2,
-        "--limit",
-        60,
-        "--prompts-per-step",
-        2,
-        "--group-size",
-        4,
-        "--max-new-tokens",
-        12,
-        "--kl",
-        "exact",
-        "--eval-every",
-        0,
-    ]
+    flags = ["--steps", 2, "--limit", 60, "--prompts-per-step", 2, "--group-size", 4, "--max-new-tokens", 12,
+             "--kl", "exact", "--eval-every", 0]
     for name, extra in (("off", []), ("on", ["--kl-gradient"]), ("cut", ["--kl-gradient", "--micro-batch-tokens", 60])):
         call(workshop, "train_rlt.py", *flags, *extra, "--out", tmp_path / name)
     off, on, cut = (runs.read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("off", "on", "cut"))

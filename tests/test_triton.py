@@ -11,9 +11,10 @@ import os
 import subprocess
 import sys
 
+from rlt.logprobs import _HeadLogprobs
+
 import pytest
 import torch
-from bench_rewards import eager_stats
 from conftest import ROOT
 
 import rewards
@@ -127,6 +128,13 @@ def logits(n, v, dtype="float32", noise=1.0, spread=4.0, offset=(0.0, 0.0), seed
     student = teacher + torch.randn(n, v, generator=generator) * noise + offset[1]
     ids = torch.randint(v, (n,), generator=generator)
     return *((x.to(DTYPES[dtype]).to(DEVICE) for x in (teacher + offset[0], student))), ids.to(DEVICE)
+
+
+def eager_stats(teacher, student, ids):
+    """What a plain program would do, with all of its temporaries."""
+    t, s = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
+    p, ids = t.exp(), ids[:, None]
+    return (p * (t - s)).sum(-1), t.gather(1, ids)[:, 0], s.gather(1, ids)[:, 0], -(p * t).sum(-1)
 
 
 def assert_exact(got, want, allowed=()):
@@ -318,7 +326,7 @@ def kernel_serves_the_policy_pass():
     inputs = states.requires_grad_(), weight.requires_grad_()
     results = []
     for impl in ("torch", "triton"):
-        logprobs, entropies = rewards._HeadLogprobs.apply(*inputs, None, ids, 0.7, 4, impl)
+        logprobs, entropies = _HeadLogprobs.apply(*inputs, None, ids, 0.7, 4, impl)
         results.append((logprobs, entropies, *torch.autograd.grad(logprobs.sum(), inputs)))
     for x, y in zip(*results, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
