@@ -98,23 +98,23 @@ if args.dry_run is not None:
                         held_out=len(held_out)))
 
 # model and optimizer
-student = models.load_lora(args.model, bits=args.bits, device=device, seed=args.seed, rank=args.lora_rank,
-                           alpha=args.lora_alpha, targets=args.lora_targets, reference=args.beta > 0,
-                           checkpointing=args.gradient_checkpointing)
-parameters = models.adapter_parameters(student)
+policy = models.load_lora(args.model, bits=args.bits, device=device, seed=args.seed, rank=args.lora_rank,
+                          alpha=args.lora_alpha, targets=args.lora_targets, reference=args.beta > 0,
+                          checkpointing=args.gradient_checkpointing)
+parameters = models.adapter_parameters(policy)
 optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
 if run.checkpoint:
-    models.restore(student, run.checkpoint)
+    models.restore(policy, run.checkpoint)
     models.restore_optimizer(optimizer, run.checkpoint)
-engine = make_engine(args.engine, student, tokenizer, base=models.base_of(args.model), bits=args.bits, device=device,
+engine = make_engine(args.engine, policy, tokenizer, base=models.base_of(args.model), bits=args.bits, device=device,
                      max_tokens=longest + args.max_new_tokens, batch=args.rollout_batch)
-run.start(base_hash=models.fingerprint(student), rows_hash=digest(rows), device=str(device), rows=len(rows))
+run.start(base_hash=models.fingerprint(policy), rows_hash=digest(rows), device=str(device), rows=len(rows))
 print(f"{run.folder}: {sum(p.numel() for p in parameters):,} trained parameters, {len(rows)} rows, {device}, "
       f"log-probs by {implementation('auto', device.type)}", flush=True)
 
 
 def save(folder):
-    models.save_model(student, tokenizer, folder, adapters=list(student.peft_config))
+    models.save_model(policy, tokenizer, folder, adapters=list(policy.peft_config))
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
 
 
@@ -152,7 +152,7 @@ def sample_failed_groups_with_hints(batch, completions, rewards, right, texts):
 
 def policy_logprobs(indices, prompt_ids, completion_ids):
     """Packed log-probs and entropies, by the active adapter, of the completions with these indices."""
-    return completion_logprobs(student, [prompt_ids[i] for i in indices], [completion_ids[i] for i in indices],
+    return completion_logprobs(policy, [prompt_ids[i] for i in indices], [completion_ids[i] for i in indices],
                                vocab=vocab, temperature=args.temperature)
 
 
@@ -179,9 +179,9 @@ def update_policy(batches, prompt_ids, completion_ids, old_logprobs, token_weigh
     denominator = step_denominator(args.loss, sequences=sequences, tokens=tokens, max_new_tokens=args.max_new_tokens)
     ref_logprobs = [None] * len(batches)
     if args.beta > 0:
-        with models.use_adapter(student, "reference"):
+        with models.use_adapter(policy, "reference"):
             ref_logprobs = [policy_logprobs(indices, prompt_ids, completion_ids)[0] for indices in batches]
-    student.train()  # gradient checkpointing asks for it; dropout is off
+    policy.train()  # gradient checkpointing asks for it; dropout is off
     for _ in range(args.updates_per_batch):
         step_loss, stats = 0.0, Counter()
         for indices, old, weights, ref in zip(batches, old_logprobs, token_weights, ref_logprobs, strict=True):
@@ -199,7 +199,7 @@ def update_policy(batches, prompt_ids, completion_ids, old_logprobs, token_weigh
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
         optimizer.step()
         optimizer.zero_grad()
-    student.eval()
+    policy.eval()
     names = ("kl_ref", "clip_fraction", "guided_log_ratio")
     step_loss, *values = all_reduce_sum(step_loss, *(stats[name] for name in names))
     return step_loss, grad_norm, dict(zip(names, values, strict=True))
@@ -262,9 +262,9 @@ for step in progress:
         group["lr"] = args.lr * lr_fraction(step, args.steps, args.warmup_steps, args.final_lr_fraction)
     loss, grad_norm, stats = update_policy(batches, prompt_ids, completion_ids, old_logprobs, token_weights, advantages,
                                           hinted)
-    engine.load_adapter(student)
+    engine.load_adapter(policy)
     if args.beta > 0 and args.sync_ref_every and (step + 1) % args.sync_ref_every == 0:
-        models.sync_reference(student, args.sync_ref_mix)
+        models.sync_reference(policy, args.sync_ref_mix)
     timer.end("update")
 
     # 6. measure on held-out rows, log, save
@@ -300,7 +300,7 @@ for step in progress:
     if args.save_every and (step + 1) % args.save_every == 0 or step + 1 == args.steps:
         run.save(step + 1, save)
 
-final = run.finish(lambda folder: models.save_model(student, tokenizer, folder))
+final = run.finish(lambda folder: models.save_model(policy, tokenizer, folder))
 following = flags.carry(parser, args, "bits", "task")
 data = f" --data {args.data}" if args.task != "toy" else ""
 print(f"The student is in {final}. Next: python evaluate.py --model {args.model} {args.out}{following}{data}")

@@ -21,7 +21,7 @@ from rlt import flags, models
 from rlt.distributed import all_reduce_gradients, all_reduce_mean, all_reduce_sum, init_distributed
 from rlt.dry_run import dry_run_rl
 from rlt.grpo import LOSSES, group_advantages, group_scale, grpo_loss, pathwise_kl_loss, step_denominator, tis_weights
-from rlt.logprobs import completion_logprobs, completion_logprobs_and_kl
+from rlt.logprobs import completion_logprobs, completion_logprobs_and_kl, regroup
 from rlt.prompts import Prompts
 from rlt.rollout import make_engine
 from rlt.rows import leaks, load_rows
@@ -92,28 +92,28 @@ if args.dry_run is not None:
                         held_out=len(held_out)))
 
 # models and optimizer
-teacher = models.load_lora(args.model, bits=args.teacher_bits, device=device, seed=args.seed, rank=args.lora_rank,
-                           alpha=args.lora_alpha, targets=args.lora_targets, reference=args.beta > 0,
-                           checkpointing=args.gradient_checkpointing)
+policy = models.load_lora(args.model, bits=args.teacher_bits, device=device, seed=args.seed, rank=args.lora_rank,
+                          alpha=args.lora_alpha, targets=args.lora_targets, reference=args.beta > 0,
+                          checkpointing=args.gradient_checkpointing)
 student = models.load_model(student_name, bits=args.student_bits, device=device, scores=True)
 student_hash = models.fingerprint(student)
 if args.offload_student:
     student.to("cpu")
-parameters = models.adapter_parameters(teacher)
+parameters = models.adapter_parameters(policy)
 optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
 if run.checkpoint:
-    models.restore(teacher, run.checkpoint)
+    models.restore(policy, run.checkpoint)
     models.restore_optimizer(optimizer, run.checkpoint)
-engine = make_engine(args.engine, teacher, tokenizer, base=models.base_of(args.model), bits=args.teacher_bits,
+engine = make_engine(args.engine, policy, tokenizer, base=models.base_of(args.model), bits=args.teacher_bits,
                      device=device, max_tokens=longest + args.max_new_tokens, batch=args.rollout_batch)
-run.start(base_hash=models.fingerprint(teacher), student_hash=student_hash, student=student_name,
+run.start(base_hash=models.fingerprint(policy), student_hash=student_hash, student=student_name,
           rows_hash=digest(rows), device=str(device), rows=len(rows))
 print(f"{run.folder}: {sum(p.numel() for p in parameters):,} trained parameters, {len(rows)} rows, {device}, "
       f"log-probs by {implementation('auto', device.type)}", flush=True)
 
 
 def save(folder):
-    models.save_model(teacher, tokenizer, folder, adapters=list(teacher.peft_config))
+    models.save_model(policy, tokenizer, folder, adapters=list(policy.peft_config))
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
 
 
@@ -124,55 +124,51 @@ def sample(prompt_ids, *key):
 
 
 def compute_rewards(batch, completions):
-    """Rewards (B,) of B completions, the explanations in them, and all that score_explanations measured."""
+    """Rewards (B,) of B completions, the explanations in them, their scoring rows, and what was measured on them."""
     explanations = [prompts.split_completion(c.ids, c.finished) for c in completions]
+    scoring_rows = [prompts.scoring_row(row, e) for row, e in zip(batch, explanations, strict=True)]
     with models.on_device(device, student):
-        scored = score_explanations(
-            teacher, student, [prompts.scoring_row(*pair) for pair in zip(batch, explanations, strict=True)],
-            lam=args.lam, alpha=args.alpha, kl=args.kl, temperature=args.temperature, vocab=vocab,
-            micro_batch_tokens=args.micro_batch_tokens)
+        scored = score_explanations(policy, student, scoring_rows, lam=args.lam, alpha=args.alpha, kl=args.kl,
+                                    temperature=args.temperature, vocab=vocab,
+                                    micro_batch_tokens=args.micro_batch_tokens)
     unclosed = torch.tensor([not (e.closed and e.thought) for e in explanations], device=device)
-    return scored.reward.reward - args.unclosed_penalty * unclosed, explanations, scored
+    return scored.reward.reward - args.unclosed_penalty * unclosed, explanations, scoring_rows, scored
 
 
 def policy_logprobs(indices, prompt_ids, completion_ids):
-    """Packed log-probs, by the active adapter, of the completions with these indices."""
-    return completion_logprobs(teacher, [prompt_ids[i] for i in indices], [completion_ids[i] for i in indices],
-                               vocab=vocab, temperature=args.temperature)[0]
+    """Packed log-probs and entropies, by the active adapter, of the completions with these indices."""
+    return completion_logprobs(policy, [prompt_ids[i] for i in indices], [completion_ids[i] for i in indices],
+                               vocab=vocab, temperature=args.temperature)
 
 
-def update_policy(batch, explanations, prompt_ids, completion_ids, scored, advantages, scales, token_weights):
+def update_policy(batches, prompt_ids, completion_ids, old_logprobs, token_weights, advantages, scales, scoring_rows):
     """Optimizer steps on one batch, in micro-batches that add up to one loss.
 
-    advantages, scales (B,); token_weights: None, or of each completion's tokens -> the last step's loss and gradient
-    norm, and grpo_loss's stats, means over tokens.
+    old_logprobs, token_weights (or None): of each micro-batch; advantages, scales (B,) -> the last step's loss and
+    gradient norm, and grpo_loss's stats, means over tokens.
     """
-    lengths = torch.tensor(scored.completion_lengths)
-    old_logprobs = scored.old_logprobs.split(scored.completion_lengths)
+    lengths = torch.tensor([len(ids) for ids in completion_ids])
     sequences, tokens = all_reduce_sum(len(lengths), int(lengths.sum()))
     denominator = step_denominator(args.loss, sequences=sequences, tokens=tokens, max_new_tokens=args.max_new_tokens)
-    widths = [len(prompt) + len(completion) for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
-    batches = list(micro_batches(widths, args.micro_batch_tokens))
     ref_logprobs = [None] * len(batches)
     if args.beta > 0:
-        with models.use_adapter(teacher, "reference"):
-            ref_logprobs = [policy_logprobs(indices, prompt_ids, completion_ids) for indices in batches]
-    teacher.train()  # gradient checkpointing asks for it; dropout is off
+        with models.use_adapter(policy, "reference"):
+            ref_logprobs = [policy_logprobs(indices, prompt_ids, completion_ids)[0] for indices in batches]
+    policy.train()  # gradient checkpointing asks for it; dropout is off
     for _ in range(args.updates_per_batch):
         step_loss, stats = 0.0, Counter()
-        for indices, ref in zip(batches, ref_logprobs, strict=True):
+        for indices, old, weights, ref in zip(batches, old_logprobs, token_weights, ref_logprobs, strict=True):
             if args.kl_gradient:
-                scoring_rows = [prompts.scoring_row(batch[i], explanations[i]) for i in indices]
-                logprobs, token_kl = completion_logprobs_and_kl(teacher, student, scoring_rows, vocab=vocab,
-                                                                temperature=args.temperature)
+                logprobs, token_kl = completion_logprobs_and_kl(
+                    policy, student, [scoring_rows[i] for i in indices], vocab=vocab, temperature=args.temperature)
             else:
-                logprobs = policy_logprobs(indices, prompt_ids, completion_ids)
-            loss, token_stats = grpo_loss(
-                logprobs, torch.cat([old_logprobs[i] for i in indices]), ref, advantages[indices], lengths[indices],
-                denominator=denominator, epsilon_low=args.epsilon_low, epsilon_high=args.epsilon_high, beta=args.beta,
-                loss=args.loss, token_weights=token_weights and torch.cat([token_weights[i] for i in indices]))
+                logprobs, _ = policy_logprobs(indices, prompt_ids, completion_ids)
+            loss, token_stats = grpo_loss(logprobs, old, ref, advantages[indices], lengths[indices],
+                                          denominator=denominator, epsilon_low=args.epsilon_low,
+                                          epsilon_high=args.epsilon_high, beta=args.beta, loss=args.loss,
+                                          token_weights=weights)
             if args.kl_gradient:
-                thought_lengths = torch.tensor([len(explanations[i].thought) for i in indices])
+                thought_lengths = torch.tensor([len(scoring_rows[i].thought) for i in indices])
                 loss = loss + pathwise_kl_loss(token_kl, thought_lengths, lengths[indices], scales[indices],
                                                lam=args.lam, alpha=args.alpha, denominator=denominator, loss=args.loss)
             loss.backward()
@@ -182,7 +178,7 @@ def update_policy(batch, explanations, prompt_ids, completion_ids, scored, advan
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
         optimizer.step()
         optimizer.zero_grad()
-    teacher.eval()
+    policy.eval()
     step_loss, *values = all_reduce_sum(step_loss, *stats.values())
     return step_loss, grad_norm, {key: value / tokens for key, value in zip(stats, values, strict=True)}
 
@@ -229,13 +225,9 @@ for step in progress:
     timer.end("rollout")
 
     # 2. rewards (B,), old log-probs and entropies: one pass of the teacher and one of the student
-    rewards, explanations, scored = compute_rewards(batch, completions)
+    rewards, explanations, scoring_rows, scored = compute_rewards(batch, completions)
     sampler_logprobs = torch.tensor([p for c in completions for p in c.logprobs], device=device)
     logprob_diff = check_logprob_diff(sampler_logprobs, scored.old_logprobs, args.max_logprob_diff)
-    token_weights, tis = None, {}
-    if args.engine == "vllm" and args.tis_cap:
-        token_weights, tis = tis_weights(scored.old_logprobs, sampler_logprobs, args.tis_cap)
-        token_weights = token_weights.split(scored.completion_lengths)
     timer.end("score")
 
     # 3. advantages (B,): how much better each explanation is than the others of its question
@@ -243,14 +235,20 @@ for step in progress:
     advantages = group_advantages(groups, scale=args.advantage_scale).flatten()
     scales = group_scale(groups, scale=args.advantage_scale).repeat_interleave(args.group_size)
 
-    # 4. the policy update
+    # 4. the policy update, in micro-batches; a sampling engine that is not quite the policy is corrected for
+    widths = [len(prompt) + len(completion) for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
+    batches = list(micro_batches(widths, args.micro_batch_tokens))
+    token_weights, tis = None, {}
+    if args.engine == "vllm" and args.tis_cap:
+        token_weights, tis = tis_weights(scored.old_logprobs, sampler_logprobs, args.tis_cap)
     for group in optimizer.param_groups:
         group["lr"] = args.lr * lr_fraction(step, args.steps, args.warmup_steps, args.final_lr_fraction)
-    loss, grad_norm, stats = update_policy(batch, explanations, prompt_ids, completion_ids, scored, advantages, scales,
-                                          token_weights)
-    engine.load_adapter(teacher)
+    loss, grad_norm, stats = update_policy(
+        batches, prompt_ids, completion_ids, regroup(scored.old_logprobs, scored.completion_lengths, batches),
+        regroup(token_weights, scored.completion_lengths, batches), advantages, scales, scoring_rows)
+    engine.load_adapter(policy)
     if args.beta > 0 and args.sync_ref_every and (step + 1) % args.sync_ref_every == 0:
-        models.sync_reference(teacher, args.sync_ref_mix)
+        models.sync_reference(policy, args.sync_ref_mix)
     timer.end("update")
 
     # 5. measure on held-out rows, log, save
@@ -276,7 +274,7 @@ for step in progress:
     if args.save_every and (step + 1) % args.save_every == 0 or step + 1 == args.steps:
         run.save(step + 1, save)
 
-final = run.finish(lambda folder: models.save_model(teacher, tokenizer, folder))
+final = run.finish(lambda folder: models.save_model(policy, tokenizer, folder))
 following = flags.carry(parser, args, "student", "teacher_bits", "student_bits", "data", "question_column",
                         "solution_column", "solution_in", "temperature", "max_new_tokens", model="out")
 print(f"The teacher is in {final}. Next: python distill.py{following}")

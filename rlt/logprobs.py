@@ -60,6 +60,14 @@ def completion_logprobs_and_kl(teacher, student, rows, *, temperature=1.0, vocab
     return logprobs, _HeadKL.apply(states_thought, *head_t, states_s, *head_s, temperature, head_chunk, impl)
 
 
+def regroup(values, lengths, batches):
+    """Packed values (N,) of sequences of these lengths, packed anew for each list of indices. None stays None."""
+    if values is None:
+        return [None] * len(batches)
+    parts = values.split(lengths)
+    return [torch.cat([parts[i] for i in indices]) for indices in batches]
+
+
 class _HeadLogprobs(torch.autograd.Function):
     """states (N, H) -> log p[ids] and entropy, (N,) each, of states @ weight.T + bias, a chunk at a time.
 
