@@ -1,12 +1,14 @@
-"""GRPO's mathematics against sums done by hand, slow loops and two other implementations.
-
-python -m pytest tests/test_grpo.py -v
 """
+GRPO's mathematics against sums by hand, slow loops and two other implementations.
+
+    python -m pytest tests/test_grpo.py
+"""
+
 import json
 import math
 from pathlib import Path
 
-from rlt.grpo import LOSSES, group_advantages, grpo_loss, guided_loss, step_denominator
+from rlt.grpo import LOSSES, group_advantages, grpo_loss, guided_loss, step_denominator, tis_weights
 
 import pytest
 import torch
@@ -232,6 +234,57 @@ def test_bad_calls_are_refused():
         grpo_loss(new, old, ref, advantages, torch.tensor([5, 0, 4, 4]), denominator=4)
     with pytest.raises(ValueError, match="per token"):
         guided_loss(new, old, ref, advantages, lengths, denominator=4, loss="gspo")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# truncated importance sampling
+
+
+def test_importance_weights_by_hand():
+    trainer = torch.tensor([-1.0, -2.0, -3.0, -1.0]).requires_grad_()
+    weights, stats = tis_weights(trainer, torch.tensor([-1.0, -4.0, -2.0, -1.5]), 2.0)
+    assert weights.tolist() == pytest.approx([1, 2, math.exp(-1), math.exp(0.5)]) and not weights.requires_grad
+    assert weights[0] == 1, "where both agree, to the bit"
+    assert stats == {"tis_weight": pytest.approx((3 + math.exp(-1) + math.exp(0.5)) / 4), "tis_capped": 0.25}
+    far, _ = tis_weights(torch.tensor([0.0, -500.0]), torch.tensor([-500.0, 0.0]), 2.0)
+    assert far.tolist() == pytest.approx([2, 0]), "exp overflows: not inf"
+
+
+def test_importance_weights_make_up_for_the_sampler():
+    """E over the sampler of weight * f is E over the trainer of f, for tokens below the cap."""
+    trainer, sampler = (torch.tensor(p).log() for p in ([0.5, 0.3, 0.2], [0.4, 0.35, 0.25]))
+    values = torch.tensor([3.0, -1.0, 7.0])
+    weights, _ = tis_weights(trainer, sampler, 2.0)
+    assert (sampler.exp() * weights * values).sum().item() == pytest.approx((trainer.exp() * values).sum().item())
+    capped, stats = tis_weights(trainer, sampler, 1.1)
+    assert capped.tolist() == pytest.approx([1.1, 0.3 / 0.35, 0.8]) and stats["tis_capped"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("loss_of", [grpo_loss, guided_loss])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_token_weights_multiply_the_surrogate_and_not_the_kl(loss, loss_of, beta):
+    if loss_of is guided_loss and loss == "gspo":
+        pytest.skip("guided losses are per token")
+    new, old, ref, advantages, lengths = batch()
+    args = dict(denominator=5, beta=beta, loss=loss)
+
+    def of(weights=None, advantages=advantages):
+        value, _ = loss_of(new, old, ref, advantages, lengths, token_weights=weights, **args)
+        return value, torch.autograd.grad(value, new)[0]
+
+    ones = torch.ones_like(old)
+    assert all(torch.equal(a, b) for a, b in zip(of(), of(ones), strict=True))
+    # the KL's part: no advantage, so no surrogate
+    (whole, slope), (kl, kl_slope) = of(), of(advantages=torch.zeros(4, dtype=torch.float64))
+    doubled, doubled_slope = of(2 * ones)
+    torch.testing.assert_close(doubled, 2 * (whole - kl) + kl)
+    torch.testing.assert_close(doubled_slope, 2 * (slope - kl_slope) + kl_slope)
+    one_token = ones.clone()
+    one_token[5:] = 0  # the first sequence alone, five tokens
+    value, _ = of(one_token)
+    first = advantages * torch.tensor([1.0, 0, 0, 0], dtype=torch.float64)
+    torch.testing.assert_close(value, of(advantages=first)[0])
 
 
 # ---------------------------------------------------------------------------------------------------------
