@@ -89,7 +89,7 @@ class ChatTemplate:
         if tokenizer.chat_template is None:
             raise UserError(f"{name} has no chat template: expected an instruct model's tokenizer.")
         conversation = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": QUESTION}]
-        self.folds_system = self.cuts_thought = False
+        self.folds_system = self.starts_as_finished = False
         self.folds_system = not self._has_system_turn(conversation)
         if self.folds_system:
             print(f"{name}: its chat template has no system turn: system texts go before the question.")
@@ -97,8 +97,8 @@ class ChatTemplate:
         finished = self._render([*conversation, {"role": "assistant", "content": ANSWER}])
         if QUESTION not in prompt or ANSWER not in finished:
             raise UserError(f"the chat template of {name} leaves out a turn: expected a user's and an assistant's.")
-        self.cuts_thought = prompt.split() != finished.rpartition(ANSWER)[0].split()
-        if self.cuts_thought:
+        self.starts_as_finished = prompt.split() != finished.rpartition(ANSWER)[0].split()
+        if self.starts_as_finished:
             print(f"{name}: its chat template starts an answer by {prompt.rpartition(QUESTION)[2]!r}; prompts end as "
                   f"a finished turn starts, by {self.prompt(conversation).rpartition(QUESTION)[2]!r}.")
         if TAGGED not in self._render([*conversation, {"role": "assistant", "content": TAGGED}]):
@@ -130,6 +130,6 @@ class ChatTemplate:
 
     def prompt(self, messages):
         """The text of these messages (role, content), and of the start of an assistant's turn."""
-        if self.cuts_thought:  # what the template writes before the answer of a finished turn
+        if self.starts_as_finished:  # what the template writes before the answer of a finished turn
             return self._render([*messages, {"role": "assistant", "content": ANSWER}]).rpartition(ANSWER)[0]
         return self._render(messages, add_generation_prompt=True)

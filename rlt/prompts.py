@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: MIT
 """
-One row, seen by everyone who reads it: the teacher, the student, the student to be distilled.
+A row as token ids: what the teacher reads, what the student reads, what a student is trained on.
 
     teacher   system, question | solution block, <|begin_of_explanation|>\\n\\n  ... writes from here on
     student   system, question | <|begin_of_thought|>\\n\\n  explanation  <|end_of_thought|>, solution block
                                                             ^ kl is measured here    ^ score here
 
-Everything leaves this file as token ids. The ids that the teacher sampled are the ids that are scored under
-both models and trained on: nothing is decoded and encoded again, so no token is lost at the edges.
+The ids that the teacher sampled are the ids that are scored under both models and that it is trained on: nothing is
+decoded and encoded again, so no token is lost at the edges.
 
     thought   sampled ids up to the last token boundary before the closing tag
-    bridge    what a token that straddles the tag left over (".<" leaves "."), then close of thought, open of solution
+    bridge    text between thought and solution: closing and opening tag, and before them what is left of the thought
+              where one token holds its end and the start of the closing tag (".<" leaves ".")
     solution  solution + "\\n\\n"
+
+A student is trained on texts, tokenized anew. They give the ids that were scored, token for token, wherever the
+sampled ids are the tokenizer's own for their text.
 
 The tags are those of Bespoke-Stratos and of the released RLT code (custom_data/); the wording is ours.
 No model is touched here.
@@ -40,6 +44,9 @@ TEACHER_SYSTEM = (
     "explores, checks itself, goes back and corrects where it must, and arrives at the solution; its steps are "
     "separated by blank lines."
 )
+THOUGHT_OPENED, EXPLANATION_OPENED = (f"{opening}\n\n" for opening, _ in (THOUGHT, EXPLANATION))
+
+
 class Explanation(NamedTuple):
     """A teacher's completion, taken apart."""
 
@@ -72,10 +79,11 @@ class Prompts:
 
         # Some tokenizers put a blank in front of every text: for them, a piece of text needs other text before it.
         self._neutral, self._anchor = ("",), []
-        if self.encode(THOUGHT[0]) != self._encode_in_turn("", THOUGHT[0])[0]:
-            self._neutral, self._anchor = ("\n", "a", "."), self._encode_in_turn("", THOUGHT[0])[0]
+        within, = self._encode_in_turn(THOUGHT_OPENED, THOUGHT[0])
+        if self.encode(THOUGHT[0]) != within:
+            self._neutral, self._anchor = ("\n", "a", "."), within
         for ours, theirs in zip(EXPLANATION, THOUGHT, strict=True):
-            a, b = (self._encode_in_turn("", tag)[0] for tag in (ours, theirs))
+            a, b = (self._encode_in_turn(THOUGHT_OPENED, tag)[0] for tag in (ours, theirs))
             if a != b and 1 in (len(a), len(b)):
                 # the teacher's mass on its own tag would meet a student that never saw that token: every KL is off
                 raise UserError(
@@ -83,7 +91,7 @@ class Prompts:
                     "the KL between the two roles would be wrong. Make them one token, or no special tokens at all.")
         self._bytes = _token_bytes(tokenizer)
         # what the closing tag looks like once sampled: a tokenizer may write both roles' tags alike
-        self._closing = self._decode(self._encode_in_turn("", EXPLANATION[1])[0]).encode()
+        self._closing = self._decode(self._encode_in_turn(THOUGHT_OPENED, EXPLANATION[1])[0]).encode()
 
     def encode(self, text):
         """The ids of a text that stands alone, such as a prompt."""
@@ -135,18 +143,17 @@ class Prompts:
 
     def student_prompt(self, row):
         """The plain prompt with the thought opened: what stands before an explanation when the student scores it."""
-        return self.question_prompt(row) + self._encode_in_turn("", f"{THOUGHT[0]}\n\n")[0]
+        return self.question_prompt(row) + self._encode_in_turn("", THOUGHT_OPENED)[0]
 
     def teacher_prompt(self, row):
         """Ids of the teacher's prompt: it has seen the solution, and the explanation is opened."""
-        question, known = self._text(row, "question"), self._known(row)
-        opened = f"{EXPLANATION[0]}\n\n"
+        user, opened = self._text(row, "question"), EXPLANATION_OPENED
+        solution = f"{SOLUTION[0]}\n\n{self._text(row, 'solution')}\n\n{SOLUTION[1]}"
         if self.solution_in == "user":
-            return self._turn(TEACHER_SYSTEM, f"{question}\n\n{known}") + self._encode_in_turn("", opened)[0]
-        return self._turn(TEACHER_SYSTEM, question) + self._encode_in_turn("", f"{known}\n\n{opened}")[0]
-
-    def _known(self, row):
-        return f"{SOLUTION[0]}\n\n{self._text(row, 'solution')}\n\n{SOLUTION[1]}"
+            user = f"{user}\n\n{solution}"
+        else:
+            opened = f"{solution}\n\n{opened}"
+        return self._turn(TEACHER_SYSTEM, user) + self._encode_in_turn("", opened)[0]
 
     def _turn(self, system, user):
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
@@ -172,7 +179,7 @@ class Prompts:
         """
         text, closed = self._text(row, "explanation"), row.get("closed", True)
         text = text if "messages" in row else text.strip("\n") + "\n\n"
-        ids, = self._encode_in_turn(f"{EXPLANATION[0]}\n\n", text + EXPLANATION[1] * closed)
+        ids, = self._encode_in_turn(EXPLANATION_OPENED, text + EXPLANATION[1] * closed)
         return ids + [self.end_of_turn] * closed, closed
 
     def split_completion(self, ids, finished):
@@ -204,7 +211,7 @@ class Prompts:
     def scoring_row(self, row, explanation):
         """The rewards.Row of one explanation (as `split_completion` returns it) of one row."""
         bridge, solution, _ = self._encode_in_turn(
-            f"{THOUGHT[0]}\n\n", f"{explanation.leftover}{THOUGHT[1]}\n\n{SOLUTION[0]}\n\n",
+            THOUGHT_OPENED, f"{explanation.leftover}{THOUGHT[1]}\n\n{SOLUTION[0]}\n\n",
             f"{row['solution']}\n\n", SOLUTION[1])
         return Row(teacher_prompt=self.teacher_prompt(row), thought=explanation.thought, teacher_end=explanation.end,
                    student_prompt=self.student_prompt(row), bridge=bridge, solution=solution)
@@ -213,7 +220,7 @@ class Prompts:
 
     def chat_messages(self, row, text):
         """The chat messages a student is trained on: the teacher's raw text with the tags swapped."""
-        answer = f"{THOUGHT[0]}\n\n{text}{THOUGHT[1]}\n\n{SOLUTION[0]}\n\n{row['solution']}\n\n{SOLUTION[1]}"
+        answer = f"{THOUGHT_OPENED}{text}{THOUGHT[1]}\n\n{SOLUTION[0]}\n\n{row['solution']}\n\n{SOLUTION[1]}"
         roles = ("system", STUDENT_SYSTEM), ("user", row["question"]), ("assistant", answer)
         return [{"role": role, "content": content} for role, content in roles]
 
@@ -224,20 +231,20 @@ class Prompts:
         set between blank lines. The end of turn is there exactly once.
         """
         if view == "student" and "messages" in row:
-            for message in row["messages"]:
+            messages = row["messages"]
+            for message in messages:
                 self._without(self._special, message["content"], "messages")
-            *before, answer = row["messages"]
-            prompt, answer = self.encode(self.template.prompt(before)), self._encode_in_turn("", answer["content"])[0]
         else:
             text = self._text(row, "explanation").strip("\n") + "\n\n"
-            if view == "student":
-                prompt, answer = self.question_prompt(row), self.chat_messages(row, text)[-1]["content"]
-                self._text(row, "solution")
-                answer, = self._encode_in_turn("", answer)
-            else:
-                prompt = self.teacher_prompt(row)
-                answer, = self._encode_in_turn(f"{EXPLANATION[0]}\n\n", text + EXPLANATION[1])
-        return prompt + answer + [self.end_of_turn], len(prompt)
+            messages = self.chat_messages({name: self._text(row, name) for name in ("question", "solution")}, text)
+        if view == "student":
+            *before, answer = messages
+            prompt = self.encode(self.template.prompt(before))
+            supervised, = self._encode_in_turn("", answer["content"])
+        else:
+            prompt = self.teacher_prompt(row)
+            supervised, = self._encode_in_turn(EXPLANATION_OPENED, text + EXPLANATION[1])
+        return prompt + supervised + [self.end_of_turn], len(prompt)
 
     def drop_overlong(self, rows, context, skip=False, also=()):
         """The rows whose prompts and solution, and what `also` makes ids of, fit into `context` tokens."""
@@ -263,7 +270,7 @@ def show_rows(prompts, rows, n):
     for row, sections in map_rows(rows[:n], lambda row: _sections(prompts, row)):
         shown.append(f"=== {printable(row['where'])}")
         for title, ids in sections.items():
-            shown += [f"--- {title}: {len(ids)} tokens", _visible(prompts.tokenizer.decode(ids))]
+            shown += [f"--- {title}: {len(ids)} tokens", _visible(prompts._decode(ids))]
     return "\n".join(shown)
 
 
@@ -306,7 +313,7 @@ def _token_bytes(tokenizer):
     before = len(tokenizer.decode([anchor]))
 
     def of(i):
-        if i not in added and (match := re.fullmatch(r"<0x([0-9A-F]{2})>", vocabulary(i))):
+        if i not in added and (match := re.fullmatch(r"<0x([0-9A-F]{2})>", vocabulary(i) or "")):
             return bytes.fromhex(match[1])
         return tokenizer.decode([anchor, i])[before:].encode()
 

@@ -9,7 +9,7 @@ import json
 import re
 
 from rlt.answers import answer_of, as_text, whole_number
-from rlt.errors import UserError
+from rlt.errors import UserError, printable
 from rlt.sources import BROKEN, read_source
 from rlt.tags import SOLUTION, THOUGHT
 
@@ -39,7 +39,7 @@ def load_rows(source, *, question_column=None, solution_column=None, explanation
             if not skip_bad:
                 raise UserError(f"{bad[0]}. Fix it, or pass --skip-bad-rows to leave such rows out.") from None
     if bad:
-        print(f"{source}: {len(bad)} bad rows left out, the first: {bad[0]}")
+        print(f"{printable(source)}: {len(bad)} bad rows left out, the first: {bad[0]}")
     if not rows:
         raise UserError(f"{source} has no usable rows: expected at least one with a question"
                         + " and a solution." * require_solution)

@@ -1,6 +1,7 @@
 """Tokenizers of every family, trained here in a second, and chat templates as models have them."""
 
 import json
+import re
 
 from rlt.prompts import STUDENT_SYSTEM, TEACHER_SYSTEM
 
@@ -10,6 +11,10 @@ from transformers import PreTrainedTokenizerFast
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+CHATML_RIGHT_AWAY = (  # no role, no newline: what a turn says starts right after a special token
+    "{% for m in messages %}{{ '<|im_start|>' + m.content + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}"
 )
 QWEN_3 = (  # a finished last turn has a thought, be it empty; thoughts of earlier turns are taken out
     "{% set last = namespace(query=0) %}{% for m in messages %}{% if m.role == 'user' %}"
@@ -48,7 +53,8 @@ LLAMA_2 = (  # a system turn inside the user's, answers between blanks
     "{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 CORPUS = [
-    STUDENT_SYSTEM, TEACHER_SYSTEM,
+    *(re.sub(r"<\|\w+\|>", "the tag", text) for text in (STUDENT_SYSTEM, TEACHER_SYSTEM)),
+    "if a <b and c> d then |x| or {y}; <tag|> end_of_line begin_of_file <|",
     "So x = 2. Then 3x + 4 = 10, and the answer is \\boxed{10}.\n\nCheck: 10 - 4 = 6, 6 / 3 = 2.",
     "First, $\\frac{1}{2}$ of 48 is 24; in May she sold 24 fewer clips.\n\nTherefore 48 + 24 = 72.",
     "Let a < b and c > d. If (a, b) = (1, 2), we get a|b, so {1, 2} and [3, 4] differ.\nHm, wait: no.",
