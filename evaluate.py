@@ -215,9 +215,7 @@ def main():
     encoders = {name: prompt_encoder(name, prompts[name], models.context_length(name), args) for name in paths}
 
     # the questions: all models get the same
-    columns = dict(question_column="Question", solution_column="Correct Answer") if args.task == "gpqa" else {}
-    rows = load_rows(models.data_source(args.data, "test"), require_solution=False, limit=args.limit,
-                     skip_bad=args.skip_bad_rows, **columns)
+    rows = load_rows(models.data_source(args.data, "test"), require_solution=False, **flags.row_options(args))
     rows = gradable(args.task, rows)
     for encode in encoders.values():
         rows = [row for row, _ in map_rows(rows, encode, args.skip_bad_rows)]

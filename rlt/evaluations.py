@@ -12,7 +12,7 @@ from pathlib import Path
 from rlt.errors import UserError
 from rlt.runs import read_jsonl, write_atomically
 
-SETTINGS = ("samples", "temperature", "max_new_tokens", "seed", "bits", "batch_size")  # what an evaluation depends on
+SETTINGS = ("samples", "temperature", "max_new_tokens", "seed", "bits", "batch_size", "engine")  # of the draws
 PAPER = {  # arXiv 2506.08388, Table 1: % right, one answer a question, SkyThought's grader
     "Qwen2.5-7B-Instruct": {"aime24": 10.0, "math500": 74.2, "gpqa": 33.3},
     "Bespoke-7B": {"aime24": 20.0, "math500": 82.0, "gpqa": 37.8},

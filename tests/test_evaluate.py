@@ -152,8 +152,10 @@ def test_two_verdicts_on_the_same_samples(tmp_path, capsys, qwen_folder, qwen_to
 
 def test_a_thought_that_the_template_opens(tmp_path, qwen_folder, qwen_tokenizer, monkeypatch):
     """Cut off in it, an answer shows no tag of its own: it is none all the same."""
-    opening = "{{ '<think>\\n' if add_generation_prompt else '' }}"
-    qwen_tokenizer.chat_template, before = qwen_tokenizer.chat_template + opening, qwen_tokenizer.chat_template
+    before, qwen_tokenizer.chat_template = qwen_tokenizer.chat_template, (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n{% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n"
+        "{% endif %}")
     qwen_tokenizer.save_pretrained(qwen_folder)
     qwen_tokenizer.chat_template = before
     rows = write_rows(tmp_path / "rows.jsonl", [{"problem": f"{i}", "solution": "so", "answer": "5"} for i in (1, 2)])
