@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Figures and tables of the benchmarks (bench/scoring.py, bench/step.py), and the README's table of machines."""
 
+import functools
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -156,98 +157,101 @@ def draw_peaks(axes, rows):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# "Which machine, which command"
+# machines: peak memory and hours of the recipe, as rlt/dry_run.py estimates them
 
 PROMPT = 1024  # tokens that the table assumes for a prompt
-COMPLETIONS = 125 * 16 * 64  # of the paper's recipe: steps x questions x explanations
 RANK, VOCAB = 32, 151_665  # of the adapter; of Qwen2.5's tokenizer
 QWEN_7B = {"hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28, "num_attention_heads": 28,
            "num_key_value_heads": 4, "vocab_size": 152_064, "tie_word_embeddings": False,
            "max_position_embeddings": 32_768}
 
 
-class Machine(NamedTuple):
-    """A row of the table; what its command has besides the README's $RECIPE."""
+class Plan(NamedTuple):
+    """A row of the table: GPUs, and what their command has besides the README's $RECIPE."""
 
     name: str
     launcher: str
     gpus: int
-    bandwidth: float  # of a GPU's memory, bytes/s
-    flops: float  # that a GPU reaches, FLOP/s
+    memory: float  # bytes of a GPU
+    bandwidth: float  # bytes/s of a GPU, by its data sheet
+    flops: float  # FLOP/s of a GPU in bfloat16, by its data sheet
     teacher_bits: int
     offload_student: bool
     max_new_tokens: int
     rollout_batch: int
     micro_batch_tokens: int
+    engine: str = "transformers"
 
     @property
-    def flags(self):
-        return (f"--teacher-bits {self.teacher_bits} --student-bits 4 " + "--offload-student " * self.offload_student
-                + f"--max-new-tokens {self.max_new_tokens} --rollout-batch {self.rollout_batch} "
-                f"--micro-batch-tokens {self.micro_batch_tokens}")
+    def command(self):
+        flags = [f"--teacher-bits {self.teacher_bits} --student-bits 4", "--offload-student" * self.offload_student,
+                 f"--max-new-tokens {self.max_new_tokens} --rollout-batch {self.rollout_batch}",
+                 f"--micro-batch-tokens {self.micro_batch_tokens}", "--engine vllm" * (self.engine == "vllm")]
+        return " ".join([self.launcher, "train_rlt.py $RECIPE", *filter(None, flags)])
 
 
-ON_24_GB = dict(bandwidth=0.5e12, flops=60e12, teacher_bits=4, offload_student=True, max_new_tokens=4096,
-                rollout_batch=32, micro_batch_tokens=6144)
-ON_80_GB = dict(bandwidth=1.7e12, flops=300e12, teacher_bits=16, offload_student=False, max_new_tokens=16_384,
-                rollout_batch=24, micro_batch_tokens=18_432)
-MACHINES = (
-    Machine("one 24 GB GPU", "python", 1, **ON_24_GB),
-    Machine("one 80 GB GPU", "python", 1, **ON_80_GB),
-    Machine("two 80 GB GPUs", "torchrun --nproc_per_node=2", 2, **ON_80_GB),
-    Machine("two nodes of eight", "torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d "
-            "--rdzv_endpoint=HOST:29500", 16, **ON_80_GB),
+RTX_4090 = dict(memory=24e9, bandwidth=1.008e12, flops=165e12, teacher_bits=4, offload_student=True,
+                max_new_tokens=4096, rollout_batch=32, micro_batch_tokens=6144)
+H100 = dict(memory=80e9, bandwidth=3.35e12, flops=989e12, teacher_bits=16, offload_student=False,
+            max_new_tokens=16_384, rollout_batch=24, micro_batch_tokens=18_432)
+NODES = "torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500"
+PLANS = (
+    Plan("one 24 GB GPU (RTX 4090)", "python", 1, **RTX_4090),
+    Plan("one 80 GB GPU (H100)", "python", 1, **H100),
+    Plan("the same, sampling with vLLM", "python", 1, **H100, engine="vllm"),
+    Plan("two 80 GB GPUs", "torchrun --nproc_per_node=2", 2, **H100, engine="vllm"),
+    Plan("two nodes of eight", NODES, 16, **H100, engine="vllm"),
 )
 
 
-def expected_peak(machine):
-    """(GB, phase) of the 7B pair's largest phase, as --dry-run estimates it, with prompts of PROMPT tokens."""
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from rlt.dry_run import GB, ModelFootprint, phases
+def dry_run_module():
+    """rlt/dry_run.py, which the scripts find because they start in the repository's root."""
+    root = str(Path(__file__).resolve().parent.parent)
+    if root not in sys.path:
+        sys.path.insert(0, root)
+    from rlt import dry_run
 
+    return dry_run
+
+
+@functools.cache
+def expected_peak(teacher_bits, offload_student, max_new_tokens, rollout_batch, micro_batch_tokens, engine_bytes):
+    """(GB, phase) of the phase of the 7B pair with the highest peak on a GPU, as --dry-run estimates it."""
     from transformers import Qwen2Config
 
-    config = Qwen2Config(**QWEN_7B)
-    teacher = ModelFootprint(config, bits=machine.teacher_bits, gpu=True, rank=RANK, trained="adapter", reference=True)
-    table = phases(
-        teacher, ModelFootprint(config, bits=4, gpu=True), vocab=VOCAB, checkpointing=True, scored=True, learned=True,
-        reference=True, tokens=max(machine.micro_batch_tokens, PROMPT + machine.max_new_tokens),
-        rollout=(machine.rollout_batch, PROMPT, machine.max_new_tokens), offloaded=machine.offload_student)
-    worst = max(table, key=lambda phase: table[phase]["total"])
-    return table[worst]["total"] / GB, worst
+    dry_run, config = dry_run_module(), Qwen2Config(**QWEN_7B)
+    teacher = dry_run.ModelFootprint(config, bits=teacher_bits, gpu=True, rank=RANK, trained="adapter", reference=True)
+    phases = dry_run.phases(
+        teacher, dry_run.ModelFootprint(config, bits=4, gpu=True), vocab=VOCAB, checkpointing=True, scored=True,
+        learned=True, reference=True, tokens=max(micro_batch_tokens, PROMPT + max_new_tokens),
+        rollout=(rollout_batch, PROMPT, max_new_tokens), offloaded=offload_student, engine_bytes=engine_bytes)
+    worst = max(phases, key=lambda phase: phases[phase]["total"])
+    return phases[worst]["total"] / dry_run.GB, worst
 
 
-def expected_hours(machine):
-    """Hours of the whole recipe: model FLOPs at the GPU's rate, decoding at its memory bandwidth."""
-    hidden, layers, heads = QWEN_7B["hidden_size"], QWEN_7B["num_hidden_layers"], QWEN_7B["num_attention_heads"]
-    kv_size = hidden * QWEN_7B["num_key_value_heads"] // heads
-    completion = machine.max_new_tokens // 4
-    length = PROMPT + completion
-    linear = 2 * (2 * hidden**2 + 2 * hidden * kv_size + 3 * hidden * QWEN_7B["intermediate_size"]) * length
-    attention = 2 * hidden * length**2  # two products, half of them masked
-    forward = layers * (linear + attention) + 2 * hidden * QWEN_7B["vocab_size"] * completion
-    # Passes: teacher and student in scoring, reference, and an update, whose backward pass computes no gradients of
-    # frozen weights and so costs as much as its forward; for attention twice as much.
-    passes = 5 * forward + layers * attention
-    weights = 15.2e9 if machine.teacher_bits == 16 else 5.5e9  # bytes, read once a token for the whole batch
-    cache = 2 * layers * kv_size * 2 * (PROMPT + completion / 2)  # bytes of keys and values in bf16, on average
-    decoding = completion * (weights / machine.rollout_batch + 3 * cache) / machine.bandwidth  # read, copied, read
-    return COMPLETIONS * (passes / machine.flops + decoding) / 3600 / machine.gpus
+def estimate(plan):
+    """(GB of the phase with the highest peak, its name, (low, high) hours) of the recipe with the 7B pair."""
+    dry_run = dry_run_module()
+    peak, phase = expected_peak(
+        plan.teacher_bits, plan.offload_student, plan.max_new_tokens, plan.rollout_batch, plan.micro_batch_tokens,
+        dry_run.MEMORY_SHARE * plan.memory if plan.engine == "vllm" else 0)
+    hours = dry_run.expected_hours(
+        dry_run.Machine(plan.gpus, plan.memory, plan.bandwidth, plan.flops), bits=plan.teacher_bits, prompt=PROMPT,
+        limit=plan.max_new_tokens, batch=plan.rollout_batch, engine=plan.engine)
+    return peak, phase, hours["total"]
 
 
 def machine_table():
-    """The table of "Which machine, which command", and what of it has been measured."""
+    """Which machine needs how much memory and time, and what of it has been measured."""
     lines = ["| machine | command | peak memory of a GPU | hours |", "| --- | --- | --- | --- |",
              "| laptop, the toy | `python train_rlt.py --lambda 3 --alpha 0.01` | under 1 GB (estimated) | "
              "minutes on two cores, timed by `.ci/run` |"]
-    for machine in MACHINES:
-        size, phase = expected_peak(machine)
-        lines.append(f"| {machine.name} | `{machine.launcher} train_rlt.py $RECIPE {machine.flags}` | {size:.0f} GB in "
-                     f"{phase} (estimated) | {expected_hours(machine):,.0f} (estimated) |")
+    for plan in PLANS:
+        size, phase, (low, high) = estimate(plan)
+        lines.append(f"| {plan.name} | `{plan.command}` | {size:.0f} GB in {phase} (estimated) | "
+                     f"{low:,.0f} to {high:,.0f} (estimated) |")
     lines += ["", "Peaks are those of `--dry-run` for Qwen2.5-7B as teacher and student, with prompts of 1,024 tokens. "
-              "Hours are arithmetic, not measurements: 128,000 completions, on average a quarter as long as the limit; "
-              "model FLOPs at 300 TFLOP/s on a GPU of 80 GB (60 on 24 GB); decoding at 1.7 TB/s (0.5). They are a "
-              "lower bound: with `--engine transformers` a batch takes as long as its longest completion."]
+              "The hours are for 128,000 completions, the whole recipe. " + dry_run_module().HOURS_ASSUMPTIONS]
     on_gpus = {machine: rows for machine, rows in step_rows().items() if not machine[0].startswith("CPU")}
     if not on_gpus:
         lines += ["", "None of it has been measured on a GPU. `python bench/step.py` does that in ten minutes."]

@@ -4,6 +4,7 @@ import importlib.machinery
 import itertools
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from conftest import run_script
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "figures"
 sys.path.insert(0, str(FIGURES))
+from rlt import dry_run  # noqa: E402
 from rlt.flags import RENAMED  # noqa: E402
 
 import benchmarks  # noqa: E402
@@ -344,16 +346,20 @@ def test_a_repeated_measurement_replaces_the_first():
     assert benchmarks.last_of_each(rows, lambda row: row["a"]) == [{"a": 1, "ms": 7}, {"a": 2, "ms": 6}]
 
 
-def test_hours_of_the_recipe_by_hand():
-    """7.07e9 weights in the layers and 0.54e9 in the head, five passes, and attention; no time for decoding."""
-    machine = benchmarks.MACHINES[1]._replace(bandwidth=math.inf)
-    length, completion = 1024 + 4096, 4096
-    layers = 28 * (2 * 3584**2 + 2 * 3584 * 512 + 3 * 3584 * 18_944)
-    forward = 2 * layers * length + 2 * 3584 * 152_064 * completion + 28 * 2 * 3584 * length**2
-    expected = 128_000 * (5 * forward + 28 * 2 * 3584 * length**2) / 300e12 / 3600
-    assert benchmarks.expected_hours(machine) == pytest.approx(expected)
-    assert benchmarks.expected_hours(machine._replace(gpus=2)) == pytest.approx(expected / 2)
-    # Decoding alone: weights once a token for 24 rows, and three times the cache at its mean length.
-    decoding = benchmarks.MACHINES[1]._replace(flops=math.inf)
-    a_token = 15.2e9 / 24 + 3 * 28 * 2 * 512 * 2 * (1024 + 2048)
-    assert benchmarks.expected_hours(decoding) == pytest.approx(128_000 * 4096 * a_token / 1.7e12 / 3600)
+def test_the_machine_table_recommends_what_fits():
+    """Peaks and hours are rlt/dry_run.py's, and the page is up to date (above): each row's command is what is meant."""
+    page = (ROOT / "README.md").read_text()
+    for plan in benchmarks.PLANS:
+        words = plan.command.split()
+        flags = dict(zip(words, words[1:], strict=False))
+        assert int(flags["--teacher-bits"]) == plan.teacher_bits and flags["--student-bits"] == "4"
+        assert int(flags["--max-new-tokens"]) == plan.max_new_tokens
+        assert int(flags["--rollout-batch"]) == plan.rollout_batch
+        assert ("--offload-student" in flags) == plan.offload_student
+        assert flags.get("--engine", "transformers") == plan.engine
+        assert math.prod(int(word.split("=")[1]) for word in words if "--n" in word) == plan.gpus
+        row = re.search(re.escape(f"| {plan.name} | `{plan.command}` | ")
+                        + r"(\d+) GB in (\w+) \(estimated\) \| ([\d,]+) to ([\d,]+) \(estimated\)", page)
+        assert row, plan.name
+        peak, low, high = (float(number.replace(",", "")) for number in row.group(1, 3, 4))
+        assert 1e9 * peak + dry_run.MARGIN < plan.memory and row[2] in benchmarks.PHASES and low < high
