@@ -268,7 +268,7 @@ def load_lora(name, *, bits, device, seed, rank=None, alpha=None, targets=None, 
     torch.manual_seed(seed)
     base = _load_base(base_of(folder), bits, device)
     if config is not None:
-        _check_adapter_flags(name, config, rank, alpha, targets)
+        _check_adapter_flags(name, config, base, rank, alpha, targets)
         with user_errors(f"the adapter in {folder} does not fit its base {base_of(folder)}"):
             model = PeftModel.from_pretrained(base, folder, is_trainable=True)
     else:
@@ -293,13 +293,14 @@ def load_lora(name, *, bits, device, seed, rank=None, alpha=None, targets=None, 
     return set_trainable(model)
 
 
-def _check_adapter_flags(name, config, rank, alpha, targets):
+def _check_adapter_flags(name, config, base, rank, alpha, targets):
     """Flags that are given must agree with the adapter that is there."""
     own = {"rank": config.r, "alpha": config.lora_alpha, "targets": config.target_modules}
-    for key, asked in (("rank", rank), ("alpha", alpha), ("targets", targets)):
-        if key == "targets" and asked and not isinstance(own[key], str):
-            asked = set(_split_names(asked))
-        if asked is not None and asked != own[key]:
+    asked = {"rank": rank, "alpha": alpha, "targets": targets}
+    if targets is not None and not isinstance(own["targets"], str):
+        asked["targets"] = _linear_names(base) if targets == "all-linear" else set(_split_names(targets))
+    for key, value in asked.items():
+        if value is not None and value != own[key]:
             shown = own[key] if not isinstance(own[key], set) else ",".join(sorted(own[key]))
             raise UserError(f"{name} holds an adapter with {key} {shown}: leave --lora-{key} out.")
 
@@ -308,12 +309,17 @@ def _target_modules(base, targets):
     """What peft calls target_modules, from a flag: all-linear, or names with commas that the base must have."""
     if targets == "all-linear":
         return targets
-    names, head = _split_names(targets), base.get_output_embeddings()
-    linear = {path.rpartition(".")[2] for path, module in base.named_modules()
-              if isinstance(module, torch.nn.Linear) and module is not head}
-    if not linear.issuperset(names):
-        raise UserError(f"--lora-targets {targets}: expected all-linear, or some of {', '.join(sorted(linear))}.")
+    names, known = _split_names(targets), _linear_names(base)
+    if not known.issuperset(names):
+        raise UserError(f"--lora-targets {targets}: expected all-linear, or some of {', '.join(sorted(known))}.")
     return names
+
+
+def _linear_names(base):
+    """The last parts of the names of all linear layers but the head."""
+    head = base.get_output_embeddings()
+    return {path.rpartition(".")[2] for path, module in base.named_modules()
+            if isinstance(module, torch.nn.Linear) and module is not head}
 
 
 def _split_names(targets):

@@ -241,8 +241,8 @@ class Run:
         path = self.folder / "config.json"
         try:
             self.config_before = json.loads(path.read_text())
-            flags_before = self.config_before["flags"]
-        except (OSError, ValueError, KeyError):
+            flags_before = dict(self.config_before["flags"])
+        except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"--resume: {self.folder} is not empty and not a run folder (no readable config.json). "
                             "Pass another --out.") from None
         check_same_flags(self.folder, flags_before, vars(args))

@@ -16,7 +16,7 @@ import torch
 from test_rewards import REAL, Watch, make_rows
 from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 import rewards
 from rewards import Row, UnsupportedModel, check_model, micro_batches, score_explanations
@@ -194,12 +194,15 @@ def test_adapters_on_off_and_reference(toy, bits):
         assert (got - p.grad).norm() <= (0.05 if bits == 16 else 1e-4) * p.grad.norm()
 
 
-def gemma():
+def gemma(**changes):
     torch.manual_seed(0)
-    return Gemma3ForCausalLM(Gemma3TextConfig(
-        vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, head_dim=8,
-        num_key_value_heads=2, sliding_window=4, initializer_range=0.3, final_logit_softcapping=None,
-        layer_types=["sliding_attention", "sliding_attention", "full_attention"])).eval()
+    shape = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+                 head_dim=8, num_key_value_heads=2, sliding_window=4, initializer_range=0.3,
+                 final_logit_softcapping=None,
+                 layer_types=["sliding_attention", "sliding_attention", "full_attention"])
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**{**shape, **changes})).eval()
+    model.generation_config = GenerationConfig()
+    return model
 
 
 @pytest.mark.parametrize("make", [

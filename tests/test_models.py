@@ -1,14 +1,19 @@
-"""Loading, sampling, adapters: what is sampled is what is trained.   python -m pytest tests/test_models.py"""
+"""Models: found, loaded, given adapters, saved, refused.   python -m pytest tests/test_models.py"""
 
+import copy
 import json
+import math
+import shutil
 
-from rlt import models
+from rlt import models, rollout
+from rlt.errors import UserError
+from rlt.logprobs import completion_logprobs
 
 import pytest
 import torch
 from conftest import run_script
-
-from rewards import completion_logprobs
+from peft import LoraConfig, get_peft_model
+from test_rewards import small
 
 CPU = torch.device("cpu")
 
@@ -25,7 +30,12 @@ def tokenizer(base):
 
 def lora(base, **changes):
     options = dict(bits=32, device=CPU, rank=4, alpha=8, targets="all-linear", seed=0, reference=True)
-    return models.load_lora(base, **{**options, **changes})
+    return models.load_lora(str(base), **{**options, **changes})
+
+
+def ask(model, tokenizer):
+    """Log-probs of three short answers."""
+    return completion_logprobs(model, PROMPTS, [[5, 9, 1]] * 3, vocab=len(tokenizer))[0]
 
 
 def stir(model, by=0.3):
@@ -37,128 +47,6 @@ def stir(model, by=0.3):
 
 
 PROMPTS = [[2, 8, 10, 9, 11, 3, 4], [2, 8, 3], [2, 8, 10, 9, 11, 20, 31, 21, 33, 22, 35, 3, 4]]
-
-
-@pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_the_sampler_and_the_trainer_agree(tiny_model, tokenizer, temperature):
-    model = tiny_model(64)  # nine columns more than the tokenizer has words
-    sampled = rollout.generate(model, tokenizer, PROMPTS * 20, max_new_tokens=12, temperature=temperature, seed=5)
-    ours, _ = completion_logprobs(
-        model, PROMPTS * 20, [c.ids for c in sampled], temperature=temperature, vocab=len(tokenizer)
-    )
-    theirs = torch.tensor([p for c in sampled for p in c.logprobs])
-    assert (ours - theirs).abs().max() < 1e-4
-    assert {len(c.ids) for c in sampled} != {12}, "some end early, or the test is blind to lengths"
-    for c in sampled:
-        assert c.finished == (c.ids[-1] == tokenizer.eos_token_id)
-        assert tokenizer.eos_token_id not in c.ids[:-1]
-        assert max(c.ids) < len(tokenizer)
-
-
-def test_sampling_is_the_plain_softmax(tiny_model, tokenizer):
-    """No top-k, no top-p: tokens far down the tail are drawn, as often as they should."""
-    model = tiny_model(64)
-    n = 4000
-    drawn = rollout.generate(model, tokenizer, [PROMPTS[0]] * n, max_new_tokens=1, temperature=1.0, seed=0)
-    logits = model(torch.tensor([PROMPTS[0]])).logits[0, -1, : len(tokenizer)]
-    expected = logits.softmax(-1) * n
-    counted = torch.bincount(torch.tensor([c.ids[0] for c in drawn]), minlength=len(tokenizer)).float()
-    seen = expected > 5
-    chi2 = ((counted - expected)[seen] ** 2 / expected[seen]).sum()
-    assert chi2 < 2 * seen.sum() + 20
-    rare = expected < 0.01 * n
-    assert counted[rare].sum() == pytest.approx(expected[rare].sum().item(), rel=0.35)
-
-
-def test_a_checkpoints_own_sampling_settings_do_not_leak_in(base, tokenizer, tmp_path, tiny_model):
-    from transformers import GenerationConfig
-
-    tiny_model(64).save_pretrained(tmp_path)
-    GenerationConfig(top_k=1, top_p=0.1, repetition_penalty=3.0, do_sample=True).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    loaded = models.load_model(str(tmp_path), bits=32, device=CPU)
-    a = rollout.generate(loaded, tokenizer, PROMPTS, max_new_tokens=9, temperature=1.0, seed=1)
-    b = rollout.generate(tiny_model(64), tokenizer, PROMPTS, max_new_tokens=9, temperature=1.0, seed=1)
-    assert [c.ids for c in a] == [c.ids for c in b]
-
-
-@pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_log_probs_do_not_depend_on_padding(tiny_model, tokenizer, temperature):
-    """Sampled behind padding on the left, recomputed with padding on the right, and alone: the same."""
-    model = tiny_model(64, initializer_range=0.1)
-    sampled = rollout.generate(model, tokenizer, PROMPTS, max_new_tokens=9, temperature=temperature, seed=2)
-    score = lambda prompts, answers: completion_logprobs(  # noqa: E731
-        model, prompts, answers, temperature=temperature, vocab=len(tokenizer)
-    )[0]
-    together = score(PROMPTS, [c.ids for c in sampled])
-    alone = torch.cat([score([prompt], [c.ids]) for prompt, c in zip(PROMPTS, sampled, strict=True)])
-    left = torch.tensor([p for c in sampled for p in c.logprobs])
-    assert torch.allclose(together, alone, atol=1e-5) and torch.allclose(left, alone, atol=1e-5)
-
-
-def test_greedy_rows_do_not_depend_on_their_neighbours(tiny_model, tokenizer):
-    model = tiny_model(64)
-    together = rollout.generate(model, tokenizer, PROMPTS, max_new_tokens=10, temperature=0, seed=0)
-    for prompt, c in zip(PROMPTS, together, strict=True):
-        [alone] = rollout.generate(model, tokenizer, [prompt], max_new_tokens=10, temperature=0, seed=9)
-        assert alone.ids == c.ids
-        assert torch.allclose(torch.tensor(alone.logprobs), torch.tensor(c.logprobs), atol=1e-5)
-
-
-def test_only_one_step_of_the_log_softmax_is_held(tiny_model, tokenizer, monkeypatch):
-    numbers, take = [], models._Sampler.take
-
-    def count(self, ids):
-        take(self, ids)
-        tensors = [t for kept in vars(self).values() for t in (kept if isinstance(kept, list) else [kept])]
-        numbers.append(sum(t.numel() for t in tensors if isinstance(t, torch.Tensor)) - 3 * len(numbers))
-
-    monkeypatch.setattr(models._Sampler, "take", count)
-    rollout.generate(tiny_model(64), tokenizer, PROMPTS, max_new_tokens=6, temperature=1.0, seed=0)
-    assert len(numbers) == 6 and set(numbers) == {3 * 64 + 3}, "one (B, V), and a number a step and row"
-
-
-def test_draws_depend_on_the_seed_alone(tiny_model, tokenizer):
-    draw = lambda seed: rollout.generate(  # noqa: E731
-        tiny_model(64), tokenizer, PROMPTS, max_new_tokens=6, temperature=1.0, seed=seed
-    )
-    first = draw(3)
-    torch.rand(17)
-    assert draw(3) == first and draw(4) != first
-
-
-def test_pad_and_eos_may_be_the_same(tiny_model, tokenizer):
-    """Masks come from lengths: rows are the same when the padding is the end of the turn."""
-    import copy
-
-    twin = copy.deepcopy(tokenizer)
-    twin.pad_token = twin.eos_token
-    a, b = (
-        rollout.generate(tiny_model(64), t, PROMPTS * 9, max_new_tokens=12, temperature=1.0, seed=5)
-        for t in (tokenizer, twin)
-    )
-    assert [(c.ids, c.finished) for c in a] == [(c.ids, c.finished) for c in b]
-    ours, theirs = (torch.tensor([p for c in side for p in c.logprobs]) for side in (a, b))
-    assert torch.allclose(ours, theirs, atol=1e-5)
-    assert any(c.finished and len(c.ids) < 12 for c in a)
-
-
-def test_a_student_whose_padding_is_its_end_learns_to_end(tiny_model, tokenizer):
-    import copy
-
-    from prompts import Prompts
-
-    twin = copy.deepcopy(tokenizer)
-    twin.pad_token = twin.eos_token
-    rows = [{"question": "x 3 y 7 s1 swap", "solution": "7 3", "explanation": text} for text in ("s1 swap 7 3", "so")]
-    made = [[Prompts(t).sft(row, "student") for row in rows] for t in (tokenizer, twin)]
-    assert made[0] == made[1] and all(ids.count(twin.eos_token_id) == 1 for ids, _ in made[1])
-    model = tiny_model(64).train()
-    before, supervised = zip(*((ids[:start], ids[start:]) for ids, start in made[1]), strict=True)
-    logprobs, _ = completion_logprobs(model, before, supervised, vocab=len(twin))
-    (-logprobs.sum()).backward()
-    head = model.get_output_embeddings().weight.grad[twin.eos_token_id]
-    assert len(logprobs) == sum(map(len, supervised)) and head.abs().max() > 0
 
 
 # -- adapters
@@ -182,17 +70,15 @@ def test_the_reference_holds_the_starting_weights(base, tmp_path, tokenizer):
     stir(first)
     models.save_model(first, tokenizer, tmp_path)
     model = lora(str(tmp_path))
-    ask = lambda: completion_logprobs(model, PROMPTS, [[5, 9, 1]] * 3, vocab=len(tokenizer))[0]  # noqa: E731
-    start = ask().detach()
+    start = ask(model, tokenizer).detach()
     with models.use_adapter(model, "reference"):
-        assert torch.equal(ask(), start)
+        assert torch.equal(ask(model, tokenizer), start)
     stir(model)
     with models.use_adapter(model, "reference"):
-        assert torch.equal(ask(), start)
-    assert not torch.allclose(ask(), start, atol=1e-3)
+        assert torch.equal(ask(model, tokenizer), start)
+    assert not torch.allclose(ask(model, tokenizer), start, atol=1e-3)
     base_alone = models.load_model(base, bits=32, device=CPU)
-    plain = completion_logprobs(base_alone, PROMPTS, [[5, 9, 1]] * 3, vocab=len(tokenizer))[0]
-    assert not torch.allclose(plain, start, atol=1e-3)
+    assert not torch.allclose(ask(base_alone, tokenizer), start, atol=1e-3)
 
 
 def test_the_reference_is_synced_by_the_formula(base):
@@ -213,7 +99,10 @@ def test_averaging_factors_is_not_averaging_products(base):
     stir(model)
     name = "base_model.model.model.layers.0.mlp.up_proj"
     layer = model.get_submodule(name)
-    product = lambda adapter: layer.get_delta_weight(adapter).clone()  # noqa: E731
+
+    def product(adapter):
+        return layer.get_delta_weight(adapter).clone()
+
     factors = {a: (layer.lora_A[a].weight.clone(), layer.lora_B[a].weight.clone()) for a in ("default", "reference")}
     average = m * product("default") + (1 - m) * product("reference")
     models.sync_reference(model, m)
@@ -243,7 +132,7 @@ def test_training_never_touches_the_base(base, tokenizer):
     adapters = [p.clone() for p in models.adapter_parameters(model)]
     optimizer = torch.optim.AdamW(models.adapter_parameters(model), lr=1e-6)
     for _ in range(3):
-        completion_logprobs(model, PROMPTS, [[5, 9, 1]] * 3, vocab=len(tokenizer))[0].sum().backward()
+        ask(model, tokenizer).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
     assert models.fingerprint(model) == before
@@ -258,7 +147,7 @@ def test_four_bits_on_a_cpu_keep_their_gradients(base, tokenizer):
 
     def gradients():
         model.train()
-        completion_logprobs(model, PROMPTS, [[5, 9, 1]] * 3, vocab=len(tokenizer))[0].sum().backward()
+        ask(model, tokenizer).sum().backward()
         found = [p.grad.clone() for p in models.adapter_parameters(model)]
         model.zero_grad()
         return found
@@ -267,7 +156,7 @@ def test_four_bits_on_a_cpu_keep_their_gradients(base, tokenizer):
     model.eval()
     rollout.generate(model, tokenizer, PROMPTS, max_new_tokens=4, temperature=1.0, seed=0)
     with torch.no_grad():
-        completion_logprobs(model, PROMPTS, [[5, 9, 1]] * 3, vocab=len(tokenizer))
+        ask(model, tokenizer)
     assert all(torch.equal(a, b) for a, b in zip(before, gradients(), strict=True))
     assert type(model.get_output_embeddings()) is torch.nn.Linear
 
@@ -277,7 +166,7 @@ def test_checkpointed_gradients_are_the_plain_ones(base, tokenizer):
         model = lora(base, reference=False, checkpointing=checkpointing)
         stir(model)
         model.train()
-        completion_logprobs(model, PROMPTS, [[5, 9, 1]] * 3, vocab=len(tokenizer))[0].sum().backward()
+        ask(model, tokenizer).sum().backward()
         return [p.grad for p in models.adapter_parameters(model)]
 
     assert all(torch.equal(a, b) for a, b in zip(gradients(False), gradients(True), strict=True))
@@ -291,15 +180,66 @@ def test_targets(base, tmp_path, tokenizer):
         with pytest.raises(ValueError, match="expected all-linear, or some of down_proj, gate_proj"):
             lora(base, targets=wrong)
     models.save_model(model, tokenizer, tmp_path)
-    lora(str(tmp_path), targets="v_proj,q_proj")
-    with pytest.raises(ValueError, match="holds an adapter on q_proj, v_proj: leave --lora-targets out"):
-        lora(str(tmp_path), targets="q_proj")
+    lora(tmp_path, targets="v_proj,q_proj")
+    for other in ("q_proj", "all-linear"):
+        with pytest.raises(UserError, match="holds an adapter with targets q_proj,v_proj: leave --lora-targets out"):
+            lora(tmp_path, targets=other)
 
 
-def test_a_rank_that_differs_from_the_saved_one_is_refused(base, tmp_path, tokenizer):
-    models.save_model(lora(base, reference=False), tokenizer, tmp_path)
-    with pytest.raises(ValueError, match="rank 4 and alpha 8.* pass --lora-rank 4 --lora-alpha 8"):
-        lora(str(tmp_path), rank=16)
+def test_an_adapter_keeps_its_own_rank_scale_and_targets(base, tmp_path, tokenizer):
+    saved = lora(base, reference=False)
+    stir(saved)
+    wanted = ask(saved, tokenizer)
+    models.save_model(saved, tokenizer, tmp_path)
+    none = dict(rank=None, alpha=None, targets=None)
+    for asked in (none, {}, {**none, "targets": "all-linear"}, {**none, "alpha": 8.0}):
+        model = lora(tmp_path, **asked)
+        config = model.peft_config["default"]
+        assert (config.r, config.lora_alpha, len(config.target_modules)) == (4, 8, 7)
+        assert torch.equal(ask(model, tokenizer), wanted)
+    for asked, own in (({"rank": 16}, "rank 4"), ({"alpha": 16.0}, "alpha 8")):
+        with pytest.raises(UserError, match=f"holds an adapter with {own}: leave --lora-{own.split()[0]} out"):
+            lora(tmp_path, **{**none, **asked})
+    fresh = lora(base, **none).peft_config["default"]
+    assert (fresh.r, fresh.lora_alpha, len(fresh.target_modules)) == (16, 32, 7), "a new one has the defaults"
+
+
+def somebody_elses(base, folder, **changes):
+    """An adapter that peft made, without a tokenizer beside it."""
+    options = dict(r=4, lora_alpha=8, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(models.load_model(str(base), bits=32, device=CPU), LoraConfig(**{**options, **changes}))
+    stir(model)
+    model.save_pretrained(folder)
+    return model
+
+
+def test_modules_that_an_adapter_trains_whole_are_trained_saved_and_in_the_reference(base, tmp_path, tokenizer):
+    somebody_elses(base, tmp_path / "theirs", modules_to_save=["input_layernorm"])
+    model = lora(tmp_path / "theirs", rank=None, alpha=None, targets=None)
+    copies = [n for n, p in model.named_parameters() if "modules_to_save.default" in n and p.requires_grad]
+    assert len(copies) == 3 and len(models.adapter_parameters(model)) == 3 + 2 * 3
+    start = ask(model, tokenizer).detach()
+    stir(model)
+    with models.use_adapter(model, "reference"):
+        assert torch.equal(ask(model, tokenizer), start)
+    moved = ask(model, tokenizer).detach()
+    assert not torch.allclose(moved, start, atol=1e-3)
+    models.save_model(model, tokenizer, tmp_path / "ours", adapters=("default", "reference"))
+    again = lora(tmp_path / "theirs", rank=None, alpha=None, targets=None)
+    models.restore(again, tmp_path / "ours")
+    assert torch.equal(ask(again, tokenizer), moved)
+    with models.use_adapter(again, "reference"):
+        assert torch.equal(ask(again, tokenizer), start)
+
+
+def test_dropout_is_off_in_rl_and_stays_on_in_sft(base, tmp_path, tokenizer, capsys):
+    somebody_elses(base, tmp_path, lora_dropout=0.5)
+    none = dict(rank=None, alpha=None, targets=None, reference=False)
+    off, on = (lora(tmp_path, dropout=dropout, **none).train() for dropout in (False, True))
+    assert torch.equal(ask(off, tokenizer), ask(off, tokenizer))
+    assert not torch.equal(ask(on, tokenizer), ask(on, tokenizer))
+    assert torch.equal(ask(on.eval(), tokenizer), ask(off, tokenizer))
+    assert capsys.readouterr().out.count("dropout is off") == 1
 
 
 # -- devices
@@ -330,14 +270,13 @@ def test_on_brings_a_model_and_takes_it_back():
 def test_a_parked_model_leaves_the_gpu_and_comes_back(base, tokenizer, bits):
     cuda = torch.device("cuda")
     model = models.load_model(base, bits=bits, device=cuda)
-    ask = lambda: completion_logprobs(model, PROMPTS, [[5, 9, 1]] * 3, vocab=len(tokenizer))[0]  # noqa: E731
-    before, held = ask(), torch.cuda.memory_allocated()
+    before, held = ask(model, tokenizer), torch.cuda.memory_allocated()
     model.to("cpu")
     parked = torch.cuda.memory_allocated()
     assert parked < held
     for _ in range(2):
         with models.on_device(cuda, model):
-            assert torch.equal(ask(), before)
+            assert torch.equal(ask(model, tokenizer), before)
         assert {p.device.type for p in model.parameters()} == {"cpu"} and torch.cuda.memory_allocated() <= parked
 
 
@@ -348,15 +287,14 @@ def test_four_bit_states_move_with_their_weights(base, tokenizer, monkeypatch):
 
     model, moved, move = models.load_model(base, bits=4, device=CPU), [], QuantState.to
     states = {id(m.weight.quant_state): m for m in model.modules() if isinstance(m, Linear4bit)}
-    ask = lambda: completion_logprobs(model, PROMPTS, [[5, 9, 1]] * 3, vocab=len(tokenizer))[0]  # noqa: E731
-    before = ask()
+    before = ask(model, tokenizer)
     monkeypatch.setattr(QuantState, "to", lambda self, device: moved.append((id(self), device)) or move(self, device))
     with models.on_device(CPU, model):
         assert set(moved) == {(state, CPU) for state in states} and len(states) == 7 * 3
         moved.clear()
     assert set(moved) == {(state, CPU) for state in states}
     assert {id(m.weight.quant_state) for m in states.values()} == set(states)
-    assert torch.equal(ask(), before)
+    assert torch.equal(ask(model, tokenizer), before)
 
 
 # -- names
@@ -369,35 +307,170 @@ def test_names(tmp_path, monkeypatch):
     (tmp_path / "runs/open/metrics.jsonl").touch()
     assert models.resolve("runs/done") == str(tmp_path / "runs/done/final")
     assert models.resolve("Qwen/Qwen2.5-7B-Instruct") == "Qwen/Qwen2.5-7B-Instruct"
-    with pytest.raises(FileNotFoundError, match="has not finished. Continue it with --resume"):
+    with pytest.raises(UserError, match="runs/open has no final/: .* Continue it with --resume"):
         models.resolve("runs/open")
-    with pytest.raises(FileNotFoundError, match="runs/typo is no folder"):
-        models.resolve("runs/typo")
-    with pytest.raises(ValueError, match="no usable CUDA device"):
-        models.pick_device("cuda:9") if not torch.cuda.is_available() else pytest.skip("this machine has CUDA")
+    for wrong in ("runs/typo", "./typo", "/no/such", "a/b/c"):
+        with pytest.raises(UserError, match=f"{wrong} does not exist: expected a run folder, .* or toy"):
+            models.resolve(wrong)
+
+
+def test_devices():
+    assert models.pick_device("cpu") == CPU
+    for wrong in ("tpu", "cuda:", "cpu:0", "gpu"):
+        with pytest.raises(UserError, match=f"--device {wrong}: expected cpu, cuda, cuda:1 or auto"):
+            models.pick_device(wrong)
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    assert models.pick_device("auto") == CPU
+    with pytest.raises(UserError, match="no usable CUDA device. Pass --device cpu or auto"):
+        models.pick_device("cuda:9")
+
+
+def test_what_is_known_of_a_model_without_its_weights(base, tmp_path, tokenizer, tiny_model):
+    models.save_model(lora(base, reference=False), tokenizer, tmp_path / "adapter")
+    assert models.base_of(str(tmp_path / "adapter")) == base == models.base_of(base)
+    known = models.model_and_adapter_config(str(tmp_path / "adapter"))
+    assert known["rank"] == 4 and len(known["targets"]) == 7 and known["config"].hidden_size == 128
+    assert models.model_and_adapter_config(base).keys() == {"config"}
+    tiny_model(64, max_position_embeddings=77).save_pretrained(tmp_path / "short")
+    assert models.context_length(base, str(tmp_path / "short")) == 77
+    small("Bloom", n_layer=2, n_head=4).save_pretrained(tmp_path / "bloom")
+    assert models.context_length(str(tmp_path / "bloom")) == math.inf, "it has no limit"
+
+
+# -- tokenizers
 
 
 def test_tokenizers_that_differ_are_refused_at_the_first_id(tokenizer, toy, tmp_path):
-    import copy
-
     models.check_same_tokenizer(tokenizer, copy.deepcopy(tokenizer))
     text = (toy / "runs/toy/tokenizer.json").read_text().replace('"swap"', '"swop"')
     (tmp_path / "tokenizer.json").write_text(text)
-    (tmp_path / "tokenizer_config.json").write_text((toy / "runs/toy/tokenizer_config.json").read_text())
+    for name in ("tokenizer_config.json", "config.json"):
+        shutil.copy(toy / "runs/toy" / name, tmp_path)
     i = tokenizer.get_vocab()["swap"]
-    with pytest.raises(ValueError, match=f"id {i} is 'swap' in one, 'swop' in the other"):
+    with pytest.raises(UserError, match=f"id {i} is 'swap' in one, 'swop' in the other.* of the same family"):
         models.check_same_tokenizer(tokenizer, models.load_tokenizer(str(tmp_path)))
 
 
-def test_pickled_weights_are_refused(base, tmp_path):
-    import shutil
+def test_a_bare_adapter_has_the_tokenizer_of_its_base(base, tmp_path, tokenizer):
+    somebody_elses(base, tmp_path)
+    assert not (tmp_path / "tokenizer.json").exists()
+    assert models.load_tokenizer(str(tmp_path)).get_vocab() == tokenizer.get_vocab()
 
+
+def test_a_models_own_ends_come_with_its_tokenizer(base, tmp_path):
+    from transformers import GenerationConfig
+
+    shutil.copytree(base, tmp_path / "m")
+    for ends, found in ([7, 9], (7, 9)), (7, (7,)), (None, ()):
+        GenerationConfig(eos_token_id=ends).save_pretrained(tmp_path / "m")
+        assert models.load_tokenizer(str(tmp_path / "m")).generation_eos == found
+    (tmp_path / "m/generation_config.json").unlink()
+    assert models.load_tokenizer(str(tmp_path / "m")).generation_eos == ()
+    config = json.loads((tmp_path / "m/tokenizer_config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in ("eos_token", "pad_token")}
+    (tmp_path / "m/tokenizer_config.json").write_text(json.dumps(config))
+    model_config = json.loads((tmp_path / "m/config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps(model_config | {"eos_token_id": None}))
+    with pytest.raises(UserError, match="has no end-of-sequence token: expected an instruct model's"):
+        models.load_tokenizer(str(tmp_path / "m"))
+    GenerationConfig(eos_token_id=[9, 7]).save_pretrained(tmp_path / "m")
+    without = models.load_tokenizer(str(tmp_path / "m"))
+    assert without.eos_token_id == without.pad_token_id == 9, "padding is harmless: masks come from lengths"
+
+
+# -- models that can't be used end in one line
+
+
+def refusal(function, *args, **options):
+    with pytest.raises(UserError) as error:
+        function(*args, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_pickled_weights_are_refused(base, tmp_path):
     shutil.copytree(base, tmp_path / "m")
     model = models.load_model(base, bits=32, device=CPU)
     torch.save(model.state_dict(), tmp_path / "m/pytorch_model.bin")
     (tmp_path / "m/model.safetensors").unlink()
-    with pytest.raises(OSError):
-        models.load_model(str(tmp_path / "m"), bits=32, device=CPU)
+    message = refusal(models.load_model, str(tmp_path / "m"), bits=32, device=CPU)
+    assert "can't be loaded as a causal language model" in message and "safetensors" in message
+
+
+def test_files_that_can_not_be_read(base, tmp_path):
+    shutil.copytree(base, tmp_path / "m")
+    (tmp_path / "m/config.json").write_text("{")
+    for function in (models.model_and_adapter_config, models.context_length):
+        assert "the config of" in refusal(function, str(tmp_path / "m"))
+    assert "can't be loaded as a causal" in refusal(models.load_model, str(tmp_path / "m"), bits=32, device=CPU)
+    (tmp_path / "m/tokenizer.json").unlink()
+    (tmp_path / "m/tokenizer_config.json").unlink()
+    assert "has no tokenizer that can be read, expected tokenizer.json" in refusal(
+        models.load_tokenizer, str(tmp_path / "m"))
+    somebody_elses(base, tmp_path / "adapter")
+    (tmp_path / "adapter/adapter_config.json").write_text("{")
+    assert "the adapter in" in refusal(models.base_of, str(tmp_path / "adapter"))
+
+
+def test_adapters_without_their_base(base, tmp_path, tiny_model):
+    shutil.copytree(base, tmp_path / "base")
+    somebody_elses(tmp_path / "base", tmp_path / "adapter")
+    shutil.rmtree(tmp_path / "base")
+    message = refusal(models.load_model, str(tmp_path / "adapter"), bits=32, device=CPU)
+    assert "which does not exist here: put the path or hub id of its base into adapter_config.json" in message
+    tiny_model(64).save_pretrained(tmp_path / "base")  # another one
+    for load in (models.load_model, lora):
+        options = {} if load is lora else dict(bits=32, device=CPU)
+        options |= dict(rank=None, alpha=None, targets=None) if load is lora else {}
+        assert "does not fit its base" in refusal(load, str(tmp_path / "adapter"), **options)
+
+
+def test_models_that_rewards_would_read_wrong(tmp_path):
+    small("Gemma2", head_dim=8).save_pretrained(tmp_path)
+    for load, options in ((models.load_model, dict(scores=True)), (models.load_lora, dict(seed=0))):
+        message = refusal(load, str(tmp_path), bits=32, device=CPU, **options)
+        assert message.startswith(f"{tmp_path} can't be used: Gemma2ForCausalLM does more to its logits")
+    models.load_model(str(tmp_path), bits=32, device=CPU)  # it may still be evaluated
+
+
+def test_quantised_checkpoints_are_loaded_with_four_bits_only(base, tmp_path, tokenizer):
+    models.load_model(base, bits=4, device=CPU).save_pretrained(tmp_path)
+    assert "is saved in a quantised form, 32 bits were asked for: pass 4 bits" in refusal(
+        models.load_model, str(tmp_path), bits=32, device=CPU)
+    saved = models.load_model(str(tmp_path), bits=4, device=CPU)
+    torch.testing.assert_close(ask(saved, tokenizer), ask(models.load_model(base, bits=4, device=CPU), tokenizer))
+
+
+# -- the hash of a base
+
+
+def test_a_fingerprint_is_the_bases_and_notices_its_change(base, tmp_path, tokenizer):
+    plain = models.load_model(base, bits=32, device=CPU)
+    wanted = models.fingerprint(plain)
+    adapted = lora(base)
+    stir(adapted)
+    assert models.fingerprint(adapted) == wanted == models.fingerprint(models.load_model(base, bits=32, device=CPU))
+    assert models.fingerprint(models.load_model(base, bits=16, device=CPU)) != wanted, "in another precision"
+    with torch.no_grad():
+        plain.model.norm.weight[0] += 1e-6
+    assert models.fingerprint(plain) != wanted
+
+
+def test_full_weights_are_saved_in_shards_and_restored_bit_for_bit(base, tmp_path, tokenizer):
+    model = models.load_model(base, bits=32, device=CPU)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    models.save_model(model, tokenizer, tmp_path / "whole")
+    ends = json.loads((tmp_path / "whole/generation_config.json").read_text())
+    assert ends["eos_token_id"] == [tokenizer.eos_token_id] and ends["pad_token_id"] == tokenizer.pad_token_id
+    model.save_pretrained(tmp_path / "shards", max_shard_size="200KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    for folder in ("whole", "shards"):
+        fresh = models.load_model(base, bits=32, device=CPU)
+        models.restore(fresh, tmp_path / folder)
+        assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), model.parameters(), strict=True))
 
 
 def test_the_toys_model_is_the_same_for_the_same_seed(tmp_path, toy):

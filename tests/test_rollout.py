@@ -1,16 +1,21 @@
-"""Two engines, one distribution.   python -m pytest tests/test_engines.py"""
+"""
+Sampling: what is drawn, and the log-probs of it, are those of the distribution that is trained.
 
-import inspect
+    python -m pytest tests/test_rollout.py
+"""
 
-from rlt import models
+import copy
+import sys
+
+from rlt import models, rollout
+from rlt.errors import UserError
+from rlt.logprobs import completion_logprobs
+from rlt.prompts import Prompts
 
 import pytest
 import torch
-from torch.nn.attention import varlen
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GenerationConfig
-from transformers.generation.continuous_batching.cache import PagedAttentionCache
-
-from rewards import completion_logprobs
+from test_logprobs import gemma
+from transformers import GenerationConfig
 
 CPU, EOS = torch.device("cpu"), 1
 PROMPTS = [[2, 8, 10, 9, 11, 3, 4], [2, 8, 3], [2, 8, 10, 9, 11, 20, 31, 21, 33, 22, 35, 3, 4], [2] + [8, 10] * 30]
@@ -22,217 +27,259 @@ def tokenizer(toy):
 
 
 def draw(model, tokenizer, prompts=PROMPTS, **changes):
-    options = dict(max_new_tokens=12, temperature=1.0, seed=5, engine="continuous")
-    return rollout.generate(model, tokenizer, prompts, **{**options, **changes})
+    return rollout.generate(model, tokenizer, prompts,
+                            **{"max_new_tokens": 12, "temperature": 1.0, "seed": 5, **changes})
 
 
-def same(a, b, tolerance=1e-4):
-    assert [c.ids for c in a] == [c.ids for c in b] and [c.finished for c in a] == [c.finished for c in b]
-    for x, y in zip(a, b, strict=True):
-        torch.testing.assert_close(torch.tensor(x.logprobs), torch.tensor(y.logprobs), rtol=0, atol=tolerance)
+def sampled_logprobs(completions):
+    return torch.tensor([p for c in completions for p in c.logprobs])
 
 
-def gemma(_):
-    torch.manual_seed(0)
-    model = Gemma3ForCausalLM(Gemma3TextConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, head_dim=8,
-        num_key_value_heads=2, sliding_window=6, initializer_range=0.3,
-        layer_types=["sliding_attention", "sliding_attention", "full_attention"]))
-    model.generation_config = GenerationConfig()
-    return model.eval()
+def own_logprobs(model, prompts, completions, temperature, columns):
+    """The definition: a sequence at a time, full logits, float64."""
+    found = []
+    for prompt, c in zip(prompts, completions, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + c.ids])).logits[0, len(prompt) - 1 : -1, :columns].double()
+        found.append((logits / temperature).log_softmax(-1).gather(1, torch.tensor(c.ids)[:, None])[:, 0])
+    return torch.cat(found)
 
 
-@pytest.mark.parametrize("make", [
-    lambda make: make(64),
-    lambda make: make(64, num_key_value_heads=4),
-    lambda make: make(64, attn_implementation="eager"),
-    gemma,
-], ids=["grouped", "all heads", "eager", "sliding window"])
-def test_greedy_is_the_same_by_both(make, tiny_model, tokenizer):
-    model = make(tiny_model)
-    implementation = model.config._attn_implementation
-    same(*(draw(model, tokenizer, PROMPTS * 3, temperature=0, engine=e) for e in ("batch", "continuous")))
-    assert model.config._attn_implementation == implementation
-
-
-@pytest.mark.parametrize("room", [None, 160])
-@pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_log_probs_are_the_trainers(tiny_model, tokenizer, temperature, room):
-    """Also where pages run out, and rows are dropped and read again to go on: a tenth of what all would take."""
-    model, prompts = tiny_model(64), PROMPTS * 8
-    sampled = draw(model, tokenizer, prompts, temperature=temperature, max_new_tokens=30, cache_tokens=room)
-    ours, _ = completion_logprobs(
-        model, prompts, [c.ids for c in sampled], temperature=temperature, vocab=len(tokenizer))
-    assert (ours - torch.tensor([p for c in sampled for p in c.logprobs])).abs().max() < 1e-4
-    assert {c.finished for c in sampled} == {True, False}
-    for c in sampled:
-        assert len(c.ids) == len(c.logprobs) and (len(c.ids) == 30 or c.finished)
-        assert c.finished == (c.ids[-1] == EOS) and EOS not in c.ids[:-1] and max(c.ids) < len(tokenizer)
-
-
-def test_it_is_the_plain_softmax(tiny_model, tokenizer):
-    model, n = tiny_model(64), 3000
-    drawn = draw(model, tokenizer, [PROMPTS[0]] * n, max_new_tokens=1, temperature=0.8)
-    logits = model(torch.tensor([PROMPTS[0]])).logits[0, -1, : len(tokenizer)]
-    expected = (logits / 0.8).softmax(-1) * n
-    counted = torch.bincount(torch.tensor([c.ids[0] for c in drawn]), minlength=len(tokenizer)).float()
+def assert_drawn_from(logits, drawn):
+    """Chi-square of the first ids drawn against softmax(logits); and the tail is drawn as often as it should be."""
+    n = len(drawn)
+    expected = logits.softmax(-1) * n
+    counted = torch.bincount(torch.tensor([c.ids[0] for c in drawn]), minlength=len(logits)).float()
     seen = expected > 5
     assert ((counted - expected)[seen] ** 2 / expected[seen]).sum() < 2 * seen.sum() + 20
     rare = expected < 0.01 * n
     assert counted[rare].sum() == pytest.approx(expected[rare].sum().item(), rel=0.35)
 
 
-@pytest.mark.parametrize("engine", ["batch", "continuous"])
+ARCHITECTURES = {
+    "grouped heads": lambda make: make(64),
+    "all heads": lambda make: make(64, num_key_value_heads=4),
+    "eager": lambda make: make(64, attn_implementation="eager"),
+    "sliding window": lambda make: gemma(vocab_size=64, sliding_window=6),
+}
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7, 1.0, 1.5])
+@pytest.mark.parametrize("make", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_the_sampler_and_the_trainer_agree(make, temperature, tiny_model, tokenizer):
+    """The head has nine columns more than the tokenizer has words: they are in neither's sum."""
+    model, prompts = make(tiny_model), PROMPTS * 8
+    sampled = draw(model, tokenizer, prompts, temperature=temperature)
+    trained, _ = completion_logprobs(model, prompts, [c.ids for c in sampled], temperature=temperature or 1.0,
+                                     vocab=len(tokenizer))
+    own = own_logprobs(model, prompts, sampled, temperature or 1.0, len(tokenizer))
+    assert (sampled_logprobs(sampled) - own).abs().max() < 1e-4
+    assert (trained - own).abs().max() < 1e-4
+    for c in sampled:
+        assert len(c.ids) == len(c.logprobs) and (c.finished or len(c.ids) == 12)
+        assert c.finished == (c.ids[-1] == EOS) and EOS not in c.ids[:-1] and max(c.ids) < len(tokenizer)
+    if temperature == 1.5:
+        assert {c.finished for c in sampled} == {True, False}, "or the test is blind to lengths"
+
+
+@pytest.mark.parametrize("temperature", [0.8, 1.0])
+def test_sampling_is_the_plain_softmax(tiny_model, tokenizer, temperature):
+    """No top-k, no top-p: tokens far down the tail are drawn, as often as they should."""
+    model = tiny_model(64)
+    drawn = draw(model, tokenizer, [PROMPTS[0]] * 4000, max_new_tokens=1, temperature=temperature, seed=0)
+    logits = model(torch.tensor([PROMPTS[0]])).logits[0, -1, : len(tokenizer)]
+    assert_drawn_from(logits / temperature, drawn)
+
+
+def test_the_second_token_is_the_plain_softmax_after_the_first(tiny_model, tokenizer):
+    """What a penalty for repetition would change."""
+    model = tiny_model(64, initializer_range=0.1)
+    drawn = draw(model, tokenizer, [PROMPTS[1]] * 6000, max_new_tokens=2, seed=0)
+    first = torch.bincount(torch.tensor([c.ids[0] for c in drawn if len(c.ids) == 2])).argmax().item()
+    seconds = [c._replace(ids=c.ids[1:]) for c in drawn if c.ids[0] == first and len(c.ids) == 2]
+    assert len(seconds) > 150
+    logits = model(torch.tensor([PROMPTS[1] + [first]])).logits[0, -1, : len(tokenizer)]
+    assert_drawn_from(logits, seconds)
+
+
 @pytest.mark.parametrize("temperature", [0, 1.0])
-def test_columns_without_a_word_are_never_drawn(tiny_model, tokenizer, engine, temperature):
+def test_columns_without_a_word_are_never_drawn(tiny_model, tokenizer, temperature):
     """Even where their logits are the largest by far."""
     model = tiny_model(64)
     with torch.no_grad():
         model.lm_head.weight[len(tokenizer) :] *= 50
     assert model(torch.tensor([PROMPTS[0]])).logits[0].argmax(-1).min() >= len(tokenizer)
-    drawn = draw(model, tokenizer, PROMPTS * 5, engine=engine, temperature=temperature)
+    drawn = draw(model, tokenizer, PROMPTS * 5, temperature=temperature)
     assert max(i for c in drawn for i in c.ids) < len(tokenizer)
     ours, _ = completion_logprobs(model, PROMPTS * 5, [c.ids for c in drawn], vocab=len(tokenizer))
-    assert (ours - torch.tensor([p for c in drawn for p in c.logprobs])).abs().max() < 1e-4
+    assert (ours - sampled_logprobs(drawn)).abs().max() < 1e-4
     assert model(torch.tensor([PROMPTS[0]])).logits.isfinite().all(), "and the head is as it was"
 
 
-def test_draws_depend_on_the_seed_alone(tiny_model, tokenizer):
+SETTINGS = dict(top_k=1, top_p=0.1, repetition_penalty=3.0, do_sample=True, min_new_tokens=9, typical_p=0.2,
+                no_repeat_ngram_size=1, suppress_tokens=[5, 6, 7], temperature=0.01, min_p=0.5)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_checkpoints_own_sampling_settings_are_not_used(tokenizer, tmp_path, tiny_model, temperature):
+    tiny_model(64).save_pretrained(tmp_path)
+    GenerationConfig(**SETTINGS).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = models.load_model(str(tmp_path), bits=32, device=CPU)
+    a, b = (draw(model, tokenizer, temperature=temperature) for model in (loaded, tiny_model(64)))
+    assert [c.ids for c in a] == [c.ids for c in b]
+    torch.testing.assert_close(sampled_logprobs(a), sampled_logprobs(b))
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_log_probs_do_not_depend_on_padding(tiny_model, tokenizer, temperature):
+    """Sampled behind padding on the left, recomputed in a packed row, and alone: the same."""
+    model = tiny_model(64, initializer_range=0.1)
+    sampled = draw(model, tokenizer, temperature=temperature, seed=2)
+
+    def trained(prompts, completions):
+        return completion_logprobs(model, prompts, [c.ids for c in completions], temperature=temperature,
+                                   vocab=len(tokenizer))[0]
+
+    alone = torch.cat([trained([prompt], [c]) for prompt, c in zip(PROMPTS, sampled, strict=True)])
+    assert torch.allclose(trained(PROMPTS, sampled), alone, atol=1e-5)
+    assert torch.allclose(sampled_logprobs(sampled), alone, atol=1e-5)
+
+
+def test_greedy_rows_do_not_depend_on_their_neighbours(tiny_model, tokenizer):
     model = tiny_model(64)
-    first = draw(model, tokenizer, PROMPTS * 8, seed=3)
+    together = draw(model, tokenizer, temperature=0)
+    for prompt, c in zip(PROMPTS, together, strict=True):
+        [alone] = draw(model, tokenizer, [prompt], temperature=0, seed=9)
+        assert alone.ids == c.ids and alone.finished == c.finished
+        assert torch.allclose(torch.tensor(alone.logprobs), torch.tensor(c.logprobs), atol=1e-5)
+        logits = model(torch.tensor([prompt + c.ids])).logits[0, len(prompt) - 1 : -1, : len(tokenizer)]
+        assert logits.argmax(-1).tolist() == c.ids
+
+
+def test_only_one_step_of_the_log_softmax_is_held(tiny_model, tokenizer, monkeypatch):
+    numbers, record, rows = [], rollout._LogprobRecorder._record, len(PROMPTS)
+
+    def count(self, ids):
+        record(self, ids)
+        tensors = [t for kept in vars(self).values() for t in (kept if isinstance(kept, list) else [kept])]
+        numbers.append(sum(t.numel() for t in tensors if isinstance(t, torch.Tensor)) - rows * len(numbers))
+
+    monkeypatch.setattr(rollout._LogprobRecorder, "_record", count)
+    draw(tiny_model(64), tokenizer, max_new_tokens=6)
+    assert len(numbers) == 6 and set(numbers) == {rows * 64 + rows}, "one (B, V), and a number a step and row"
+
+
+def test_draws_depend_on_the_seed_alone(tiny_model, tokenizer):
+    first = draw(tiny_model(64), tokenizer, seed=3)
     torch.rand(17)
-    assert draw(model, tokenizer, PROMPTS * 8, seed=3) == first != draw(model, tokenizer, PROMPTS * 8, seed=4)
+    assert draw(tiny_model(64), tokenizer, seed=3) == first != draw(tiny_model(64), tokenizer, seed=4)
 
 
-@pytest.mark.parametrize("bits", [32, 4])
-def test_adapters_speak_also_in_training(toy, tokenizer, bits):
-    options = dict(bits=bits, device=CPU, rank=4, alpha=8, targets="all-linear", seed=0, checkpointing=True)
-    model = models.load_lora(str(toy / "runs/toy"), **options).train()
+def test_pad_and_eos_may_be_the_same(tiny_model, tokenizer):
+    """Masks come from lengths: rows are the same when the padding is the end of the turn."""
+    twin = copy.deepcopy(tokenizer)
+    twin.pad_token = twin.eos_token
+    a, b = (draw(tiny_model(64), t, PROMPTS * 9) for t in (tokenizer, twin))
+    assert [(c.ids, c.finished) for c in a] == [(c.ids, c.finished) for c in b]
+    assert torch.allclose(sampled_logprobs(a), sampled_logprobs(b), atol=1e-5)
+    assert any(c.finished and len(c.ids) < 12 for c in a)
+
+
+def test_each_of_several_ends_ends_a_row(tiny_model, tokenizer):
+    """Also one that the model's generation_config alone names; and no other token does."""
+    twin = copy.deepcopy(tokenizer)
+    twin.generation_eos = (20, 33)
+    drawn = draw(tiny_model(64), twin, PROMPTS * 30)
+    assert {c.ids[-1] for c in drawn if c.finished} == {EOS, 20, 33}
+    for c in drawn:
+        assert not {EOS, 20, 33} & {*c.ids[:-1]} and c.finished == (c.ids[-1] in (EOS, 20, 33))
+    longer = draw(tiny_model(64), tokenizer, PROMPTS * 30)
+    assert max(len(c.ids) for c in longer) == 12 and {20, 33} & {i for c in longer for i in c.ids[:-1]}
+
+
+def test_a_student_whose_padding_is_its_end_learns_to_end(tiny_model, tokenizer):
+    twin = copy.deepcopy(tokenizer)
+    twin.pad_token = twin.eos_token
+    rows = [{"question": "x 3 y 7 s1 swap", "solution": "7 3", "explanation": text} for text in ("s1 swap 7 3", "so")]
+    made = [[Prompts(t).sft_row(row, "student") for row in rows] for t in (tokenizer, twin)]
+    assert made[0] == made[1] and all(ids.count(twin.eos_token_id) == 1 for ids, _ in made[1])
+    model = tiny_model(64).train()
+    before, supervised = zip(*((ids[:start], ids[start:]) for ids, start in made[1]), strict=True)
+    logprobs, _ = completion_logprobs(model, before, supervised, vocab=len(twin))
+    (-logprobs.sum()).backward()
+    head = model.get_output_embeddings().weight.grad[twin.eos_token_id]
+    assert len(logprobs) == sum(map(len, supervised)) and head.abs().max() > 0
+
+
+@pytest.mark.parametrize("bits", [32, 16, 4])
+def test_adapters_sample_in_the_middle_of_training_too(toy, tokenizer, bits):
+    """Checkpointed and in train mode, where a model has no cache; afterwards all is as it was."""
+    model = models.load_lora(str(toy / "runs/toy"), bits=bits, device=CPU, rank=4, alpha=8, seed=0,
+                             checkpointing=True).train()
     plain = draw(model, tokenizer, temperature=0)
     with torch.no_grad():
         for p in models.adapter_parameters(model):
             p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     trained = draw(model, tokenizer, temperature=0)
-    same(trained, draw(model, tokenizer, temperature=0, engine="batch"))
-    assert trained != plain and model.training
-    ours, _ = completion_logprobs(model, PROMPTS, [c.ids for c in trained], vocab=len(tokenizer))  # packs the model,
-    same(trained, draw(model, tokenizer, temperature=0))  # which must not matter
+    assert [c.ids for c in trained] != [c.ids for c in plain] and model.training
+    ours, _ = completion_logprobs(model, PROMPTS, [c.ids for c in trained], vocab=len(tokenizer))
+    assert (ours - sampled_logprobs(trained)).abs().mean() < (0.1 if bits == 16 else 1e-4)
+    again = draw(model, tokenizer, temperature=0)  # now with attention that can be packed, which must not matter
+    assert [c.ids for c in again] == [c.ids for c in trained]
     ours.sum().backward()
     assert all(p.grad is not None for p in models.adapter_parameters(model))
+    assert model.training and all(p.requires_grad for p in models.adapter_parameters(model))
 
 
-def test_pages_are_bounded_by_the_prompts_and_the_flag(tiny_model, tokenizer, monkeypatch):
-    """And never by what memory is free."""
-    made, init = [], PagedAttentionCache.__init__
-
-    def watch(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        made.append((self.num_blocks, self.max_batch_tokens, self.cache_tensor.numel()))
-
-    monkeypatch.setattr(PagedAttentionCache, "__init__", watch)
-    model = tiny_model(64)
-    for room in (None, 10**9, 200, 1):
-        draw(model, tokenizer, cache_tokens=room, max_new_tokens=40)
-    page = models.PAGE * 2 * 2 * 2 * 8 * 4  # tokens, layers, keys and values, heads, width, bytes; two hold nothing
-    assert made == [(2 + 2 + 2 + 4, 2048, 12 * page)] * 2 + [(6, 2048, 8 * page), (4, 2048, 6 * page)]
+# ----------------------------------------------------------------------------------------------------------
+# The engine
 
 
-def test_pages_that_do_not_fit_are_refused_in_one_line(tiny_model, tokenizer, monkeypatch):
-    monkeypatch.setattr("transformers.generation.continuous_batching.cache.get_device_and_memory_breakdown",
-                        lambda: (CPU, 1000, 0, 0))
-    model = tiny_model(64)
-    with pytest.raises(ValueError, match="pages for 192 tokens .* Pass a lower --cache-tokens, now 200"):
-        draw(model, tokenizer, cache_tokens=200, max_new_tokens=40)
-    assert not model.lm_head._forward_hooks and model.config._attn_implementation == "sdpa"
+def test_an_engine_is_generate_a_batch_at_a_time(tiny_model, tokenizer):
+    """Batches are keyed by the position of their first prompt: up to one batch, the draws are those of generate."""
+    model, options = tiny_model(64), dict(max_new_tokens=12, temperature=1.0)
+    engine = rollout.make_engine("transformers", model, tokenizer, base="unused", bits=32, device=CPU, max_tokens=99,
+                                 batch=4)
+    assert engine.load_adapter(model) is None
+    got = engine.generate(PROMPTS, key=(0, 3, 1), **options)
+    assert got == draw(model, tokenizer, seed=rollout.seed_for(0, 3, 1, 0))
+    assert engine.generate(PROMPTS, key=(0, 3, 1), first=8, **options) == draw(
+        model, tokenizer, seed=rollout.seed_for(0, 3, 1, 8))
+    assert engine.generate([], key=(0,), **options) == []
 
 
-def test_a_short_row_makes_room_for_the_next(tiny_model, tokenizer):
-    """Twelve rows through room for four: fewer steps than three batches that wait for their longest."""
-    model, rows = tiny_model(64), []
-    count = model.lm_head.register_forward_hook(lambda module, inputs, logits: rows.append(logits.shape[-2]))
-    drawn = draw(model, tokenizer, PROMPTS[:3] * 4, max_new_tokens=60, cache_tokens=4 * 96, temperature=0.5)
-    count.remove()
-    lengths = [len(c.ids) for c in drawn]
-    waiting = sum(max(lengths[at : at + 4]) for at in range(0, 12, 4))
-    assert max(rows) > 4 and len(rows) < waiting, (lengths, rows)
+def test_more_prompts_than_a_batch_are_sampled_by_length_and_come_back_in_order(tiny_model, tokenizer, monkeypatch):
+    model, prompts, seen, sample = tiny_model(64), (PROMPTS * 3)[:11], [], rollout.generate
+
+    def watch(model, tokenizer, prompts, **options):
+        seen.append(([len(p) for p in prompts], options["seed"]))
+        return sample(model, tokenizer, prompts, **options)
+
+    monkeypatch.setattr(rollout, "generate", watch)
+    engine = rollout.TransformersEngine(model, tokenizer, 4)
+    drawn = engine.generate(prompts, max_new_tokens=12, temperature=1.0, key=(7,))
+    lengths = sorted(map(len, prompts))
+    assert [batch for batch, _ in seen] == [lengths[:4], lengths[4:8], lengths[8:]]
+    assert [seed for _, seed in seen] == [rollout.seed_for(7, at) for at in (0, 4, 8)]
+    own = own_logprobs(model, prompts, drawn, 1.0, len(tokenizer))
+    assert (own - sampled_logprobs(drawn)).abs().max() < 1e-4, "each completion follows its own prompt"
+    again = engine.generate(prompts, max_new_tokens=12, temperature=1.0, key=(7,))
+    assert again == drawn != engine.generate(prompts, max_new_tokens=12, temperature=1.0, key=(8,))
 
 
-def test_what_goes_wrong_in_the_other_thread_is_raised_here(tiny_model, tokenizer, monkeypatch):
-    model = tiny_model(64)
-    broken = lambda *_, **__: (_ for _ in ()).throw(ZeroDivisionError("a broken kernel"))  # noqa: E731
-    monkeypatch.setattr(models, "_paged_attention", broken)
-    with pytest.raises(RuntimeError, match="a broken kernel"):
-        draw(model, tokenizer)
-    monkeypatch.undo()
-    assert not model.lm_head._forward_hooks and model.config._attn_implementation == "sdpa"
-    assert len(draw(model, tokenizer)) == len(PROMPTS)
-
-
-@pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("lengths, lengths_k", [([4, 1, 6], [9, 30, 6]), ([1, 1, 1], [3, 1, 7])])
-def test_on_a_gpu_the_kernel_is_asked_for_the_same(monkeypatch, lengths, lengths_k, window):
-    """Without one: tensors that say they are on it, and the kernel by its definition, called as torch declares it."""
-    declared, calls = inspect.signature(varlen.varlen_attn), []
-    tokens, tokens_k = sum(lengths), sum(lengths_k)
-    bounds, bounds_k = (torch.tensor([0, *n]).cumsum(0) for n in (lengths, lengths_k))
-
-    def kernel(*args, **kwargs):
-        calls.append(declared.bind(*args, **kwargs).arguments)
-        query, key, value, starts, starts_k = (x.as_subclass(torch.Tensor) for x in args[:5])
-        assert starts.dtype == starts_k.dtype == torch.int32 and kwargs["enable_gqa"]
-        assert query.shape == (tokens, 8, 16) and key.shape == value.shape == (tokens_k, 2, 16)
-        assert args[5:] == (max(lengths), max(lengths_k))
-        left, right = kwargs["window_size"]
-        out = torch.empty_like(query)
-        for a, b, c, d in zip(starts, starts[1:], starts_k, starts_k[1:], strict=False):
-            column = torch.arange(d - c) - (torch.arange(b - a) + (d - c) - (b - a))[:, None]  # from the diagonal
-            hidden = ((column > right) & (right >= 0)) | ((column < -left) & (left >= 0))
-            for head in range(8):
-                scores = query[a:b, head].float() @ key[c:d, head // 4].float().T * kwargs["scale"]
-                weights = scores.masked_fill(hidden, -torch.inf).softmax(1)
-                out[a:b, head] = (weights @ value[c:d, head // 4].float()).bfloat16()
-        return out
-
-    class OnGPU(torch.Tensor):
-        is_cuda = property(lambda self: True)
-
-    class Cache:
-        def update(self, key_states, value_states, layer_idx, kwargs):
-            kwargs |= {"cu_seq_lens_k": bounds_k, "max_length_k": max(lengths_k)}
-            return key_states, value_states
-
-    monkeypatch.setattr(varlen, "varlen_attn", kernel)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    monkeypatch.setattr(inspect, "signature", lambda _: declared)
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(1, n, heads, 16).bfloat16().transpose(1, 2)
-                         for n, heads in ((tokens, 8), (tokens_k, 2), (tokens_k, 2)))
-    layer = torch.nn.Module()
-    layer.layer_idx = 0
-    here, there = (models._paged_attention(
-        layer, q, key, value, None, cache=Cache(), scaling=0.3, cu_seq_lens_q=bounds, max_length_q=max(lengths),
-        sliding_window=window)[0].as_subclass(torch.Tensor).float() for q in (query, query.as_subclass(OnGPU)))
-    assert here.shape == there.shape == (1, tokens, 8, 16) and len(calls) == 1
-    torch.testing.assert_close(here, there, rtol=0.02, atol=0.02)
-    attend, heads = torch.nn.functional.scaled_dot_product_attention, []
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, *mask, **options: (
-        heads.append((k.shape[1], v.shape[1], options["enable_gqa"])) or attend(q, k, v, *mask, **options)))
-    key, value = key.float(), value.float()  # no such kernel; with shared heads only one that holds all scores
-    full = models._paged_attention(
-        layer, query.float().as_subclass(OnGPU), key, value, None, cache=Cache(), scaling=0.3, cu_seq_lens_q=bounds,
-        max_length_q=max(lengths), sliding_window=window)[0].as_subclass(torch.Tensor)
-    torch.testing.assert_close(full, here, rtol=0.02, atol=0.02)
-    assert len(calls) == 1 and heads == [(8, 8, False)] * len(lengths)
+def test_vllm_is_asked_for_by_name(tiny_model, tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)  # as if it were not installed
+    with pytest.raises(UserError, match="vLLM can't be imported .*pip install"):
+        rollout.make_engine("vllm", tiny_model(64), tokenizer, base="base", bits=32, device=CPU, max_tokens=99, batch=4)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the test above has a stand-in")
-@pytest.mark.parametrize("dtype, gap", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
-def test_on_a_gpu_both_engines_agree_with_the_trainer(tiny_model, tokenizer, dtype, gap):
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the tests above run the same on a CPU")
+@pytest.mark.parametrize("dtype, difference", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_on_a_gpu_sampler_and_trainer_agree(tiny_model, tokenizer, dtype, difference):
     model = tiny_model(64, hidden_size=128, initializer_range=0.1).to("cuda", dtype)
-    for engine in ("batch", "continuous"):
-        sampled = draw(model, tokenizer, PROMPTS * 16, engine=engine, max_new_tokens=40, cache_tokens=1024)
-        ours, _ = completion_logprobs(model, PROMPTS * 16, [c.ids for c in sampled], vocab=len(tokenizer))
-        theirs = torch.tensor([p for c in sampled for p in c.logprobs], device="cuda")
-        assert (ours - theirs).abs().mean() < gap, engine
-        assert sampled == draw(model, tokenizer, PROMPTS * 16, engine=engine, max_new_tokens=40, cache_tokens=1024)
+    sampled = draw(model, tokenizer, PROMPTS * 16, max_new_tokens=40)
+    ours, _ = completion_logprobs(model, PROMPTS * 16, [c.ids for c in sampled], vocab=len(tokenizer))
+    assert (ours.cpu() - sampled_logprobs(sampled)).abs().mean() < difference
+    assert sampled == draw(model, tokenizer, PROMPTS * 16, max_new_tokens=40)

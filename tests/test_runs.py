@@ -3,10 +3,13 @@
 import argparse
 import json
 import math
+import time
 
 from rlt import runs
+from rlt.errors import UserError
 
 import pytest
+import torch
 
 
 def start(folder, resume=False, steps=9, **flags):
@@ -76,22 +79,44 @@ def test_an_existing_run_is_refused_and_left_alone(tmp_path):
     run.start()
     run.log({"step": 0, "reward": 1.0})
     before = run.metrics.read_text()
-    with pytest.raises(FileExistsError, match="Pass --resume to continue a run, or another --out"):
+    with pytest.raises(UserError, match="already exists. Pass --resume to continue a run, or another --out"):
         start(tmp_path)
     assert run.metrics.read_text() == before
 
 
-def test_folders_that_are_no_run_are_refused_and_left_alone(tmp_path):
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text('{"model_type": "qwen2"}')
-    for resume, complaint in ((False, "is there already"), (True, "holds something else than a run")):
-        with pytest.raises(FileExistsError, match=complaint):
-            start(model, resume=resume)
+@pytest.mark.parametrize("config", [
+    '{"model_type": "qwen2"}', '{"flags": 3}', '{"flags": {}', "[1]", "\x00\x01", None,
+], ids=["a model", "other flags", "half a file", "a list", "binary", "none"])
+def test_folders_that_are_no_run_are_refused_and_left_alone(tmp_path, config):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("mine")
+    if config is not None:
+        (folder / "config.json").write_text(config)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for resume, complaint in ((False, "already exists. Pass --resume"), (True, "is not empty and not a run folder")):
+        with pytest.raises(UserError, match=complaint):
+            start(folder, resume=resume)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(FileExistsError):
-        start(tmp_path / "file", resume=True)
-    assert (model / "config.json").read_text() == '{"model_type": "qwen2"}'
+    for resume in (False, True):
+        with pytest.raises(UserError, match="file is a file, expected a folder. Pass another --out"):
+            start(tmp_path / "file", resume=resume)
+
+
+def test_an_empty_folder_and_none_at_all_are_begun(tmp_path):
+    for resume in (False, True):
+        for folder in (tmp_path / f"none-{resume}", tmp_path / f"empty-{resume}"):
+            if "empty" in folder.name:
+                folder.mkdir()
+            run = start(folder, resume=resume)
+            assert run.step == 0 and run.checkpoint is None
+            assert not folder.exists() or not list(folder.iterdir()), "nothing is written before start"
+            run.start()
+            assert json.loads((folder / "config.json").read_text())["flags"]["out"] == str(folder)
 
 
 def test_steps_can_be_added_and_not_taken_away(tmp_path):
@@ -99,7 +124,7 @@ def test_steps_can_be_added_and_not_taken_away(tmp_path):
     run.start()
     run.save(6, lambda folder: None)
     assert start(tmp_path, resume=True, steps=12).step == 6
-    with pytest.raises(ValueError, match="has done 6 steps, --steps is 3"):
+    with pytest.raises(UserError, match="has done 6 steps, --steps is 3: raise it"):
         start(tmp_path, resume=True, steps=3)
 
 
@@ -119,17 +144,35 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
 
 
 def test_resuming_with_other_flags_or_another_base_is_refused(tmp_path):
-    start(tmp_path, lr=1.0, steps=4).start(base_hash="a" * 64)
-    with pytest.raises(ValueError, match="started with lr = 1.0, now it is 2.0"):
-        start(tmp_path, resume=True, lr=2.0, steps=4)
-    with pytest.raises(ValueError, match="by a version without the flag engine"):  # that no flag can make good
-        start(tmp_path, resume=True, lr=1.0, steps=4, engine="batch")
-    run = start(tmp_path, resume=True, lr=1.0, steps=8)
-    with pytest.raises(ValueError, match="base_hash is not what it was when"):
+    start(tmp_path, lr=1.0, loss="grpo", device="cpu", steps=4).start(base_hash="a" * 64)
+    with pytest.raises(UserError, match="started with loss = grpo, now dapo; lr = 1.0, now 2.0. Pass the flags"):
+        start(tmp_path, resume=True, lr=2.0, loss="dapo", device="cuda", steps=4)  # all at once, but the device
+    run = start(tmp_path, resume=True, lr=1.0, loss="grpo", device="cuda", steps=8, new_flag=3)
+    with pytest.raises(UserError, match="base_hash is not what it was when"):
         run.start(base_hash="b" * 64)
     run.start(base_hash="a" * 64)
-    assert runs.digest([{"question": "q", "solution": "s"}]) != runs.digest([{"question": "q", "solution": "t"}])
     assert json.loads((tmp_path / "config.json").read_text())["flags"]["steps"] == 8
+
+
+def test_a_run_of_an_older_version_goes_on_under_the_new_names(tmp_path):
+    old = dict(lr=1.0, final_lr=0.1, max_sampler_gap=0.1, head_chunk=1024, score_temperature=None, engine="batch")
+    start(tmp_path, **old).start()
+    now = dict(lr=1.0, final_lr_fraction=0.1, max_logprob_diff=0.1, engine="transformers", tis_cap=2.0)
+    start(tmp_path, resume=True, **now)
+    with pytest.raises(UserError, match="started with final_lr_fraction = 0.1, now 0.2; max_logprob_diff = 0.1, now 9"):
+        start(tmp_path, resume=True, **now | dict(final_lr_fraction=0.2, max_logprob_diff=9))
+    with pytest.raises(UserError, match="engine = transformers, now vllm"):
+        start(tmp_path, resume=True, **now | dict(engine="vllm"))
+
+
+def test_rows_are_known_by_all_that_is_trained_on():
+    row = {"question": "q", "solution": "s", "explanation": "e", "where": "line 1", "reward": 0.5}
+    same = runs.digest([row])
+    assert same == runs.digest([{**row, "where": "line 2", "reward": 0.1}])
+    changes = {"question": "r", "solution": "t", "explanation": "f", "hint": "h", "messages": [{"content": "m"}]}
+    others = [runs.digest([{**row, key: value}]) for key, value in changes.items()]
+    assert len({same, *others, runs.digest([row, row]), runs.digest([])}) == 8
+    assert runs.digest([row, {**row, "question": "r"}]) != runs.digest([{**row, "question": "r"}, row])
 
 
 def test_config_says_what_was_run(tmp_path):
@@ -152,21 +195,129 @@ def test_a_falling_reward_is_noticed_and_noise_is_not(tmp_path):
         assert bool(runs.reward_is_dropping(path, "reward")) is expected, name
 
 
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        ("x", "got 'x', expected a whole number"),
-        ("1.5", "expected a whole number"),
-        ("0", "expected at least 1"),
-        ("9", "expected at most 8"),
-    ],
-)
-def test_numbers_on_the_command_line(text, complaint):
-    with pytest.raises(argparse.ArgumentTypeError, match=complaint):
-        flags.number(int, 1, 8)(text)
-    with pytest.raises(argparse.ArgumentTypeError, match="expected more than 0"):
-        flags.number(float, above=0)("0")
-    for wild in ("nan", "inf"):
-        with pytest.raises(argparse.ArgumentTypeError, match="expected a finite one"):
-            flags.number(float, above=0)(wild)
-    assert flags.number(int, 1, 8)("8") == 8
+def test_a_dropping_reward_by_another_name_and_only_when_a_window_ends(tmp_path):
+    for steps, expected in ((30, True), (31, False), (39, False), (40, True)):
+        path = tmp_path / str(steps)
+        entries = [{"step": i, "solved": 1 - 0.02 * i, "reward": 1.0} for i in range(steps)]
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        assert bool(runs.reward_is_dropping(path, "solved")) is expected and not runs.reward_is_dropping(path)
+    message = "the solved has dropped for 30 steps (0.71 -> 0.51 -> 0.31)."
+    assert runs.reward_is_dropping(tmp_path / "40", "solved") == message
+
+
+# -- what a step measures
+
+
+def test_the_sampler_may_differ_by_so_much():
+    sampler, trainer = torch.tensor([-1.0, -2.0, -3.0, -4.0]), torch.tensor([-1.1, -1.9, -3.0, -4.0])
+    assert runs.check_logprob_diff(sampler, trainer, 0.06) == pytest.approx(0.05)
+    with pytest.raises(UserError, match="differ by 0.05 nats a token, --max-logprob-diff is 0.04: the gradient would"):
+        runs.check_logprob_diff(sampler, trainer, 0.04)
+    for broken in (math.nan, math.inf):
+        with pytest.raises(UserError, match="differ by (nan|inf) nats"):
+            runs.check_logprob_diff(sampler, trainer + torch.tensor([0, 0, 0, broken]), 1e9)
+    assert runs.check_logprob_diff(torch.empty(0), torch.empty(0), 0.1) == 0.0, "nothing was learned from"
+
+
+def test_quantiles_by_hand(monkeypatch):
+    assert runs.quantiles("length", range(10)) == {"length_p10": 1, "length_p50": 5, "length_p90": 9}
+    assert runs.quantiles("length", [7]) == {"length_p10": 7, "length_p50": 7, "length_p90": 7}
+    assert runs.quantiles("length", iter([3, 1, 2])) == {"length_p10": 1, "length_p50": 2, "length_p90": 3}
+    values = [5] * 90 + [900] * 10
+    assert runs.quantiles("n", values)["n_p90"] == 900 and runs.quantiles("n", values[:99])["n_p50"] == 5
+    monkeypatch.setattr(runs, "all_gather_object", lambda mine: [mine, [100, 200], []])
+    assert runs.quantiles("n", [1, 300]) == {"n_p10": 1, "n_p50": 200, "n_p90": 300}, "of all ranks"
+
+
+def test_rows_are_held_out_from_the_end():
+    rows = [{"question": str(i)} for i in range(10)]
+
+    def split(**changes):
+        return runs.split_held_out(rows, argparse.Namespace(
+            **{"eval_rows": 3, "eval_every": 5, "prompts_per_step": 7, **changes}))
+
+    assert split() == (rows[:7], rows[7:])
+    assert split(eval_every=0) == split(eval_rows=0) == (rows, [])
+    with pytest.raises(UserError, match="7 rows are left to train on, a step takes 8: give more rows, or lower"):
+        split(prompts_per_step=8)
+    with pytest.raises(UserError, match="0 rows are left"):
+        split(eval_rows=10, prompts_per_step=1)
+
+
+def test_a_timer_adds_up_a_steps_phases():
+    timer = runs.StepTimer(torch.device("cpu"))
+    time.sleep(0.02)
+    timer.end("rollout")
+    time.sleep(0.05)
+    timer.end("score")
+    assert list(timer.numbers) == ["t_rollout", "t_score"], "no memory to report on a CPU"
+    assert timer.numbers["t_rollout"] >= 0.02 and timer.numbers["t_score"] >= 0.05
+    assert timer.seconds == sum(timer.numbers.values())
+    timer.end("update")
+    assert timer.numbers["t_update"] < 0.05, "each phase begins where the last one ended"
+
+
+def test_a_timer_on_a_gpu_waits_for_it_and_takes_each_phases_own_peak(monkeypatch):
+    events, peak = [], {"bytes": 0}
+
+    def reset(device):
+        events.append("reset")
+        peak["bytes"] = 1e9
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: events.append("wait"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak["bytes"])
+    timer = runs.StepTimer(torch.device("cuda"))
+    peak["bytes"] = 5e9
+    timer.end("rollout")
+    timer.end("score")
+    assert events == ["wait", "reset"] + ["wait", "wait", "reset"] * 2
+    assert timer.numbers["peak_gb_rollout"] == 5 and timer.numbers["peak_gb_score"] == 1
+    assert timer.seconds == timer.numbers["t_rollout"] + timer.numbers["t_score"], "gigabytes are no seconds"
+
+
+def test_the_console_line_has_what_there_is(tmp_path):
+    run = start(tmp_path)
+    run.start()
+    entry = {"step": 4, "reward": -1.23456, "kl": None, "eval_reward": 0.5, "secret": 3, "t_a": 1.0, "t_b": 0.26}
+    line = run.log(entry)
+    assert line == "step 5 | reward -1.235 | eval_reward 0.5 | 1.3s"
+    assert runs.read_jsonl(run.metrics) == [entry]
+
+
+# -- files
+
+
+def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    runs.write_atomically(path, "one")
+
+    def full_disk(descriptor):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(runs.os, "fsync", full_disk)
+    with pytest.raises(OSError):
+        runs.write_atomically(path, "two, and more")
+    assert path.read_text() == "one"
+    monkeypatch.setattr(runs, "RANK", 1)
+    runs.append_jsonl(path, [{"step": 0}])
+    assert path.read_text() == "one", "rank 0 alone writes"
+
+
+def test_a_last_line_cut_short_is_left_out_and_a_broken_one_is_not(tmp_path):
+    path = tmp_path / "log.jsonl"
+    assert runs.read_jsonl(path) == []
+    path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2')
+    assert [entry["step"] for entry in runs.read_jsonl(path)] == [0, 1]
+    path.write_text('{"step": 0}\n{"ste\n{"step": 2}\n')
+    with pytest.raises(json.JSONDecodeError):
+        runs.read_jsonl(path)
+
+
+def test_a_result_takes_the_place_of_an_older_one(tmp_path):
+    run = start(tmp_path)
+    run.start()
+    for text in ("old", "new"):
+        final = run.finish(lambda folder, text=text: (folder / text).write_text(text))
+    assert final == tmp_path / "final" and [path.name for path in final.iterdir()] == ["new"]
+    assert not list(tmp_path.glob("*.partial"))
