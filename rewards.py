@@ -42,6 +42,7 @@ SegmentStats = namedtuple("SegmentStats", "mean min max argmin argmax")
 RLTReward = namedtuple("RLTReward", "reward score kl score_mean score_min kl_mean kl_max")
 FLOOR = -1e4  # for centred log-weights: its exponential is 0, and 0 * FLOOR is 0 where 0 * -inf is NaN
 LOGITS_CHUNK = 1024  # tokens whose logits exist at a time
+KNOWN_OPTIONS = {"scaling", "dropout", "is_causal", "position_ids", "use_cache", "output_attentions"}  # of attention
 
 
 class UnsupportedModel(ValueError):
@@ -505,6 +506,14 @@ def causal_lm(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def decoder(model):
+    """The module whose last hidden states go into the head."""
+    for found in (model.get_decoder(), model.base_model, getattr(model, "model", None)):
+        if found is not None and found is not model and not isinstance(found, torch.nn.Linear):
+            return found
+    raise UnsupportedModel(f"{type(model).__name__} has no decoder under its head")
+
+
 def hidden_states(model, sequences, *spans):
     """The states that predict the tokens of each span -> for each span (N, H), packed.
 
@@ -515,6 +524,8 @@ def hidden_states(model, sequences, *spans):
     model = causal_lm(model)
     states = _packed_states(model, sequences) if packed else _states_one_by_one(model, sequences)
     states = states.to(model.get_output_embeddings().weight.dtype)
+    if (scale := _CHECKED[model].logit_scale) != 1:  # a model that multiplies its logits by a number
+        states = states * scale
     ends = torch.tensor([len(s) for s in sequences]).cumsum(0)
     begins = ends - torch.tensor([len(s) for s in sequences])
     return [states.index_select(0, ranges(states.device, begins + start - 1, length)) for start, length in spans]
@@ -527,7 +538,7 @@ def _packed_states(model, sequences):
     positions = ranges(model.device, torch.zeros(len(lengths), dtype=torch.long), torch.tensor(lengths))
     # The empty mask keeps transformers from making one of T x T. A model that loses `packed` on the way to its
     # attention can't run with it.
-    return model.get_decoder()(
+    return decoder(model)(
         input_ids=to_device(model.device, [[i for s in sequences for i in s]]), position_ids=positions[None],
         attention_mask=torch.empty(1, 1, 0, 0), use_cache=False,
         packed=(lengths, to_device(model.device, bounds))).last_hidden_state[0]
@@ -535,8 +546,8 @@ def _packed_states(model, sequences):
 
 def _states_one_by_one(model, sequences):
     """A forward pass for each sequence -> (N, H)."""
-    decoder = model.get_decoder()
-    return torch.cat([decoder(input_ids=to_device(model.device, [s]), use_cache=False).last_hidden_state[0]
+    read = decoder(model)
+    return torch.cat([read(input_ids=to_device(model.device, [s]), use_cache=False).last_hidden_state[0]
                       for s in sequences])
 
 
@@ -618,19 +629,20 @@ def to_device(device, data):
 # ----------------------------------------------------------------------------------------------------------
 # Which models are read right: packed, one by one, or not at all
 
-_CHECKED = weakref.WeakKeyDictionary()  # model: whether its sequences are packed
+Checked = namedtuple("Checked", "packed logit_scale")  # what `check_model` has found out
+_CHECKED = weakref.WeakKeyDictionary()  # model: Checked
 
 
 @torch.no_grad()
 def check_model(model):
     """Whether the model's sequences can be packed. Measured once per model, on a few tokens; never assumed.
 
-    The head: the model's own forward pass must make the logits that `compute_logits` makes, from states scaled so
-    that logits reach 1, 30 and 300: a soft cap, a multiplier or a bias that this file leaves out shows there.
-    Packing: two sequences in one row must give the states that each gives alone. Otherwise they are read one by one.
+    The head: logits must be a multiple of `compute_logits`, see `_logit_scale`, and those of a sequence must be the
+    model's own. Tolerance, relative to the largest of a token: 1e-4 in float32, 2e-2 in 16 bits, which round.
+    Packing: a sequence between two others must give the states that it gives alone (1e-3 and 5e-2), and none of the
+    other two may reach it at all. Otherwise sequences are read one by one.
 
-    Tolerance, relative to the largest value: logits 1e-4 in float32, 2e-2 in 16 bits, whose own logits are rounded;
-    states 1e-3 and 5e-2. Raises UnsupportedModel with the model's name.
+    Raises UnsupportedModel with the model's name.
     """
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise UnsupportedModel("prompt-learning adapters are not supported: use one in the layers, LoRA")
@@ -644,57 +656,117 @@ def check_model(model):
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
         try:
-            _check_head(model)
-            _CHECKED[model] = _can_pack(model)
+            scale = _logit_scale(model)
+            _CHECKED[model] = Checked(_check_sequences(model, scale), scale)
         finally:
             for module, training in modes:
                 module.training = training
-        if not _CHECKED[model]:
+        if not _CHECKED[model].packed:
             print(f"rewards.py: {type(model).__name__} reads sequences one by one: its attention can't be packed",
                   file=sys.stderr)
-    return _CHECKED[model]
+    return _CHECKED[model].packed
 
 
-def _check_head(model):
-    name, weight = type(model).__name__, model.get_output_embeddings().weight
-    states = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
-    largest = (states.float() @ weight[:4096].float().T).abs().amax(1, keepdim=True)
-    states = (states * (torch.tensor([[1.0], [30.0], [300.0]]).to(largest) / largest)).to(weight.dtype)
+def _logit_scale(model):
+    """The number s in  logits = s * (states @ weight.T + bias),  1 for most models.
+
+    Found exactly, whatever the weights' type: known numbers in float64 take the place of the states, and other ones
+    that of the head's result. What comes out must be a multiple of them, from 1 to 300: a soft cap is none.
+    """
+    name, head = type(model).__name__, model.get_output_embeddings()
+    generator, seen = torch.Generator().manual_seed(0), {}
+
+    def numbers(width):
+        x = torch.randn(1, 3, width, generator=generator)
+        x *= torch.tensor([[[1.0], [30.0], [300.0]]]) / x.abs().amax(2, keepdim=True)
+        return x.bfloat16().double().to(head.weight.device)  # which no type rounds
+
+    states, logits = numbers(head.weight.shape[1]), numbers(len(head.weight))
 
     def replace_states(module, inputs, output):
-        output.last_hidden_state = states[None]
+        output.last_hidden_state = states
         return output
 
-    hooks = []
+    def keep_input(module, inputs):
+        seen["states"] = inputs[0]
+        return inputs[0].to(head.weight.dtype)
+
+    hooks = [head.register_forward_pre_hook(keep_input), head.register_forward_hook(lambda *_: logits)]
     try:
-        hooks.append(model.get_decoder().register_forward_hook(replace_states))
-        theirs = model(input_ids=to_device(model.device, [[0, 1, 2]]), use_cache=False).logits[0].float()
+        hooks.append(decoder(model).register_forward_hook(replace_states))
+        seen["logits"] = model(input_ids=to_device(model.device, [[0, 1, 2]]), use_cache=False).logits
+        ratios = torch.cat([(seen[key].double() / x).flatten() for key, x in (("states", states), ("logits", logits))])
     except Exception as error:
         raise UnsupportedModel(f"{name} can't be checked ({str(error).partition(chr(10))[0]}): expected a decoder-only "
                                "causal LM of transformers") from error
     finally:
         for hook in hooks:
             hook.remove()
-    ours = compute_logits(states, output_head(model), logits_buffer(output_head(model), 3))[:, : len(weight)].float()
-    if theirs.shape != ours.shape or not _close(ours, theirs, 1e-4, 2e-2, weight.dtype):
-        raise UnsupportedModel(f"{name} does more to its logits than multiply by its head (a soft cap or a scale, "
+    parts = ratios.split([states.numel(), logits.numel()])
+    scale = math.prod(part.mean().item() for part in parts)
+    constant = all((part - part.mean()).abs().max() <= 1e-6 * part.mean().abs() for part in parts)  # NaN is not
+    if not constant or scale <= 0 or (scale != 1 and head.bias is not None):
+        raise UnsupportedModel(f"{name} does more to its logits than multiply by its head and a number (a soft cap, "
                                "perhaps), which chunked logits leave out: use another model")
+    return 1.0 if abs(scale - 1) < 1e-6 else scale
 
 
-def _can_pack(model):
-    if not enable_packed_attention(model):
-        return False
-    vocab = len(model.get_input_embeddings().weight)
-    # in a leak, the second sees mostly the first
-    sequences = [[(i % 7 + i // 7) % vocab for i in range(n)] for n in (23, 6)]
-    alone = _states_one_by_one(model, sequences)
-    try:
-        equal = _close(_packed_states(model, sequences), alone, 1e-3, 5e-2, model.get_output_embeddings().weight.dtype)
-    except Exception:  # whatever a model does with arguments that it does not know
-        equal = False
-    if not equal:
+def _check_sequences(model, scale):
+    """Compare a sequence's logits with the model's own, and its states when packed -> can the model pack?"""
+    vocab, dtype = len(model.get_input_embeddings().weight), model.get_output_embeddings().weight.dtype
+    around, sequence = ([(i % step + i // step) % vocab for i in range(n)] for step, n in ((7, 19), (5, 13)))
+    can_pack = enable_packed_attention(model) and _is_plainly_causal(model, sequence)
+    states = _states_one_by_one(model, [sequence])
+    head = output_head(model)
+    ours = compute_logits(states.to(dtype) * scale, head, logits_buffer(head, len(states)))[:, : len(head[0])]
+    theirs = model(input_ids=to_device(model.device, [sequence]), use_cache=False).logits[0]
+    if theirs.shape != ours.shape or not _close(ours, theirs, 1e-4, 2e-2, dtype):
+        raise UnsupportedModel(f"the logits of {type(model).__name__} are not those of its head on the states of its "
+                               "decoder: use another model")
+    can_pack = can_pack and _packs(model, around, sequence, states)
+    if not can_pack and model.config.get_text_config()._attn_implementation == "packed":
         model.set_attn_implementation("sdpa")
-    return equal
+    return can_pack
+
+
+def _is_plainly_causal(model, sequence):
+    """Whether no layer uses another mask than the causal one. Others are NaN here, and so is what they reach: a window
+    longer than the sequence changes nothing else that one could measure."""
+    from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+
+    def mask(*, mask_function=causal_mask_function, local_size=None, **options):
+        if local_size is None and mask_function is causal_mask_function:
+            return sdpa_mask(mask_function=mask_function, **options)
+        shape = options["batch_size"], 1, options["q_length"], options["kv_length"]
+        return torch.full(shape, torch.nan, dtype=options["dtype"], device=options["device"])
+
+    AttentionMaskInterface.register("packed", mask)
+    try:
+        return bool(_states_one_by_one(model, [sequence]).isfinite().all())
+    except Exception:  # a mask that was made in another way than by transformers' own functions
+        return False
+    finally:
+        AttentionMaskInterface.register("packed", sdpa_mask)
+
+
+def _packs(model, around, sequence, alone):
+    """Whether `sequence`, packed between two others, has the states that it has alone, even where the others are NaN:
+    whatever the leak, and however small, NaN comes through."""
+    n = len(around), len(around) + len(sequence)
+
+    def poison(module, inputs, output):
+        output = output.clone()
+        output[:, : n[0]], output[:, n[1] :] = torch.nan, torch.nan
+        return output
+
+    hook = model.get_input_embeddings().register_forward_hook(poison)
+    try:
+        states = _packed_states(model, [around, sequence, around])[n[0] : n[1]]
+        return _close(states, alone, 1e-3, 5e-2, model.get_output_embeddings().weight.dtype)
+    except Exception:  # whatever a model does with arguments that it does not know
+        return False
+    finally:
+        hook.remove()
 
 
 def _close(ours, theirs, tolerance, tolerance_16_bits, dtype):
@@ -712,7 +784,11 @@ def enable_packed_attention(model):
     """
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or [getattr(config, "sliding_window", None) or "full_attention"]
-    if model._supports_attention_backend and config._attn_implementation == "sdpa" and {*kinds} == {"full_attention"}:
+    # rotary embeddings that depend on the longest sequence of a pass
+    by_length = any(kind in str(getattr(module, "rope_type", "")) for module in model.modules()
+                    for kind in ("dynamic", "longrope"))
+    if (model._supports_attention_backend and config._attn_implementation == "sdpa" and {*kinds} == {"full_attention"}
+            and not by_length):
         from transformers import AttentionInterface
         from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -732,6 +808,9 @@ def _packed_attention(module, query, key, value, attention_mask, packed=None, **
 
     if packed is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    unknown = [name for name, value in options.items() if name not in KNOWN_OPTIONS and value is not None]
+    if unknown or options.get("is_causal") is False or (attention_mask is not None and attention_mask.numel()):
+        raise UnsupportedModel(f"attention that is not plainly causal can't be packed ({', '.join(unknown)})")
     (lengths, bounds), scale, dropout = packed, options["scaling"], options.get("dropout", 0.0)
     size = query.shape[3]
     flash = query.is_cuda and query.itemsize == 2 and torch.cuda.get_device_capability(query.device) >= (8, 0)

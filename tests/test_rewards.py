@@ -20,9 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM
 
 from rewards import (
+    _CHECKED,
     Row,
     UnsupportedModel,
     check_model,
+    decoder,
     implementation,
     micro_batches,
     rlt_reward,
@@ -599,11 +601,9 @@ def test_log_probs_are_the_models_own_for_any_architecture(architecture, changes
 @pytest.mark.parametrize("architecture, changes", [
     ("Gemma2", {"head_dim": 8, "final_logit_softcapping": 30.0}),
     ("Gemma2", {"head_dim": 8, "final_logit_softcapping": 1000.0}),  # without effect on logits of usual size
-    ("Granite", {"logits_scaling": 8.0}),
-    ("Cohere", {"logit_scale": 0.0625}),
-    ("Cohere", {"logit_scale": 1.06}),
+    ("Gemma2", {"head_dim": 8, "final_logit_softcapping": 1e5}),
 ])
-def test_a_head_that_scales_or_caps_its_logits_is_refused(architecture, changes, size, dtype):
+def test_a_head_that_caps_its_logits_is_refused(architecture, changes, size, dtype):
     """However small the logits are that the model makes today, for which a soft cap at 30 does nothing."""
     model = small(architecture, **changes).to(dtype).train()
     with torch.no_grad():
@@ -611,6 +611,34 @@ def test_a_head_that_scales_or_caps_its_logits_is_refused(architecture, changes,
     with pytest.raises(UnsupportedModel, match=f"{architecture}ForCausalLM does more to its logits"):
         score_explanations(model, model, make_rows(), vocab=REAL)
     assert model.training and not model.get_decoder()._forward_hooks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture, changes, scale", [
+    ("Granite", {"logits_scaling": 6.0}, 1 / 6),
+    ("Cohere", {"logit_scale": 0.0625}, 1 / 16),
+    ("Cohere", {"logit_scale": 1.01}, 1.01),  # less than bfloat16 rounds logits by
+    ("MiniCPM3", {"dim_model_base": 16, "kv_lora_rank": 16, "q_lora_rank": 16, "num_key_value_heads": 4}, 0.5),
+])
+def test_a_number_that_multiplies_all_logits_is_part_of_the_head(architecture, changes, scale, dtype):
+    model, rows = small(architecture, **changes).to(dtype), make_rows()
+    assert check_model(model)
+    assert _CHECKED[model].logit_scale == pytest.approx(scale, rel=1e-12), "not as rounded as its type"
+    want = []
+    for row in rows:
+        n, ids = len(row.teacher_prompt), row.teacher_prompt + row.thought + row.teacher_end
+        states = decoder(model)(torch.tensor([ids[:-1]]), use_cache=False).last_hidden_state[0, n - 1 :].double()
+        logits = scale * (states @ model.lm_head.weight[:REAL].double().T)
+        want.append(logits.log_softmax(1).gather(1, torch.tensor(ids[n:])[:, None])[:, 0])
+    got = score_explanations(model, model, rows, vocab=REAL).old_logprobs
+    torch.testing.assert_close(got.double(), torch.cat(want), rtol=0, atol=1e-5 if dtype == torch.float32 else 0.03)
+
+
+def test_a_number_and_a_bias_are_refused():
+    model = small("Cohere", logit_scale=0.5)
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(V))
+    with pytest.raises(UnsupportedModel, match="CohereForCausalLM does more to its logits"):
+        check_model(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -695,13 +723,13 @@ def test_a_model_is_checked_once_and_left_as_it_was():
     random_state = torch.get_rng_state()
     model.model.register_forward_hook(lambda *_: passes.append(1))
     assert check_model(model) is True, "also in train mode, with dropout"
-    assert len(passes) == 4, "one for the head, two sequences alone, one of both"
+    assert len(passes) == 5, "the head, masks, states, logits, packed"
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random_state), "what is drawn next does not change"
     assert all(p.grad is None for p in model.parameters()) and len(model.model._forward_hooks) == 1
     assert check_model(model) and check_model(get_peft_model(model, LoraConfig(target_modules=["q_proj"])))
-    assert len(passes) == 4, "nor does an adapter make it another model"
+    assert len(passes) == 5, "nor does an adapter make it another model"
 
 
 def test_a_check_does_not_keep_models_alive():
