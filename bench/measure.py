@@ -103,7 +103,7 @@ def matmul_rate():
 
 
 def peak_bytes(function, *resident):
-    """Peak bytes on the device while function() runs. On a CPU: the tensors that it makes, and the models `resident`."""
+    """Peak bytes on the device while function() runs. On a CPU: of the tensors that it makes and of resident models."""
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
         function()
