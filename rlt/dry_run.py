@@ -61,16 +61,17 @@ def phases(policy, student=None, *, vocab, tokens, rollout=None, scored=False, l
         logits = rollout[0] * len(policy.head) * (policy.head.itemsize + 5 * 4)  # a step's, and five copies in float32
         add("rollout", max(both, cache + logits), cache=cache, activations=activations, logits=logits)
 
-    chunk = policy.logits_bytes(LOGITS_CHUNK, vocab)
     block = 0 if policy.gpu else 2**20  # without Triton, rewards.py reduces a block of logits at a time
     peak, kept = policy.forward_bytes(tokens) if scored or reference else (0, 0)
     if scored:
-        logits, activations, both = chunk + 6 * block, peak, kept
+        logits, activations, both = policy.logits_bytes(LOGITS_CHUNK, vocab) + 6 * block, peak, kept
         if student:
             student_peak, student_kept = student.forward_bytes(tokens)
             activations, both = max(peak, kept + student_peak), kept + student_kept
             logits += student.logits_bytes(LOGITS_CHUNK, vocab)
         add("score", max(activations, both + logits), activations=activations, logits=logits, with_student=True)
+    rows = min(LOGITS_CHUNK, tokens)  # the other passes make no larger buffer than they need
+    chunk = policy.logits_bytes(rows, vocab)
     if reference:
         logits = chunk + 4 * block
         add("reference", max(peak, kept + logits), activations=peak, logits=logits)
@@ -78,7 +79,7 @@ def phases(policy, student=None, *, vocab, tokens, rollout=None, scored=False, l
         activations, kept = policy.training_bytes(tokens, checkpointing)
         hidden, itemsize = policy.head.shape[1], policy.head.itemsize
         grad_states = tokens * hidden * itemsize
-        rounded = LOGITS_CHUNK * vocab * itemsize if itemsize < 4 else 0  # the logits' gradient, in the head's type
+        rounded = rows * vocab * itemsize if itemsize < 4 else 0  # the logits' gradient, in the head's type
         logits = max(chunk + rounded + grad_states, chunk + 4 * block)
         if policy.head.requires_grad:
             logits += vocab * hidden * 4
