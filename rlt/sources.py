@@ -85,7 +85,9 @@ def _parsed(text):
         return json.loads(text)
     except RecursionError:
         return UserError("is not JSON that can be read (its values are nested too deeply)")
-    except ValueError as error:  # also an integer of 5,000 digits
+    except json.JSONDecodeError as error:
+        return UserError(f"is not JSON ({error.msg} at character {error.pos + 1})")
+    except ValueError as error:  # an integer of 5,000 digits
         return UserError(f"is not JSON ({str(error).partition(';')[0]})")
 
 
