@@ -218,7 +218,7 @@ def run_in_child(folder, command):
     log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    sys.argv = command[1:]
+    sys.argv, sys.path[0] = command[1:], str((ROOT / command[1]).parent)
     status = 0
     try:
         runpy.run_path(str(ROOT / command[1]), run_name="__main__")

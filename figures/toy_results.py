@@ -105,8 +105,8 @@ def reward_ranks():
             pearson, spearman = correlations(range(5), accuracies)
             axes.plot(range(1, 6), accuracies, color=colour, marker=marker, ms=4, lw=1,
                       label=f"seed {seed}: {pearson:.2f}, {spearman:.2f}")
-        axes.set_xticks(range(1, 6), ["1\nlowest reward", "2", "3", "4", "5\nhighest reward"])
-        axes.set_xlabel("student trained on this fifth of the explanations")
+        axes.set_xticks(range(1, 6))
+        axes.set_xlabel("student trained on this fifth of the explanations,\n1: lowest reward, 5: highest")
         axes.set_ylabel(f"exact match, %,\n{name}")
         axes.set_ylim(0, 100)
         axes.legend(title="correlation: Pearson, Spearman")
