@@ -23,7 +23,7 @@ from rlt.distributed import all_gather_object, barrier, init_distributed
 from rlt.dry_run import ModelFootprint, dry_run
 from rlt.errors import UserError
 from rlt.grading import TASKS, gradable, grade_all
-from rlt.prompts import THOUGHT, Prompts
+from rlt.prompts import THOUGHT, Prompts, show_rows
 from rlt.rollout import make_engine
 from rlt.rows import between, leaks, load_rows
 from rlt.runs import append_jsonl, check_same_flags, describe, read_jsonl, write_atomically
@@ -98,6 +98,9 @@ new_tokens = 0 if args.score_file else args.max_new_tokens
 explanation_ids = [lambda row: prompts.encode_explanation(row)[0]] if args.score_file else []
 rows = prompts.drop_overlong(rows, models.context_length(args.model, student_name) - new_tokens,
                              skip=args.skip_bad_rows, also=explanation_ids)
+if args.show_rows:
+    print(show_rows(prompts, rows, args.show_rows))
+    sys.exit()
 rows_per_batch = max(1, args.batch_size // args.samples)  # each with all its samples
 batches = [rows[at : at + rows_per_batch] for at in range(0, len(rows), rows_per_batch)]
 longest = max(len(prompts.teacher_prompt(row)) + sum(len(ids(row)) for ids in explanation_ids) for row in rows)

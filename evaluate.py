@@ -204,7 +204,7 @@ def main():
         return compare_folders(args)
     from rlt import models
     from rlt.dry_run import ModelFootprint, dry_run
-    from rlt.prompts import Prompts
+    from rlt.prompts import Prompts, show_rows
     from rlt.rollout import make_engines
 
     device = models.pick_device(args.device)
@@ -221,6 +221,8 @@ def main():
         rows = [row for row, _ in map_rows(rows, encode, args.skip_bad_rows)]
     if not rows:
         raise UserError(f"no question fits: lower --max-new-tokens {args.max_new_tokens}.")
+    if args.show_rows:
+        return print(show_rows(next(iter(prompts.values())), rows, args.show_rows))
     questions = json.dumps([[row["question"], gold_answer(args.task, row)] for row in rows])
     questions_hash = hashlib.sha256(questions.encode()).hexdigest()[:16]
     for path in paths.values():

@@ -24,7 +24,7 @@ from rlt.dry_run import dry_run_rl
 from rlt.grading import TASKS, answer_of, gradable, grade_all
 from rlt.grpo import LOSSES, group_advantages, grpo_loss, guided_loss, step_denominator, tis_weights
 from rlt.logprobs import completion_logprobs
-from rlt.prompts import Prompts
+from rlt.prompts import Prompts, show_rows
 from rlt.rollout import make_engine
 from rlt.rows import load_rows
 from rlt.runs import (
@@ -91,6 +91,9 @@ context = models.context_length(args.model) - args.max_new_tokens
 rows = prompts.drop_overlong(gradable(args.task, rows), context, skip=args.skip_bad_rows,
                              also=[prompts.hinted_prompt] if args.hints else [])
 rows, held_out = split_held_out(rows, args)
+if args.show_rows:
+    print(show_rows(prompts, rows, args.show_rows))
+    sys.exit()
 prompt_of = prompts.hinted_prompt if args.hints else prompts.question_prompt
 longest = max(len(prompt_of(row)) for row in rows + held_out)
 if args.dry_run is not None:

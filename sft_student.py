@@ -19,7 +19,7 @@ from rlt.distributed import all_reduce_gradients, all_reduce_sum, init_distribut
 from rlt.dry_run import ModelFootprint, dry_run
 from rlt.errors import UserError
 from rlt.logprobs import completion_logprobs
-from rlt.prompts import Prompts
+from rlt.prompts import Prompts, show_rows
 from rlt.rows import load_rows, map_rows
 from rlt.runs import Run, StepTimer, batch_indices, digest, lr_fraction
 
@@ -67,6 +67,9 @@ run = Run(args)
 rows = load_rows(models.data_source(args.data, "train"), **flags.row_options(args))
 tokenizer = models.load_tokenizer(args.model)
 prompts, vocab = Prompts(tokenizer, args.solution_in), len(tokenizer)
+if args.show_rows:
+    print(show_rows(prompts, rows, args.show_rows))
+    sys.exit()
 max_tokens = min(args.max_tokens, models.context_length(args.model))
 examples, cut = [], 0  # (ids before the loss starts, ids with loss)
 for _, (ids, start) in map_rows(rows, lambda row: prompts.sft_row(row, args.format), skip=args.skip_bad_rows):

@@ -22,7 +22,7 @@ from rlt.distributed import all_reduce_gradients, all_reduce_mean, all_reduce_su
 from rlt.dry_run import dry_run_rl
 from rlt.grpo import LOSSES, group_advantages, group_scale, grpo_loss, pathwise_kl_loss, step_denominator, tis_weights
 from rlt.logprobs import completion_logprobs, completion_logprobs_and_kl, regroup
-from rlt.prompts import Prompts
+from rlt.prompts import Prompts, show_rows
 from rlt.rollout import make_engine
 from rlt.rows import leaks, load_rows
 from rlt.runs import (
@@ -86,6 +86,9 @@ prompts, vocab = Prompts(tokenizer, args.solution_in), len(tokenizer)
 rows = load_rows(models.data_source(args.data, "train"), **flags.row_options(args))
 context = models.context_length(args.model, student_name) - args.max_new_tokens
 rows, held_out = split_held_out(prompts.drop_overlong(rows, context, skip=args.skip_bad_rows), args)
+if args.show_rows:
+    print(show_rows(prompts, rows, args.show_rows))
+    sys.exit()
 longest = max(len(prompts.teacher_prompt(row)) for row in rows + held_out)
 if args.dry_run is not None:
     sys.exit(dry_run_rl(args, device, world, args.teacher_bits, student_name, longest_prompt=longest, vocab=vocab,

@@ -124,6 +124,8 @@ def add_data(group, data, what="question and solution", columns=()):
         group.add_argument(f"--{column}-column", metavar="NAME",
                            help=f"column with the {column}; default: by known schemas")
     group.add_argument("--limit", type=number(int, 1), metavar="N", help="use the first N rows only")
+    group.add_argument("--show-rows", type=number(int, 1), metavar="N",
+                       help="print the first N rows as the models see them, and stop")
     group.add_argument("--skip-bad-rows", action="store_true", help="leave out bad and over-long rows, and count them")
 
 

@@ -280,7 +280,7 @@ def _sections(prompts, row):
         return {"the student's prompt": prompts.question_prompt(row)}
     scoring = prompts.scoring_row(row, Explanation([], [], "", "", True, False))
     sections = {"the teacher's prompt": scoring.teacher_prompt, "the student's prompt": scoring.student_prompt,
-                "what the student reads behind an explanation": scoring.bridge,
+                "what the student reads after an explanation": scoring.bridge,
                 "the solution, whose tokens are scored": scoring.solution}
     if isinstance(row.get("explanation"), str) or "messages" in row:
         for view in ("student", "teacher") if isinstance(row.get("explanation"), str) else ("student",):
