@@ -1,20 +1,25 @@
 """The scripts, called as a user calls them, at a tiny size.   python -m pytest tests/test_scripts.py"""
 
-import ast
+import functools
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from types import ModuleType, SimpleNamespace
 
-from rlt import models, runs
+from rlt import models, rollout, runs
+from rlt.errors import UserError
+from rlt.flags import _Parser
 
 import pytest
 import torch
-from conftest import ROOT, call, data_file, run_script, said
+from conftest import ROOT, call, data_file, ended, run_script
+
+import rewards
 
 SCRIPTS = ("train_rlt.py", "distill.py", "sft_student.py", "rl_student.py", "evaluate.py")
 TINY = ("--limit", 80, "--prompts-per-step", 2, "--group-size", 4, "--max-new-tokens", 12, "--eval-rows", 4)
@@ -71,61 +76,51 @@ def test_the_readmes_commands(workshop):
     assert [message["role"] for message in rows[0]["messages"]] == ["system", "user", "assistant"]
 
 
-def test_the_readmes_recipe_for_vllm(workshop, tmp_path, monkeypatch):
-    """With a stand-in for vLLM: token ids in, token ids out; then distill.py scores the file as it would its own."""
-    text = (ROOT / "README.md").read_text()
-    recipe = re.search(r"Explaining a large dataset with vLLM.*?```python\n(.*?)```", text, re.S).group(1)
-    teacher = str(workshop / "runs/toy-teacher")
-    tokenizer, asked_for = models.load_tokenizer(teacher), {}
-
-    class LLM:
-        def __init__(self, base, **options):
-            assert base == models.base_of(teacher) and options["enable_lora"]
-
-        def generate(self, asked, sampling, lora_request):
-            asked_for.update(sampling)
-            model = models.load_model(lora_request[2], bits=32, device=torch.device("cpu"))
-            drawn = rollout.generate(model, tokenizer, [a["prompt_token_ids"] for a in asked], max_new_tokens=12,
-                                    temperature=1.0, seed=0)
-            reason = {True: "stop", False: "length"}
-            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(c.ids), finish_reason=reason[c.finished])])
-                    for c in drawn]
-
-    for name, names in (("vllm", {"LLM": LLM, "SamplingParams": dict}), ("vllm.inputs", {"TokensPrompt": dict}),
-                        ("vllm.lora", {}), ("vllm.lora.request", {"LoRARequest": lambda *args: args})):
-        monkeypatch.setitem(sys.modules, name, module := ModuleType(name))
-        vars(module).update(names)
-    lines = (workshop / "runs/toy/train.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "rows.jsonl").write_text("".join(lines[:40]))
-    monkeypatch.setattr(sys, "argv", ["explain.py", teacher, str(tmp_path / "rows.jsonl"), str(tmp_path / "out.jsonl")])
-    exec(compile(recipe, "explain.py", "exec"), {})
-    assert (asked_for["top_p"], asked_for["top_k"], asked_for["stop_token_ids"]) == (1.0, 0, [tokenizer.eos_token_id])
-    assert asked_for["allowed_token_ids"] == list(range(len(tokenizer)))
-    rows = runs.read_jsonl(tmp_path / "out.jsonl")
-    assert len(rows) == 40 and {row["closed"] for row in rows} <= {True, False}
-    call(workshop, "distill.py", "--model", teacher, "--score-file", tmp_path / "out.jsonl", "--out",
-         tmp_path / "scored.jsonl")
-    scored = runs.read_jsonl(tmp_path / "scored.jsonl")
-    for key in ("question", "explanation", "closed"):
-        assert [str(row[key]).split() for row in scored] == [str(row[key]).split() for row in rows], key
-    assert all(isinstance(row["reward"], float) for row in scored)
-
-
 def test_metrics_and_samples_have_their_keys(workshop, tmp_path):
     entries, _ = train(workshop, tmp_path / "run")
-    keys = """step reward score kl score_min kl_max closed empty boundary_token_split leak length kl_ref entropy clip_fraction
-              sampler_logprob_diff loss lr grad_norm eval_reward""".split()
-    assert all(set(keys) <= set(entry) for entry in entries)
-    assert {"t_rollout", "t_score", "t_update", "tokens_per_s"} <= set(
-        runs.read_jsonl(tmp_path / "run/metrics.jsonl")[0]
-    )
+    keys = """step reward reward_std zero_groups score kl kl_exact kl_k1 score_min kl_max closed empty foreign_tags
+              boundary_token_split leak length length_p10 length_p50 length_p90 kl_ref entropy clip_fraction
+              sampler_logprob_diff loss lr grad_norm eval_reward eval_reward_before""".split()
+    assert all(set(keys) == set(entry) for entry in entries)
+    assert {"t_rollout", "t_score", "t_update", "tokens_per_s"} < set(
+        runs.read_jsonl(tmp_path / "run/metrics.jsonl")[0])
     assert entries[0]["kl_ref"] == 0.0, "at the start the teacher is its reference, to the bit"
     assert entries[1]["kl_ref"] > 0
     assert abs(entries[0]["sampler_logprob_diff"]) < 1e-4
+    assert isinstance(entries[0]["eval_reward_before"], float) and entries[1]["eval_reward_before"] is None
     sample = runs.read_jsonl(tmp_path / "run/samples.jsonl")[0]
     assert set(sample) >= {"question", "solution", "explanation", "reward", "closed"}
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["flags"]["lam"] == 3.0 and len(config["base_hash"]) == 64
+
+
+def test_the_logged_numbers_are_those_of_the_batch(workshop, tmp_path, monkeypatch):
+    """By hand from the last step's rewards and completions. Rounded rewards make some groups equal."""
+    plain = rewards.rlt_reward
+
+    def rounded(*args, **options):
+        reward = plain(*args, **options)
+        return reward._replace(reward=reward.reward.round(decimals=-1))
+
+    monkeypatch.setattr(rewards, "rlt_reward", rounded)
+    scope = call(workshop, "train_rlt.py", "--steps", 1, *TINY, "--prompts-per-step", 6, "--unclosed-penalty", 0,
+                 "--out", tmp_path / "run")
+    [entry], groups = metrics(tmp_path / "run"), scope["rewards"].view(6, 4).tolist()
+    equal_groups = sum(len(set(group)) == 1 for group in groups)
+    assert 0 < equal_groups < 6, "the case needs both kinds"
+    assert entry["zero_groups"] == pytest.approx(equal_groups / 6)
+    means = [sum(group) / 4 for group in groups]
+    deviations = [(sum((x - mean) ** 2 for x in group) / 3) ** 0.5 for group, mean in zip(groups, means, strict=True)]
+    assert entry["reward_std"] == pytest.approx(sum(deviations) / 6, rel=1e-5)
+    assert entry["reward"] == pytest.approx(sum(means) / 6, rel=1e-5)
+    lengths = sorted(len(c.ids) for c in scope["completions"])
+    assert entry["length"] == pytest.approx(sum(lengths) / 24)
+    assert [entry[f"length_p{p}"] for p in (10, 50, 90)] == [lengths[2], lengths[12], lengths[21]]
+    scored = scope["scored"]
+    assert entry["kl_exact"] == pytest.approx(scored.token_kl_exact.mean().item(), rel=1e-5)
+    assert entry["kl_k1"] == pytest.approx(scored.token_log_ratio.mean().item(), rel=1e-5)
+    assert entry["entropy"] == pytest.approx(scored.entropies.mean().item(), rel=1e-5)
+    assert entry["closed"] == sum(e.closed for e in scope["explanations"]) / 24
 
 
 # -- a killed run
@@ -154,10 +149,7 @@ def test_a_killed_run_resumes_bit_for_bit(workshop, tmp_path):
     assert metrics(wanted) == metrics(straight)
     for place in ("final", "step_000004", "step_000004/reference"):
         assert equal(adapter(wanted / place), adapter(straight / place)), place
-    samples = [
-        [{k: v for k, v in s.items()} for s in runs.read_jsonl(run / "samples.jsonl")] for run in (wanted, straight)
-    ]
-    assert samples[0] == samples[1]
+    assert runs.read_jsonl(wanted / "samples.jsonl") == runs.read_jsonl(straight / "samples.jsonl")
 
 
 def test_a_killed_distillation_loses_and_repeats_nothing(workshop, tmp_path):
@@ -172,24 +164,14 @@ def test_a_killed_distillation_loses_and_repeats_nothing(workshop, tmp_path):
         (tmp_path / "killed.jsonl.config.json").write_text(config)
         call(workshop, "distill.py", *flags, "--out", killed, "--resume")
         assert killed.read_text() == straight
-    with pytest.raises(FileExistsError, match="Pass --resume"):
+    with pytest.raises(UserError, match="killed.jsonl already exists. Pass --resume"):
         call(workshop, "distill.py", *flags, "--out", killed)
-    with pytest.raises(ValueError, match="started with samples = 2, now it is 1"):
-        call(
-            workshop,
-            "distill.py",
-            "--model",
-            "toy-teacher",
-            "--out",
-            killed,
-            "--resume",
-            "--limit",
-            40,
-            "--batch-size",
-            16,
-            "--max-new-tokens",
-            12,
-        )
+    with pytest.raises(UserError, match="started with samples = 2, now 1. Pass the flags it was started with"):
+        call(workshop, "distill.py", *flags, "--samples", 1, "--out", killed, "--resume")
+    (tmp_path / "killed.jsonl.config.json").unlink()
+    with pytest.raises(UserError, match="killed.jsonl was not written by distill.py: .*config.json is missing"):
+        call(workshop, "distill.py", *flags, "--out", killed, "--resume")
+    assert killed.read_text() == straight
 
 
 def test_best_of_n_and_unclosed(workshop, tmp_path, monkeypatch):
@@ -202,7 +184,7 @@ def test_best_of_n_and_unclosed(workshop, tmp_path, monkeypatch):
             for i, c in enumerate(generate(model, tokenizer, *rest, **options))
         ]
 
-    monkeypatch.setattr(models, "generate", every_other_closes)
+    monkeypatch.setattr(rollout, "generate", every_other_closes)
     flags = ["--model", "toy-teacher", "--limit", 12, "--samples", 4, "--max-new-tokens", 12]
     call(workshop, "distill.py", *flags, "--out", tmp_path / "all.jsonl")
     call(workshop, "distill.py", *flags, "--out", tmp_path / "best.jsonl", "--keep", "best")
@@ -219,28 +201,15 @@ def test_best_of_n_and_unclosed(workshop, tmp_path, monkeypatch):
 
 def test_a_resumed_student_is_the_same(workshop, tmp_path):
     for rank in (4, 0):
-        flags = [
-            "--data",
-            "toy",
-            "--limit",
-            100,
-            "--steps",
-            4,
-            "--batch-size",
-            8,
-            "--save-every",
-            2,
-            "--lora-rank",
-            rank,
-            "--val-rows",
-            8,
-        ]
+        flags = ["--data", "toy", "--limit", 100, "--steps", 4, "--batch-size", 8, "--save-every", 2,
+                 "--lora-rank", rank, "--val-rows", 8]
         straight, killed = tmp_path / f"straight{rank}", tmp_path / f"killed{rank}"
         call(workshop, "sft_student.py", *flags, "--out", straight)
-        call(workshop, "sft_student.py", *flags, "--out", killed)
-        for path in (killed / "final").iterdir():
-            path.unlink()
-        (killed / "final").rmdir()
+        shutil.copytree(straight, killed)
+        for folder in ("final", "step_000004"):
+            shutil.rmtree(killed / folder)
+        config = (killed / "config.json").read_text().replace("straight", "killed")
+        (killed / "config.json").write_text(config)
         call(workshop, "sft_student.py", *flags, "--out", killed, "--resume")
         assert metrics(straight) == metrics(killed) and len(metrics(killed)) == 4
         name = "adapter_model.safetensors" if rank else "model.safetensors"
@@ -254,7 +223,7 @@ def test_nothing_depends_on_the_micro_batch(workshop, tmp_path):
     for loss in ("grpo", "dapo"):
         flags = ["--loss", loss, "--steps", 1]
         [big], _ = train(workshop, tmp_path / f"big-{loss}", *flags)
-        [small], _ = train(workshop, tmp_path / f"small-{loss}", *flags, "--micro-batch-tokens", 60, "--head-chunk", 7)
+        [small], _ = train(workshop, tmp_path / f"small-{loss}", *flags, "--micro-batch-tokens", 60)
         # the loss is a sum of ratios times advantages that cancels to nearly 0: its rounding is theirs
         assert big.pop("loss") == pytest.approx(small.pop("loss"), abs=1e-5)
         assert big == pytest.approx(small, rel=1e-4, abs=1e-6)
@@ -268,9 +237,11 @@ def test_nothing_depends_on_the_micro_batch(workshop, tmp_path):
 
 def test_completion_i_belongs_to_prompt_i_over_g(workshop, tmp_path):
     scope = call(workshop, "train_rlt.py", "--steps", 1, *TINY, "--out", tmp_path / "run")
-    chosen, G = scope["chosen"], scope["args"].group_size
-    assert all(chosen[i]["question"] == chosen[i - i % G]["question"] for i in range(len(chosen)))
-    assert chosen[0]["question"] != chosen[G]["question"]
+    batch, G = scope["batch"], scope["args"].group_size
+    assert all(batch[i]["question"] == batch[i - i % G]["question"] for i in range(len(batch)))
+    assert batch[0]["question"] != batch[G]["question"]
+    for row, prompt, scoring_row in zip(batch, scope["prompt_ids"], scope["scoring_rows"], strict=True):
+        assert prompt == scope["prompts"].teacher_prompt(row) == scoring_row.teacher_prompt
     advantages = scope["advantages"].view(-1, G)
     rewards = scope["rewards"].view(-1, G)
     assert torch.equal(advantages.argsort(1), rewards.argsort(1))
@@ -286,7 +257,7 @@ def test_an_empty_or_unclosed_explanation_is_penalised(workshop, tmp_path, monke
         closed = tokenizer("<|end_of_explanation|>", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         return [rollout.Completion(closed, first.logprobs[:1] * len(closed), True), *others]
 
-    monkeypatch.setattr(models, "generate", first_says_nothing)
+    monkeypatch.setattr(rollout, "generate", first_says_nothing)
     scope = call(workshop, "train_rlt.py", "--steps", 1, *TINY, "--out", tmp_path / "run", "--unclosed-penalty", 5,
                  "--max-logprob-diff", 100)
     assert scope["explanations"][0].closed and not scope["explanations"][0].thought
@@ -303,80 +274,132 @@ def test_an_empty_or_unclosed_explanation_is_penalised(workshop, tmp_path, monke
 # -- flags
 
 
+class Parsed(Exception):
+    """Raised where a script would parse its flags."""
+
+
+@functools.cache
+def parser_of(script):
+    """The parser that a script makes, with all of its flags."""
+    def stop(parser, *_):
+        raise Parsed(parser)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed) as found:
+        patch.setattr(_Parser, "parse_args", stop)
+        call(ROOT, script)
+    return found.value.args[0]
+
+
 def options(script):
-    """{flag: its add_argument call} of a script."""
-    tree = ast.parse((ROOT / script).read_text())
-    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "attr", "") == "add_argument"]
-    return {c.args[0].value: c for c in calls}
+    """{flag: its argparse action} of a script, without --help."""
+    return {action.option_strings[0]: action for action in parser_of(script)._actions if action.dest != "help"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_has_help_and_is_used(script):
+    """Used: in the script, or in the functions of rlt/ that take its args."""
     text = (ROOT / script).read_text()
+    shared = "".join(path.read_text() for path in (ROOT / "rlt").glob("*.py"))
     found = options(script)
-    assert len(found) > 8
-    for flag, add in found.items():
-        keywords = {k.arg: k.value for k in add.keywords}
-        assert "help" in keywords, f"{script} {flag} has no help"
-        dest = keywords["dest"].value if "dest" in keywords else flag.lstrip("-").replace("-", "_")
-        used = re.search(rf"args\.{dest}\b", text) or (dest in ("resume", "out") and "Run(args)" in text)
-        assert used, f"{script} {flag} does nothing"
+    assert len(found) > 20 and all(flag.startswith("--") for flag in found)
+    for flag, action in found.items():
+        assert action.help and (action.nargs == 0 or action.choices or action.metavar or action.dest == flag[2:]), flag
+        if flag.endswith("-column"):
+            assert "flags.row_options(args)" in text, flag
+        else:
+            assert re.search(rf"args\.{action.dest}\b", text + shared), f"{script} {flag} does nothing"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_lists_every_flag_with_its_default(script):
-    shown, _ = said(ROOT, script, "--help")
+    shown = ended(ROOT, script, "--help")
+    assert shown.code == 0 and shown.stderr == ""
     for flag in options(script):
-        assert flag in shown
-    assert "(default: " in shown
+        assert re.search(rf"^  {flag}\b", shown.stdout, re.M), flag
+    assert max(map(len, shown.stdout.splitlines())) <= 120
     if script == "train_rlt.py":
-        assert "--lambda L" in shown and "(default: 3.0)" in shown
+        assert re.search(r"--lambda L +weight of the KL in the reward \[3.0\]\n", shown.stdout)
 
 
-@pytest.mark.parametrize(
-    ("script", "flags", "complaint"),
-    [
-        ("train_rlt.py", ["--lambda", "-1"], "argument --lambda: got -1, expected at least 0"),
-        ("train_rlt.py", ["--lambd", "1"], "unrecognized arguments: --lambd 1"),
-        ("train_rlt.py", ["--group-size", "1"], "argument --group-size: got 1, expected at least 2"),
-        ("train_rlt.py", ["--temperature", "0"], "argument --temperature: got 0, expected more than 0"),
-        ("train_rlt.py", ["--kl", "k3"], "argument --kl: invalid choice: 'k3'"),
-        ("train_rlt.py", ["--student-bits", "8"], "argument --student-bits: invalid choice: 8"),
-        ("train_rlt.py", ["--epsilon-low", "1.5"], "argument --epsilon-low: got 1.5, expected at most 0.999"),
-        ("train_rlt.py", ["--device", "tpu"], "--device tpu"),
-        ("train_rlt.py", ["--data", "nowhere.jsonl"], "nowhere.jsonl: expected a .jsonl, .json or .parquet file"),
-        ("train_rlt.py", ["--model", "runs/nowhere"], "runs/nowhere is no folder"),
-        ("train_rlt.py", ["--limit", "70"], "6 rows are left to train on, a step takes 16"),
-        ("distill.py", ["--samples", "0"], "argument --samples: got 0, expected at least 1"),
-        ("distill.py", ["--model", "runs/nowhere"], "runs/nowhere is no folder"),
-        ("sft_student.py", ["--data", "nowhere.jsonl"], "nowhere.jsonl: expected"),
-        (
-            "sft_student.py",
-            ["--lora-rank", "0", "--bits", "4"],
-            "--lora-rank 0 trains all weights, which takes --bits 32",
-        ),
-    ],
-)
-def test_bad_values_end_in_one_line(workshop, tmp_path, script, flags, complaint):
-    """One line that says the next move, no traceback, and no folder left behind that blocks the next try."""
-    _, stderr = said(workshop, script, *flags, "--out", tmp_path / "out")
-    lines = [line for line in stderr.splitlines() if line.strip() and not line.startswith("usage:")]
-    assert len(lines) == 1 and complaint in lines[0], stderr
-    assert not (tmp_path / "out").exists()
+REFUSALS = [
+    ("train_rlt.py", ["--lambda", "-1"], "argument --lambda: got -1, expected at least 0"),
+    ("train_rlt.py", ["--lambd", "1"], "unknown argument --lambd: did you mean --lambda?"),
+    ("train_rlt.py", ["--head-chunk", "7"], "unknown argument --head-chunk: see --help"),
+    ("train_rlt.py", ["--final-lr", "0.1"], "--final-lr is now --final-lr-fraction"),
+    ("train_rlt.py", ["--max-sampler-gap", "1"], "--max-sampler-gap is now --max-logprob-diff"),
+    ("train_rlt.py", ["--group-size", "1"], "argument --group-size: got 1, expected at least 2"),
+    ("train_rlt.py", ["--temperature", "0"], "argument --temperature: got 0, expected more than 0"),
+    ("train_rlt.py", ["--kl", "k3"], "argument --kl: invalid choice: 'k3'"),
+    ("train_rlt.py", ["--engine", "batch"], "argument --engine: invalid choice: 'batch'"),
+    ("train_rlt.py", ["--kl-gradient"], "--kl-gradient belongs to the exact KL, but --kl is sampled"),
+    ("train_rlt.py", ["--kl-gradient", "--kl", "exact", "--offload-student"],
+     "--kl-gradient needs the student in every update"),
+    ("train_rlt.py", ["--student-bits", "8"], "argument --student-bits: invalid choice: 8"),
+    ("train_rlt.py", ["--epsilon-low", "1.5"], "argument --epsilon-low: got 1.5, expected at most 0.999"),
+    ("train_rlt.py", ["--device", "tpu"], "--device tpu: expected cpu, cuda, cuda:1 or auto"),
+    ("train_rlt.py", ["--data", "nowhere.jsonl"], "nowhere.jsonl: expected a .jsonl, .json or .parquet file"),
+    ("train_rlt.py", ["--model", "runs/nowhere"], "runs/nowhere does not exist: expected a run folder"),
+    ("train_rlt.py", ["--limit", "70"], "6 rows are left to train on, a step takes 16"),
+    ("train_rlt.py", ["--lora-rank", "3"], "toy-teacher holds an adapter with rank 16: leave --lora-rank out"),
+    ("rl_student.py", ["--lora-targets", "q"], "--lora-targets q: expected all-linear, or some of down_proj"),
+    ("distill.py", ["--samples", "0"], "argument --samples: got 0, expected at least 1"),
+    ("distill.py", ["--model", "runs/nowhere"], "runs/nowhere does not exist"),
+    ("distill.py", ["--score-file", "x.jsonl", "--samples", 2], "pass one or the other"),
+    ("distill.py", ["--solver", "--keep", "best"], "--solver gives no rewards"),
+    ("distill.py", ["--keep-wrong"], "--keep-wrong does nothing without --solver"),
+    ("distill.py", ["--keep", "best"], "--keep best chooses among the --samples of a row: pass 2 or more"),
+    ("distill.py", ["--solver", "--partition", 3], "--solver gives no rewards"),
+    ("sft_student.py", ["--data", "nowhere.jsonl"], "nowhere.jsonl: expected"),
+    ("sft_student.py", ["--lora-rank", "0", "--bits", "4"], "--lora-rank 0 trains all weights, which takes --bits 32"),
+    ("sft_student.py", ["--data", "toy", "--limit", 64], "64 rows, --val-rows takes 64 of them"),
+]
 
 
-def test_a_refusal_in_a_process_of_its_own(workshop):
+@pytest.mark.parametrize(("script", "given", "complaint"), REFUSALS)
+def test_bad_values_end_in_one_line(workshop, tmp_path, script, given, complaint):
+    """One line that says the next move, exit code 2, and no folder left behind that blocks the next try."""
+    refusal = ended(workshop, script, *given, "--out", tmp_path / "out")
+    lines = [line for line in refusal.stderr.splitlines() if line.strip() and not line.startswith("usage:")]
+    assert len(lines) == 1 and lines[0].startswith(f"{script}: error: ") and complaint in lines[0], refusal.stderr
+    assert refusal.code == 2 and not (tmp_path / "out").exists()
+
+
+def test_a_refusal_and_a_defect_in_processes_of_their_own(workshop, tmp_path):
     done = run_script(workshop, "train_rlt.py", "--model", "runs/nowhere", "--out", "runs/never", check=False)
-    assert done.returncode == 1 and done.stdout == ""
-    assert re.fullmatch(r"train_rlt.py: runs/nowhere is no folder: expected .*\n", done.stderr), done.stderr
-    assert run_script(workshop, "distill.py", "--samples", "0", check=False).returncode == 2
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"train_rlt.py: error: runs/nowhere does not exist: expected .*\n", done.stderr), done.stderr
+    # a module of somebody's own that breaks: the traceback says where
+    (tmp_path / "sitecustomize.py").write_text(
+        "import rlt.runs\n"
+        "def broken(*args):\n"
+        "    return [][3]\n"
+        "rlt.runs.digest = broken\n")
+    done = run_script(workshop, "sft_student.py", "--data", "toy", "--limit", 80, "--out", "runs/never", check=False,
+                      PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert done.returncode == 1
+    trace = done.stderr[done.stderr.index("Traceback"):]
+    assert "sft_student.py\", line" in trace and "in broken" in trace
+    assert trace.endswith("IndexError: list index out of range\n")
+    assert not (workshop / "runs/never").exists()
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "data/toy.py"])
+def test_threads_are_told_how_to_wait_before_torch_is_loaded(tmp_path, script):
+    """In torch's place: a module that says what it finds. OpenMP reads the variable once, when torch loads it."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text(
+        "import os, sys; sys.exit('found ' + os.environ.get('OMP_WAIT_POLICY', 'nothing'))")
+    plain = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    for users, expected in ((None, "passive"), ("active", "active")):
+        env = plain | {"PYTHONPATH": str(tmp_path)} | ({"OMP_WAIT_POLICY": users} if users else {})
+        done = subprocess.run([sys.executable, ROOT / script], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.stderr.splitlines()[-1] == f"found {expected}"
 
 
 CHANGES = {  # flag: (another value, what must change, in which step)
     "--lambda": (0, "reward", 0),
     "--alpha": (1, "score", 0),
     "--kl": ("exact", "kl", 0),
-    "--score-temperature": (0.5, "kl", 0),
     "--unclosed-penalty": (0, "reward", 0),
     "--solution-in": ("user", "kl", 0),
     "--temperature": (0.5, "entropy", 0),
@@ -406,10 +429,9 @@ CHANGES = {  # flag: (another value, what must change, in which step)
 }
 ELSEWHERE = {  # flag: the test that shows what it does
     "--kl-gradient": "test_kl_gradient.py",
-    "--logits-dtype": "test_the_logits_of_the_reward",
-    "--offload-student": "test_the_student_waits_elsewhere",
-    "--engine": "test_both_engines",
-    "--cache-tokens": "test_both_engines",
+    "--offload-student": "test_an_offloaded_student",
+    "--engine": "test_another_engine",
+    "--tis-cap": "test_an_engine_that_is_not_quite_the_policy",
     "--model": "test_real_rows",
     "--student": "test_real_rows",
     "--data": "test_real_rows",
@@ -420,9 +442,8 @@ ELSEWHERE = {  # flag: the test that shows what it does
     "--save-every": "test_a_killed_run",
     "--out": "train",
     "--micro-batch-tokens": "test_nothing_depends",
-    "--head-chunk": "test_nothing_depends",
     "--device": "test_bad_values",
-    "--dry-run": "test_memory.py",
+    "--dry-run": "test_dry_run.py",
     "--max-logprob-diff": "test_the_sampler_gate",
     "--epsilon-low": "test_the_clip_flags",
     "--epsilon-high": "test_the_clip_flags",
@@ -450,15 +471,8 @@ def test_changing_a_flag_changes_what_it_says(workshop, tmp_path, unchanged, fla
     value, key, step = CHANGES[flag]
     entries, _ = train(workshop, tmp_path / "run", "--model", "toy", *LIVELY, flag, value)
     assert entries[step][key] != pytest.approx(unchanged[step][key], rel=1e-4), f"{flag} {value} left {key} as it was"
-    if flag in (
-        "--lr",
-        "--max-grad-norm",
-        "--loss",
-        "--beta",
-        "--advantage-scale",
-        "--updates-per-batch",
-        "--warmup-steps",
-    ):
+    update = "--lr --max-grad-norm --loss --beta --advantage-scale --updates-per-batch --warmup-steps"
+    if flag in update.split():
         assert entries[0]["reward"] == unchanged[0]["reward"], "it acts on the update, not on the first samples"
 
 
@@ -473,15 +487,6 @@ def test_the_clip_flags(workshop, tmp_path):
     assert train(workshop, tmp_path / "once")[0][0]["clip_fraction"] == 0
 
 
-def test_the_logits_of_the_reward(workshop, tmp_path):
-    """Rounded to bfloat16 they move the reward a little, where the heads are bfloat16, and nothing else."""
-    flags = ["--teacher-bits", 16, "--student-bits", 16, "--steps", 1]
-    [exact], _ = train(workshop, tmp_path / "exact", *flags)
-    [rounded], _ = train(workshop, tmp_path / "rounded", *flags, "--logits-dtype", "bfloat16")
-    assert exact["length"] == rounded["length"]
-    assert exact["kl"] != rounded["kl"] and exact["kl"] == pytest.approx(rounded["kl"], abs=0.05)
-
-
 def test_the_reference_moves_in_the_loop(workshop, tmp_path):
     """Synced whole after the first step, it is the teacher again: no KL at the start of the second, to the bit."""
     flags = ["--sync-ref-every", 1, "--lr", 5e-3, "--warmup-steps", 1]
@@ -491,16 +496,17 @@ def test_the_reference_moves_in_the_loop(workshop, tmp_path):
 
 
 def test_the_sampler_gate(workshop, tmp_path):
-    with pytest.raises(ValueError, match="sampler and trainer disagree by .* --max-logprob-diff is 1e-12"):
+    with pytest.raises(UserError, match="sampler and trainer differ by .* --max-logprob-diff is 1e-12"):
         train(workshop, tmp_path / "run", "--max-logprob-diff", 1e-12)
+    assert not (tmp_path / "run/final").exists() and not list((tmp_path / "run").glob("step_*"))
 
 
-def test_the_student_waits_elsewhere(workshop, tmp_path, monkeypatch):
+def test_an_offloaded_student(workshop, tmp_path, monkeypatch):
     """It is moved before and after each scoring, which alone calls it, and the numbers stay as they are."""
     events, load, sample = [], models.load_model, rollout.generate
 
-    def watched(name, bits, device):
-        model = load(name, bits=bits, device=device)
+    def watched(name, *, bits, device, scores=False):
+        model = load(name, bits=bits, device=device, scores=scores)
         if bits == 4:  # the student
             move = model.to
             model.to = lambda device: events.append("move") or move(device)
@@ -512,32 +518,100 @@ def test_the_student_waits_elsewhere(workshop, tmp_path, monkeypatch):
         return sample(*args, **options)
 
     plain, _ = train(workshop, tmp_path / "plain")
-    monkeypatch.setattr(models, "generate", generate)
+    monkeypatch.setattr(rollout, "generate", generate)
     monkeypatch.setattr(models, "load_model", watched)
-    entries, _ = train(workshop, tmp_path / "parked", "--offload-student", "--eval-every", 1)
+    entries, _ = train(workshop, tmp_path / "offloaded", "--offload-student", "--eval-every", 1)
     scoring = ["sample", "move", "read", "move"]
-    assert events == ["move"] + scoring * 4, "parked, then two steps and their held-out rows"
-    assert [e["reward"] for e in entries] == [e["reward"] for e in plain]
-    assert [e["grad_norm"] for e in entries] == [e["grad_norm"] for e in plain]
-    _, stderr = said(workshop, "train_rlt.py", "--offload-student", "--kl", "exact", "--kl-gradient")
-    assert "--kl-gradient needs the student in every update" in stderr
+    assert events == ["move"] + scoring * 5, "offloaded; held-out rows; then twice a step and its held-out rows"
+    for key in ("reward", "grad_norm", "eval_reward_before"):
+        assert [entry[key] for entry in entries] == [entry[key] for entry in plain]
 
 
-def test_both_engines(workshop, tmp_path):
-    """In every script that samples, through a cache that holds few rows; greedy answers are the same."""
-    flags = ["--engine", "continuous", "--cache-tokens", 200]
-    [entry], _ = train(workshop, tmp_path / "teacher", *flags, "--steps", 1)
-    assert entry["sampler_logprob_diff"] < 1e-4
-    call(workshop, "rl_student.py", *TINY, *flags, "--steps", 1, "--out", tmp_path / "student")
-    assert metrics(tmp_path / "student")[0]["sampler_logprob_diff"] < 1e-4
-    call(workshop, "distill.py", "--model", "toy-teacher", "--limit", 6, *flags, "--out", tmp_path / "d.jsonl")
-    assert len(runs.read_jsonl(tmp_path / "d.jsonl")) == 6
-    for engine, *more in (("batch",), ("continuous", "--cache-tokens", 200)):
-        call(workshop, "evaluate.py", "--model", "toy", "--limit", 6, "--engine", engine, *more, "--out",
-             tmp_path / engine)
-    said_by = [[sample["output"] for sample in runs.read_jsonl(tmp_path / f"{engine}/toy/eval_toy_samples.jsonl")]
-               for engine in ("batch", "continuous")]
-    assert said_by[0] == said_by[1] and len(said_by[0]) == 6
+# -- another engine
+
+
+class StandIn:
+    """In vLLM's place: an engine with a model of its own, that knows what is handed to it."""
+
+    made, error = [], 0.0
+
+    def __init__(self, base, tokenizer, *, bits, device, max_model_len, stop_ids, lora_rank=None):
+        self.base, self.tokenizer, self.bits, self.max_model_len = base, tokenizer, bits, max_model_len
+        self.stop_ids, self.lora_rank, self.loads, self.keys = stop_ids, lora_rank, 0, []
+        self.model = models.load_model(base, bits=bits, device=device)
+        StandIn.made.append(self)
+
+    def load_adapter(self, model):
+        from peft import get_peft_model
+
+        self.loads += 1
+        if self.loads == 1:
+            self.model = get_peft_model(self.model, model.peft_config["default"])
+        ours, theirs = (models.adapter_parameters(m) for m in (self.model, model))
+        with torch.no_grad():
+            for mine, new in zip(ours, theirs, strict=True):
+                mine.copy_(new)
+
+    def generate(self, prompts, *, max_new_tokens, temperature, key, first=0):
+        self.keys.append((*key, first))
+        assert max(map(len, prompts)) + max_new_tokens <= self.max_model_len
+        drawn = rollout.generate(self.model, self.tokenizer, prompts, max_new_tokens=max_new_tokens,
+                                 temperature=temperature, seed=runs.seed_for(*key, first))
+        return [c._replace(logprobs=[p + self.error * (-1) ** i for i, p in enumerate(c.logprobs)]) for c in drawn]
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    monkeypatch.setattr("rlt.vllm_engine.VLLMEngine", StandIn)
+    monkeypatch.setattr(StandIn, "made", [])
+    return StandIn
+
+
+@pytest.mark.parametrize("script", ["train_rlt.py", "rl_student.py"])
+def test_another_engine_samples_from_the_policy_as_it_is_now(workshop, tmp_path, stand_in, monkeypatch, script):
+    """The adapter is handed over at the start and after every update; one that is not is caught by the gate."""
+    monkeypatch.setattr("rlt.grading.grade_all", lambda task, outputs, rows: [len(text) % 2 == 0 for text in outputs])
+    lively = ("--steps", 3, *TINY, "--lr", 2e-2, "--warmup-steps", 0, "--engine", "vllm")
+    call(workshop, script, *lively, "--out", tmp_path / "run")
+    [engine] = stand_in.made
+    assert engine.base == models.base_of("toy-teacher" if script == "train_rlt.py" else str(workshop / "runs/toy"))
+    assert engine.bits == 32 and engine.lora_rank == 16 and engine.loads == 4 and engine.stop_ids == [1]
+    assert len(set(engine.keys)) == len(engine.keys) > 3, "no two calls draw the same"
+    entries = metrics(tmp_path / "run")
+    assert all(entry["sampler_logprob_diff"] < 1e-4 for entry in entries)
+    assert all(entry["tis_weight"] == pytest.approx(1, abs=1e-4) and entry["tis_capped"] == 0 for entry in entries)
+    call(workshop, script, *lively, "--tis-cap", 0, "--out", tmp_path / "plain")
+    assert "tis_weight" not in metrics(tmp_path / "plain")[0]
+    monkeypatch.setattr(StandIn, "load_adapter", lambda self, model: None)
+    with pytest.raises(UserError, match="sampler and trainer differ by .* --max-logprob-diff is 0.001"):
+        call(workshop, script, *lively, "--max-logprob-diff", 1e-3, "--out", tmp_path / "stale")
+
+
+def test_an_engine_that_is_not_quite_the_policy_is_corrected_for(workshop, tmp_path, stand_in, monkeypatch):
+    monkeypatch.setattr(stand_in, "error", 0.05)
+    flags = ("--steps", 1, *TINY, "--engine", "vllm", "--beta", 0)
+    for cap in (0, 2, 1.01):
+        call(workshop, "train_rlt.py", *flags, "--tis-cap", cap, "--out", tmp_path / str(cap))
+    plain, corrected, capped = (metrics(tmp_path / str(cap))[0] for cap in (0, 2, 1.01))
+    assert plain["sampler_logprob_diff"] == pytest.approx(0.05, abs=1e-4)
+    assert plain["reward"] == corrected["reward"] and plain["grad_norm"] != corrected["grad_norm"]
+    assert corrected["tis_capped"] == 0 and 0.4 < capped["tis_capped"] < 0.6, "every second token is above 1.01"
+    assert capped["tis_weight"] < corrected["tis_weight"] == pytest.approx(1, abs=0.02)
+
+
+def test_another_engine_distils(workshop, tmp_path, stand_in):
+    flags = ["--model", "toy-teacher", "--limit", 6, "--max-new-tokens", 12]
+    for engine in ("transformers", "vllm"):
+        call(workshop, "distill.py", *flags, "--engine", engine, "--out", tmp_path / f"{engine}.jsonl")
+    ours, theirs = (runs.read_jsonl(tmp_path / f"{engine}.jsonl") for engine in ("transformers", "vllm"))
+    assert [row["explanation"] for row in ours] == [row["explanation"] for row in theirs] and len(ours) == 6
+    assert [engine.loads for engine in stand_in.made] == [1]
+    call(workshop, "distill.py", *flags, "--engine", "vllm", "--score-file", tmp_path / "vllm.jsonl", "--out",
+         tmp_path / "scored.jsonl")
+    assert len(stand_in.made) == 1, "to score a file takes no engine"
+
+
+# -- rows
 
 
 def test_columns_and_bad_rows(workshop, tmp_path):
@@ -548,14 +622,14 @@ def test_columns_and_bad_rows(workshop, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in renamed))
     flags = ["--steps", 1, *TINY, "--data", path, "--out", tmp_path / "run", "--question-column", "q"]
-    with pytest.raises(ValueError, match='line 1 has no "solution"; columns found: q, s'):
+    with pytest.raises(UserError, match='line 1 has no "solution"; columns found: q, s'):
         call(workshop, "train_rlt.py", *flags)
     flags += ["--solution-column", "s"]
-    with pytest.raises(ValueError, match="line 4 has an empty solution"):
+    with pytest.raises(UserError, match="line 4 has an empty solution"):
         call(workshop, "train_rlt.py", *flags)
     renamed[3]["s"] = "word"
     path.write_text("".join(json.dumps(row) + "\n" for row in renamed))
-    with pytest.raises(ValueError, match="line 4 can't be tokenized .* --skip-bad-rows"):
+    with pytest.raises(UserError, match="line 4 can't be tokenized .* --skip-bad-rows"):
         call(workshop, "train_rlt.py", *flags)
     scope = call(workshop, "train_rlt.py", *flags, "--skip-bad-rows")
     assert len(scope["rows"]) + len(scope["held_out"]) == 18
@@ -570,26 +644,13 @@ def test_real_rows(workshop, tmp_path, qwen_tokenizer, tiny_model):
     qwen_tokenizer.save_pretrained(tmp_path / "model")
     data = data_file("gsm8k_train_1k.jsonl")
     flags = ["--data", data, "--limit", 12, "--max-new-tokens", 8]
-    done = run_script(
-        workshop,
-        "train_rlt.py",
-        *flags,
-        "--model",
-        tmp_path / "model",
-        "--steps",
-        2,
-        "--prompts-per-step",
-        2,
-        "--group-size",
-        2,
-        "--eval-rows",
-        2,
-        "--out",
-        tmp_path / "teacher",
-        "--temperature",
-        0.7,
-    )
-    assert "Next: python distill.py --model" in done.stdout
+    done = run_script(workshop, "train_rlt.py", *flags, "--model", tmp_path / "model", "--steps", 2,
+                      "--prompts-per-step", 2, "--group-size", 2, "--eval-rows", 2, "--out", tmp_path / "teacher",
+                      "--temperature", 0.7)
+    following = shlex.split(re.search(r"Next: python distill.py (.*)\n", done.stdout)[1])
+    args = parser_of("distill.py").parse_args(following)
+    assert (args.model, args.data, args.temperature, args.max_new_tokens) == (
+        str(tmp_path / "teacher"), str(data), 0.7, 8)
     entries = metrics(tmp_path / "teacher")
     assert entries[0]["kl_ref"] == 0 and entries[0]["sampler_logprob_diff"] < 1e-4
     config = json.loads((tmp_path / "teacher/final/adapter_config.json").read_text())
@@ -599,42 +660,19 @@ def test_real_rows(workshop, tmp_path, qwen_tokenizer, tiny_model):
     other = models.load_tokenizer(str(workshop / "runs/toy"))
     other.save_pretrained(tmp_path / "other")
     tiny_model(64).save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="tokenize differently"):
-        call(
-            workshop,
-            "train_rlt.py",
-            *flags,
-            "--model",
-            tmp_path / "model",
-            "--student",
-            tmp_path / "other",
-            "--out",
-            tmp_path / "never",
-        )
+    with pytest.raises(UserError, match="tokenize differently"):
+        call(workshop, "train_rlt.py", *flags, "--model", tmp_path / "model", "--student", tmp_path / "other", "--out",
+             tmp_path / "never")
 
 
 def test_long_rows_are_cut_and_counted(workshop, tmp_path, capsys):
-    call(
-        workshop,
-        "sft_student.py",
-        "--data",
-        "toy",
-        "--limit",
-        40,
-        "--val-rows",
-        4,
-        "--steps",
-        1,
-        "--max-tokens",
-        30,
-        "--out",
-        tmp_path / "run",
-    )
-    found = re.search(r"(\d+) of 40 rows are longer than --max-tokens 30 and were cut", capsys.readouterr().out)
+    call(workshop, "sft_student.py", "--data", "toy", "--limit", 40, "--val-rows", 4, "--steps", 1, "--max-tokens", 30,
+         "--out", tmp_path / "run")
+    found = re.search(r"(\d+) of 40 rows are longer than 30 tokens and were cut", capsys.readouterr().out)
     assert found and json.loads((tmp_path / "run/config.json").read_text())["cut"] == int(found.group(1)) > 0
 
 
-# -- explanations that are there already
+# -- explanations that exist already
 
 
 def test_scoring_a_file_gives_the_rewards_it_was_written_with(workshop, tmp_path):
@@ -648,19 +686,12 @@ def test_scoring_a_file_gives_the_rewards_it_was_written_with(workshop, tmp_path
         assert one["explanation"].split() == other["explanation"].split() and one["closed"] == other["closed"]
         assert one["reward"] == pytest.approx(other["reward"], abs=1e-4)
     # somebody else's: the rows' own explanations
-    call(
-        workshop,
-        "distill.py",
-        *flags,
-        "--score-file",
-        workshop / "runs/toy/val.jsonl",
-        "--out",
-        tmp_path / "theirs.jsonl",
-    )
+    call(workshop, "distill.py", *flags, "--score-file", workshop / "runs/toy/val.jsonl", "--out",
+         tmp_path / "theirs.jsonl")
     theirs = runs.read_jsonl(tmp_path / "theirs.jsonl")
     assert len(theirs) == 400 and all(row["closed"] for row in theirs)
-    with pytest.raises(ValueError, match='has no "explanation"'):
-        (tmp_path / "bare.jsonl").write_text('{"question": "x 3 y 7 s1 swap", "solution": "7 3"}\n')
+    (tmp_path / "bare.jsonl").write_text('{"question": "x 3 y 7 s1 swap", "solution": "7 3"}\n')
+    with pytest.raises(UserError, match='has no "explanation"'):
         call(workshop, "distill.py", *flags, "--score-file", tmp_path / "bare.jsonl", "--out", tmp_path / "never.jsonl")
 
 
@@ -671,8 +702,7 @@ def test_partitions_by_rank(workshop, tmp_path):
     for name in ("overall", "within"):
         parts = [runs.read_jsonl(tmp_path / f"all.{name}-{i}of3.jsonl") for i in (1, 2, 3)]
         assert [len(part) for part in parts] == [20, 20, 20]
-        key = lambda row: json.dumps(row, sort_keys=True)  # noqa: E731
-        assert sorted(key(row) for part in parts for row in part) == sorted(map(key, every))
+        assert sorted(json.dumps(row) for part in parts for row in part) == sorted(map(json.dumps, every))
         if name == "overall":
             assert max(r["reward"] for r in parts[0]) <= min(r["reward"] for r in parts[1])
             assert max(r["reward"] for r in parts[1]) <= min(r["reward"] for r in parts[2])
@@ -684,37 +714,13 @@ def test_partitions_by_rank(workshop, tmp_path):
 
 
 def test_a_solver_keeps_what_the_grader_accepts(workshop, tmp_path, monkeypatch):
-    import evaluate
-
-    monkeypatch.setattr(evaluate, "grade_all", lambda task, outputs, rows: [i % 3 == 0 for i in range(len(outputs))])
+    monkeypatch.setattr("rlt.grading.grade_all",
+                        lambda task, outputs, rows: [i % 3 == 0 for i in range(len(outputs))])
     flags = ["--solver", "--model", "toy", "--limit", 12, "--max-new-tokens", 12]
     call(workshop, "distill.py", *flags, "--out", tmp_path / "right.jsonl")
     call(workshop, "distill.py", *flags, "--out", tmp_path / "raw.jsonl", "--keep-wrong")
     right, raw = (runs.read_jsonl(tmp_path / f"{name}.jsonl") for name in ("right", "raw"))
     assert len(raw) == 12 and [row for row in raw if row["right"]] == right and len(right) == 4
     assert "solution" in raw[0] and raw[0]["messages"][1]["content"] == raw[0]["question"]
-    call(
-        workshop,
-        "sft_student.py",
-        "--data",
-        tmp_path / "raw.jsonl",
-        "--val-rows",
-        2,
-        "--steps",
-        1,
-        "--out",
-        tmp_path / "s",
-    )
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--score-file", "x.jsonl", "--samples", 2],
-        ["--solver", "--keep", "best"],
-        ["--keep-wrong"],
-        ["--solver", "--partition", 3],
-    ],
-)
-def test_distill_flags_that_exclude_each_other(workshop, flags):
-    assert "error: --" in said(workshop, "distill.py", *flags)[1]
+    call(workshop, "sft_student.py", "--data", tmp_path / "raw.jsonl", "--val-rows", 2, "--steps", 1, "--out",
+         tmp_path / "s")
