@@ -29,16 +29,17 @@ from rlt.runs import read_jsonl  # noqa: E402
 from measure import LOGS, Log, machine  # noqa: E402
 
 # torch is imported first, so that rlt/__init__.py comes too late with its default
-TORCH_FIRST = "import runpy, sys, torch; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+TORCH_FIRST = ("import os, runpy, sys, torch; del sys.argv[0]; sys.path[0] = os.path.dirname(sys.argv[0]); "
+               "runpy.run_path(sys.argv[0], run_name='__main__')")
 COMMANDS = {"default": [sys.executable, "-c", TORCH_FIRST], "passive": [sys.executable]}
 
 
 @contextmanager
 def busy_processes(n):
-    """n processes that compute on one core each."""
+    """n processes that compute on one core each, as Popen objects."""
     processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
     try:
-        yield
+        yield processes
     finally:
         for process in processes:
             process.kill()

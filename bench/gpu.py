@@ -52,7 +52,7 @@ def run_tests(log, seconds):
         return
     counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout[-500:])}
     failures = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
-    log(part="tests", **counts, seconds=time.perf_counter() - started, failures=failures)
+    log(part="tests", counts=counts, seconds=time.perf_counter() - started, failures=failures)
 
 
 def widest_bits(size, shape):
@@ -68,16 +68,16 @@ def widest_bits(size, shape):
 
 
 def measure_step(log, name, matmul):
-    """All phases at the middle length: rows that fill a pass, and half as many cached tokens as a rollout holds."""
+    """All phases at the longest completions: one row a pass, and half as many cached tokens as a rollout holds."""
     size = step.size_of(name)
-    length = size.lengths[1]
-    shape = dict(length=length, count=step.rows_of(size, length), batch=max(1, size.cached // length // 2))
+    length = size.lengths[-1]
+    shape = dict(length=length, count=1, batch=max(1, size.cached // length // 2))
     bits = widest_bits(size, shape)
     if bits is None:
         log(part=f"step, {name}", failed="does not fit, says the dry run")
         return
-    rows = {"pass_rows": shape["count"], "rollout_rows": shape["batch"]}
-    step.whole_step(Log(log.path, **log.machine | {"size": name}), size, *bits, matmul, part="step", **shape, **rows)
+    log = Log(log.path, **log.machine | {"size": name})
+    step.whole_step(log, size, *bits, matmul, part="step", rollout_rows=shape["batch"], **shape)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def describe(entry):
         numbers = {"stats": "KL, two log-probs, entropy", "logprobs": "log-prob, entropy"}[entry["kind"]]
         return f"{numbers}, {entry['tokens']:,} x {entry['vocab']:,} {entry['dtype']}: {entry['impl']}"
     if "phase" in entry:
-        rows = entry["rollout_rows"] if entry["phase"] == "rollout" else entry["pass_rows"]
+        rows = entry["rollout_rows"] if entry["phase"] == "rollout" else 1
         bits = f"{entry['teacher_bits']} and {entry['student_bits']} bits"
         return f"{entry['size']}, {bits}: {entry['phase']}, {rows} x {entry['length']:,} tokens"
     return entry["part"]
@@ -109,7 +109,7 @@ def results(entry):
     if entry.get("failed") or entry.get("skipped"):
         return [entry.get("failed") or f"skipped: {entry['skipped']}", "", "", ""]
     if entry["part"] == "tests":
-        counts = [f"{entry.get(kind, 0)} {kind}" for kind in ("passed", "failed", "skipped")]
+        counts = [f"{n} {kind}" for kind, n in entry["counts"].items()] or ["none ran"]
         return [", ".join(counts + entry["failures"]), "", "", ""]
     if entry["part"] == "ceilings":
         return [f"copy {entry['copy_gb_s']:,.0f} GB/s, matmul {entry['matmul_tflop_s']:,.3g} TFLOP/s", "", "", ""]

@@ -176,9 +176,13 @@ def remedy(flags, phase, numbers, row):
     def halve(*names, at_least=2):
         return [set_to(name, flags[name] // 2) for name in names if (flags.get(name) or 0) >= at_least]
 
-    fewer = [set_to(name, 4) for name in ("student_bits", "teacher_bits", "bits") if flags.get(name, 4) > 4]
+    vllm = flags.get("engine") == "vllm"  # which needs its base in 16 bits
+    quantisable = ("student_bits",) if vllm else ("student_bits", "teacher_bits", "bits")
+    fewer = [set_to(name, 4) for name in quantisable if flags.get(name, 4) > 4]
     if flags.get("offload_student") is False and not flags.get("kl_gradient") and phase not in ("load", "score"):
         fewer.append("--offload-student")
+    if vllm:
+        fewer.append("--engine transformers")
     smaller_batch = halve("rollout_batch", "batch_size") if phase == "rollout" else []
     shorter = halve("max_new_tokens", "max_tokens")
     if phase == "rollout":
@@ -214,7 +218,7 @@ VLLM_BANDWIDTH = 0.7, 0.3  # 0.35 in the published 7,224 tokens/s of Qwen3-4B wi
 FLOPS = 0.45, 0.25  # share of the data sheet's; published for LoRA RL steps on an H100: 0.22 to 0.37
 LAUNCH = 5e-6, 10e-6  # seconds a kernel; low: hidden behind the reads where those take longer, high: added to them
 KERNELS_PER_LAYER = 88  # of a decode step with an adapter on every linear layer, half of them the adapter's
-VLLM_MEMORY, VLLM_ROWS = 0.4, 256  # share of the GPU for the engine, and the most rows that it runs at a time
+VLLM_ROWS = 256  # the most that it runs at a time
 MEAN, SCALE = 0.25, 0.255  # of an exponential distribution cut at the limit, as fractions of the limit
 HOURS_ASSUMPTIONS = (
     "Hours are arithmetic, not measured: completions a quarter as long as the limit on average, exponentially "
@@ -265,10 +269,10 @@ def expected_hours(machine, *, parameters=7.6e9, layers=28, hidden=3584, heads=2
 
     def vllm_seconds(bandwidth):
         context = (prompt + MEAN * limit) * token
-        pages = VLLM_MEMORY * machine.memory - 2 * parameters
+        pages = MEMORY_SHARE * machine.memory - 2 * parameters
         at_a_time = min(rows, VLLM_ROWS, int(pages / context))
         if at_a_time < 1:
-            raise ValueError(f"{VLLM_MEMORY:.0%} of {machine.memory / GB:.0f} GB hold the engine's weights and no row")
+            raise ValueError(f"{MEMORY_SHARE:.0%} of {machine.memory / GB:.0f} GB hold the engine's weights and no row")
         step = (2 * parameters + at_a_time * context) / bandwidth
         return rows * MEAN * limit / at_a_time * step + longest[at_a_time] * 2 * parameters / bandwidth
 

@@ -306,6 +306,16 @@ def test_the_phases_of_a_pair():
     assert resident["rollout"]["cache"] == 4 * 59 * 2 * 2 * 2 * 32 * 2  # rows, tokens but the last, layers, k v...
 
 
+def test_an_engine_of_its_own_is_resident_in_every_phase():
+    policy = ModelFootprint(qwen(), bits=16, gpu=True, rank=8, trained="adapter")
+    asked = dict(vocab=256, tokens=500, scored=True, learned=True)
+    alone, engine = phases(policy, **asked), phases(policy, **asked, rollout=(4, 50, 10), engine_bytes=10**9)
+    assert [*engine] == ["load", "rollout", "score", "update"]
+    for phase in alone:
+        assert engine[phase]["total"] - alone[phase]["total"] == 10**9
+    assert engine["rollout"]["total"] == 10**9 + policy.weights + 3 * policy.adapters  # nothing of transformers' own
+
+
 def test_what_to_change_first():
     flags = dict(student_bits=4, teacher_bits=16, micro_batch_tokens=8192, rollout_batch=64, max_new_tokens=1000,
                  gradient_checkpointing=True, lora_rank=16)
@@ -328,6 +338,8 @@ def test_what_to_change_first():
     assert first("score", "logits") == "a smaller model"  # their chunk is a constant
     assert first("update", "adapters, AdamW") == "--lora-rank 8"
     assert first("update", "adapters, AdamW", lora_rank=None) == "a smaller model"  # the adapter's own
+    assert first("update", "weights", engine="vllm", student_bits=16) == "--student-bits 4"
+    assert first("update", "weights", engine="vllm") == "--engine transformers"  # it has no 4 bits
     numbers = zero | {"activations": 5, "logits": 9, "weights": 1}
     assert remedy(flags, "score", numbers, 1100) == "--micro-batch-tokens 4096"  # the largest that a flag can change
 
