@@ -15,18 +15,18 @@ questions, and what the grader accepts is kept.
 """
 
 import json
+import math
 import sys
-from pathlib import Path
 
 from rlt import flags, models
-from rlt.distributed import all_gather_object, barrier, init_distributed
+from rlt.distributed import all_gather_object, init_distributed
 from rlt.dry_run import ModelFootprint, dry_run
-from rlt.errors import UserError
 from rlt.grading import TASKS, gradable, grade_all
 from rlt.prompts import THOUGHT, Prompts, show_rows
 from rlt.rollout import make_engine
 from rlt.rows import between, leaks, load_rows
-from rlt.runs import append_jsonl, check_same_flags, describe, read_jsonl, write_atomically
+from rlt.rows_file import RowsFile
+from rlt.runs import digest, read_jsonl, write_atomically
 
 import torch
 from tqdm import tqdm
@@ -75,16 +75,7 @@ if args.keep_wrong and not args.solver:
 
 device = models.pick_device(args.device)
 rank, world = init_distributed(device)
-out, config = Path(args.out), Path(f"{args.out}.config.json")
-first_batch, written = 0, []  # the batch to start with, and the lines that exist
-if out.exists() and not args.resume:
-    raise UserError(f"{out} already exists. Pass --resume to continue, or another --out.")
-if out.exists():
-    if not config.exists():
-        raise UserError(f"{out} was not written by distill.py: {config} is missing. Pass another --out.")
-    check_same_flags(out, json.loads(config.read_text())["flags"], vars(args))
-    written = read_jsonl(out)
-    first_batch = written[-1]["batch"] if written else 0  # the last one may be cut short: it is sampled again
+output = RowsFile(args)
 
 # rows and tokens
 student_name = args.student or models.base_of(args.model)
@@ -123,11 +114,8 @@ engine = None
 if not args.score_file:
     engine = make_engine(args.engine, teacher, tokenizer, base=models.base_of(args.model), bits=args.teacher_bits,
                          device=device, max_tokens=longest + args.max_new_tokens, batch=args.batch_size)
-barrier()  # all ranks have read what exists
-if rank == 0:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(config, json.dumps(describe(args), indent=2) + "\n")
-    write_atomically(out, "".join(json.dumps(row) + "\n" for row in written if row["batch"] < first_batch))
+output.start(base_hash=models.fingerprint(teacher), adapter_hash=models.adapter_hash(teacher),
+             student_hash=student and models.fingerprint(student), rows_hash=digest(rows))
 
 
 def sample(prompt_ids, batch):
@@ -184,15 +172,16 @@ def lines_of(batch):
     groups = [lines[at : at + args.samples] for at in range(0, len(lines), args.samples)]
     groups = [[line for line in group if keep(line)] for group in groups]
     if args.keep == "best":
-        groups = [[max(group, key=lambda line: line["reward"])] for group in groups if group]
+        groups = [[max(group, key=lambda line: (math.isfinite(line["reward"]), line["reward"]))]
+                  for group in groups if group]
     return [line for group in groups for line in group]
 
 
-with tqdm(initial=first_batch, total=len(batches), unit="batch", dynamic_ncols=True,
+with tqdm(initial=output.first_batch, total=len(batches), unit="batch", dynamic_ncols=True,
           disable=None if rank == 0 else True) as progress:
-    for first in range(first_batch, len(batches), world):  # one batch a rank; the file does not depend on their number
+    for first in range(output.first_batch, len(batches), world):  # one batch a rank, and the same file by any number
         parts = all_gather_object(lines_of(first + rank) if first + rank < len(batches) else [])
-        append_jsonl(out, [line for part in parts for line in part])
+        output.append([line for part in parts for line in part])
         progress.update(len(batches[first : first + world]))
 if rank:
     sys.exit()
@@ -209,12 +198,12 @@ def write_partitions(lines, k):
             for position, line in enumerate(sorted(group, key=lambda line: line["reward"])):
                 parts[position * k // len(group)].append(line)
         for i, part in enumerate(parts, 1):
-            path = out.with_name(f"{out.stem}.{name}-{i}of{k}.jsonl")
+            path = output.path.with_name(f"{output.path.stem}.{name}-{i}of{k}.jsonl")
             write_atomically(path, "".join(json.dumps(line) + "\n" for line in part))
             print(f"{path}: {len(part)} rows, reward up to {max((line['reward'] for line in part), default=0):.4g}")
 
 
-lines = read_jsonl(out)
+lines = read_jsonl(output.path)
 if args.partition:
     write_partitions(lines, args.partition)
 shown = [key for key in ("reward", "score", "kl", "right", "closed", "leak", "length") if lines and key in lines[0]]
@@ -222,5 +211,7 @@ means = " | ".join(f"{key} {sum(line[key] for line in lines) / len(lines):.4g}" 
 following = flags.carry(parser, args, data="out")
 if args.data != "toy" or args.score_file:
     following += f" --model {student_name}"
-print(f"{out}: {len(lines)} explanations of {len(rows)} rows | {means}")
+if output.dropped:
+    print(f"{output.dropped} explanations have a reward that is NaN or infinite: they are left out")
+print(f"{output.path}: {len(lines)} explanations of {len(rows)} rows | {means}")
 print(f"Next: python sft_student.py{following}")

@@ -19,7 +19,7 @@ import sys
 from collections import Counter
 
 from rlt import flags, models
-from rlt.distributed import all_reduce_gradients, all_reduce_mean, all_reduce_sum, init_distributed
+from rlt.distributed import all_reduce_mean, all_reduce_sum, init_distributed
 from rlt.dry_run import dry_run_rl
 from rlt.grading import TASKS, answer_of, gradable, grade_all
 from rlt.grpo import LOSSES, group_advantages, grpo_loss, guided_loss, step_denominator, tis_weights
@@ -37,6 +37,7 @@ from rlt.runs import (
     quantiles,
     split_held_out,
 )
+from rlt.updates import Updates
 
 import torch
 from tqdm import tqdm
@@ -106,6 +107,7 @@ policy = models.load_lora(args.model, bits=args.bits, device=device, seed=args.s
                           checkpointing=args.gradient_checkpointing)
 parameters = models.adapter_parameters(policy)
 optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
+updates = Updates(run, optimizer, parameters, tokenizer)
 if run.checkpoint:
     models.restore(policy, run.checkpoint)
     models.restore_optimizer(optimizer, run.checkpoint)
@@ -168,7 +170,7 @@ def split_into_batches(kept, hinted, prompt_ids, sampled_from, completion_ids):
                 yield indices
 
 
-def update_policy(batches, prompt_ids, completion_ids, old_logprobs, token_weights, advantages, hinted):
+def update_policy(batch, batches, prompt_ids, completion_ids, old_logprobs, token_weights, advantages, hinted):
     """Optimizer steps on one batch, in micro-batches that add up to one loss.
 
     old_logprobs, token_weights (or None): of each micro-batch; advantages, hinted (B,) -> the last step's loss and
@@ -195,13 +197,10 @@ def update_policy(batches, prompt_ids, completion_ids, old_logprobs, token_weigh
             else:
                 loss, token_stats = grpo_loss(logprobs, old, ref, advantages[indices], lengths[indices],
                                               epsilon_low=args.epsilon_low, epsilon_high=args.epsilon_high, **common)
-            loss.backward()
+            updates.backward(loss, [(batch[i], completion_ids[i]) for i in indices])
             step_loss += loss.item()
             stats.update({key: value.item() for key, value in token_stats.items()})
-        all_reduce_gradients(parameters)
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
-        optimizer.step()
-        optimizer.zero_grad()
+        grad_norm = updates.step(step_loss)
     policy.eval()
     names = ("kl_ref", "clip_fraction", "guided_log_ratio")
     step_loss, *values = all_reduce_sum(step_loss, *(stats[name] for name in names))
@@ -216,7 +215,7 @@ def held_out_success(*key):
 
 progress = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, unit="step", dynamic_ncols=True,
                 disable=None if rank == 0 else True)
-for step in progress:
+for step in run.steps(progress, save):
     eval_solved_before = held_out_success("before") if step == 0 and held_out and rank == 0 else None
     timer = StepTimer(device)
 
@@ -263,14 +262,14 @@ for step in progress:
     # 5. the policy update
     for group in optimizer.param_groups:
         group["lr"] = args.lr * lr_fraction(step, args.steps, args.warmup_steps, args.final_lr_fraction)
-    loss, grad_norm, stats = update_policy(batches, prompt_ids, completion_ids, old_logprobs, token_weights, advantages,
-                                          hinted)
+    loss, grad_norm, stats = update_policy(batch, batches, prompt_ids, completion_ids, old_logprobs, token_weights,
+                                          advantages, hinted)
     engine.load_adapter(policy)
     if args.beta > 0 and args.sync_ref_every and (step + 1) % args.sync_ref_every == 0:
         models.sync_reference(policy, args.sync_ref_mix)
     timer.end("update")
 
-    # 6. measure on held-out rows, log, save
+    # 6. measure on held-out rows, log; run.steps saves
     eval_solved = None
     if held_out and rank == 0 and (step % args.eval_every == 0 or step + 1 == args.steps):
         eval_solved = held_out_success(step, rank)
@@ -300,8 +299,6 @@ for step in progress:
             "step": step, "question": batch[i]["question"], "solution": batch[i]["solution"], "answer": texts[i],
             "hinted": bool(hinted[i]), "reward": rewards[i].item(),
         } for i in sorted({0, int(rewards.argmax())})])
-    if args.save_every and (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-        run.save(step + 1, save)
 
 final = run.finish(lambda folder: models.save_model(policy, tokenizer, folder))
 following = flags.carry(parser, args, "bits", "task")

@@ -13,15 +13,17 @@ with the end of the turn exactly once.
 """
 
 import sys
+from typing import NamedTuple
 
 from rlt import flags, models
-from rlt.distributed import all_reduce_gradients, all_reduce_sum, init_distributed
+from rlt.distributed import all_reduce_sum, init_distributed
 from rlt.dry_run import ModelFootprint, dry_run
 from rlt.errors import UserError
 from rlt.logprobs import completion_logprobs
 from rlt.prompts import Prompts, show_rows
 from rlt.rows import load_rows, map_rows
 from rlt.runs import Run, StepTimer, batch_indices, digest, lr_fraction
+from rlt.updates import Updates
 
 import torch
 from tqdm import tqdm
@@ -71,11 +73,19 @@ if args.show_rows:
     print(show_rows(prompts, rows, args.show_rows))
     sys.exit()
 max_tokens = min(args.max_tokens, models.context_length(args.model))
-examples, cut = [], 0  # (ids before the loss starts, ids with loss)
-for _, (ids, start) in map_rows(rows, lambda row: prompts.sft_row(row, args.format), skip=args.skip_bad_rows):
+
+
+class Example(NamedTuple):
+    row: dict
+    before: list  # ids before the loss starts
+    supervised: list  # ids with loss
+
+
+examples, cut = [], 0
+for row, (ids, start) in map_rows(rows, lambda row: prompts.sft_row(row, args.format), skip=args.skip_bad_rows):
     cut += len(ids) > max_tokens
     if start < max_tokens:
-        examples.append((ids[:start], ids[start:max_tokens]))
+        examples.append(Example(row, ids[:start], ids[start:max_tokens]))
 if cut:
     print(f"{cut} of {len(rows)} rows are longer than {max_tokens} tokens and were cut; "
           f"{len(rows) - len(examples)} of them have no supervised tokens left and are dropped")
@@ -90,7 +100,7 @@ if args.dry_run is not None:
     sys.exit(dry_run(
         args, device, ModelFootprint(**footprint, bits=args.bits, gpu=args.dry_run > 0 or device.type == "cuda",
                                      trained="all" if train_all else "adapter"),
-        row=max(len(before) + len(supervised) for before, supervised in examples), vocab=vocab, learned=True))
+        row=max(len(x.before) + len(x.supervised) for x in examples), vocab=vocab, learned=True))
 
 # model and optimizer
 if train_all:
@@ -102,6 +112,7 @@ else:
                              checkpointing=args.gradient_checkpointing)
     parameters = models.adapter_parameters(model)
 optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
+updates = Updates(run, optimizer, parameters, tokenizer)
 base_hash = models.fingerprint(model)
 if run.checkpoint:
     models.restore(model, run.checkpoint)
@@ -117,49 +128,44 @@ def save(folder):
 
 
 def losses(batch):
-    """One micro-batch after the other: minus the sum of log-probs of its supervised tokens, nats."""
-    for indices in micro_batches([len(before) + len(supervised) for before, supervised in batch],
-                                 args.micro_batch_tokens):
-        before, supervised = zip(*(batch[i] for i in indices), strict=True)
-        yield -completion_logprobs(model, before, supervised, vocab=vocab)[0].sum()
+    """One micro-batch after the other: its examples, and minus the sum of log-probs of supervised tokens, nats."""
+    for indices in micro_batches([len(x.before) + len(x.supervised) for x in batch], args.micro_batch_tokens):
+        micro_batch = [batch[i] for i in indices]
+        _, before, supervised = zip(*micro_batch, strict=True)
+        yield micro_batch, -completion_logprobs(model, before, supervised, vocab=vocab)[0].sum()
 
 
 progress = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, unit="step", dynamic_ncols=True,
                 disable=None if rank == 0 else True)
-for step in progress:
+for step in run.steps(progress, save):
     timer = StepTimer(device)
     batch = [examples[i] for i in batch_indices(len(examples), args.batch_size, step, args.seed)]
-    tokens = sum(len(supervised) for _, supervised in batch)  # of all ranks
+    tokens = sum(len(x.supervised) for x in batch)  # of all ranks
     for group in optimizer.param_groups:
         group["lr"] = args.lr * lr_fraction(step, args.steps, args.warmup_steps, 0.0, shape="cosine")
 
     # 1. forward and backward on this rank's share, an optimizer step on all
     model.train()
     loss = 0.0
-    for micro_loss in losses(batch[rank::world]):
-        (micro_loss / tokens).backward()
+    for micro_batch, micro_loss in losses(batch[rank::world]):
+        updates.backward(micro_loss / tokens, [(x.row, x.supervised) for x in micro_batch])
         loss += micro_loss.item() / tokens
-    all_reduce_gradients(parameters)
+    grad_norm = updates.step(loss)
     (loss,) = all_reduce_sum(loss)
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
-    optimizer.step()
-    optimizer.zero_grad()
     model.eval()
     timer.end("update")
 
-    # 2. validation loss, log, save
+    # 2. validation loss, log; run.steps saves
     val_loss = None
     if validation and args.eval_every and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
         with torch.no_grad():
-            (val_loss,) = all_reduce_sum(sum(micro_loss.item() for micro_loss in losses(validation[rank::world])))
-            val_loss /= sum(len(supervised) for _, supervised in validation)
+            (val_loss,) = all_reduce_sum(sum(micro_loss.item() for _, micro_loss in losses(validation[rank::world])))
+            val_loss /= sum(len(x.supervised) for x in validation)
     line = run.log({"step": step, "loss": loss, "val_loss": val_loss, "lr": optimizer.param_groups[0]["lr"],
                     "grad_norm": grad_norm, **timer.numbers, "tokens_per_s": tokens / timer.seconds})
     progress.set_postfix_str(f"loss {loss:.4g}")
     if val_loss is not None:
         progress.write(line)
-    if args.save_every and (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-        run.save(step + 1, save)
 
 final = run.finish(lambda folder: models.save_model(model, tokenizer, folder))
 if args.format == "teacher":

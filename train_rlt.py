@@ -18,7 +18,7 @@ import sys
 from collections import Counter
 
 from rlt import flags, models
-from rlt.distributed import all_reduce_gradients, all_reduce_mean, all_reduce_sum, init_distributed
+from rlt.distributed import all_reduce_mean, all_reduce_sum, init_distributed
 from rlt.dry_run import dry_run_rl
 from rlt.grpo import LOSSES, group_advantages, group_scale, grpo_loss, pathwise_kl_loss, step_denominator, tis_weights
 from rlt.logprobs import completion_logprobs, completion_logprobs_and_kl, regroup
@@ -36,6 +36,7 @@ from rlt.runs import (
     reward_is_dropping,
     split_held_out,
 )
+from rlt.updates import Updates
 
 import torch
 from tqdm import tqdm
@@ -104,6 +105,7 @@ if args.offload_student:
     student.to("cpu")
 parameters = models.adapter_parameters(policy)
 optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
+updates = Updates(run, optimizer, parameters, tokenizer)
 if run.checkpoint:
     models.restore(policy, run.checkpoint)
     models.restore_optimizer(optimizer, run.checkpoint)
@@ -144,7 +146,8 @@ def policy_logprobs(indices, prompt_ids, completion_ids):
                                vocab=vocab, temperature=args.temperature)
 
 
-def update_policy(batches, prompt_ids, completion_ids, old_logprobs, token_weights, advantages, scales, scoring_rows):
+def update_policy(batch, batches, prompt_ids, completion_ids, old_logprobs, token_weights, advantages, scales,
+                  scoring_rows):
     """Optimizer steps on one batch, in micro-batches that add up to one loss.
 
     old_logprobs, token_weights (or None): of each micro-batch; advantages, scales (B,) -> the last step's loss and
@@ -174,13 +177,10 @@ def update_policy(batches, prompt_ids, completion_ids, old_logprobs, token_weigh
                 thought_lengths = torch.tensor([len(scoring_rows[i].thought) for i in indices])
                 loss = loss + pathwise_kl_loss(token_kl, thought_lengths, lengths[indices], scales[indices],
                                                lam=args.lam, alpha=args.alpha, denominator=denominator, loss=args.loss)
-            loss.backward()
+            updates.backward(loss, [(batch[i], completion_ids[i]) for i in indices])
             step_loss += loss.item()
             stats.update({key: value.item() for key, value in token_stats.items()})
-        all_reduce_gradients(parameters)
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
-        optimizer.step()
-        optimizer.zero_grad()
+        grad_norm = updates.step(step_loss)
     policy.eval()
     step_loss, *values = all_reduce_sum(step_loss, *stats.values())
     return step_loss, grad_norm, {key: value / tokens for key, value in zip(stats, values, strict=True)}
@@ -216,7 +216,7 @@ def held_out_reward(*key):
 
 progress = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, unit="step", dynamic_ncols=True,
                 disable=None if rank == 0 else True)
-for step in progress:
+for step in run.steps(progress, save):
     eval_reward_before = held_out_reward("before") if step == 0 and held_out and rank == 0 else None
     timer = StepTimer(device)
 
@@ -248,14 +248,14 @@ for step in progress:
     for group in optimizer.param_groups:
         group["lr"] = args.lr * lr_fraction(step, args.steps, args.warmup_steps, args.final_lr_fraction)
     loss, grad_norm, stats = update_policy(
-        batches, prompt_ids, completion_ids, regroup(scored.old_logprobs, scored.completion_lengths, batches),
+        batch, batches, prompt_ids, completion_ids, regroup(scored.old_logprobs, scored.completion_lengths, batches),
         regroup(token_weights, scored.completion_lengths, batches), advantages, scales, scoring_rows)
     engine.load_adapter(policy)
     if args.beta > 0 and args.sync_ref_every and (step + 1) % args.sync_ref_every == 0:
         models.sync_reference(policy, args.sync_ref_mix)
     timer.end("update")
 
-    # 5. measure on held-out rows, log, save
+    # 5. measure on held-out rows, log; run.steps saves
     eval_reward = None
     if held_out and rank == 0 and (step % args.eval_every == 0 or step + 1 == args.steps):
         eval_reward = held_out_reward(step, rank)
@@ -275,8 +275,6 @@ for step in progress:
             "step": step, "question": batch[i]["question"], "solution": batch[i]["solution"],
             "explanation": explanations[i].text, "closed": explanations[i].closed, "reward": rewards[i].item(),
         } for i in sorted({0, best})])
-    if args.save_every and (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-        run.save(step + 1, save)
 
 final = run.finish(lambda folder: models.save_model(policy, tokenizer, folder))
 following = flags.carry(parser, args, "student", "teacher_bits", "student_bits", "data", "question_column",

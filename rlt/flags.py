@@ -193,6 +193,8 @@ def add_optimizer(group, *, steps, lr, warmup_steps):
                        help="steps in which the learning rate rises to --lr")
     group.add_argument("--max-grad-norm", type=number(float, above=0), default=1.0, metavar="X",
                        help="the gradient's norm is clipped to this")
+    group.add_argument("--max-bad-steps", type=number(int, 1), default=3, metavar="N",
+                       help="stop after N updates in a row whose loss or gradient is not finite; each is skipped")
 
 
 def add_grpo(group, losses, *, steps=60, lr=2e-3, warmup_steps=5):
@@ -230,7 +232,7 @@ def add_checkpointing(group):
 
 
 def add_system(group):
-    group.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="seed of every draw")
+    group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="seed of every draw")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 or auto")
     group.add_argument("--dry-run", nargs="?", metavar="GB", const=0.0, type=number(float, above=0),
                        help="check flags, rows and disk, estimate the memory, and stop; GB: memory of the GPU meant")
@@ -242,6 +244,8 @@ def add_run_folder(group, out, *, save_every, eval_every, eval_what, eval_flag="
     group.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --out, or start")
     group.add_argument("--save-every", type=number(int, 0), default=save_every, metavar="N",
                        help="steps between checkpoints; 0: at the end only")
+    group.add_argument("--keep-checkpoints", type=number(int, 0), default=3, metavar="N",
+                       help="the last N checkpoints are kept; 0: all")
     group.add_argument("--eval-every", type=number(int, 0), default=eval_every, metavar="N",
                        help=f"steps between measurements of the {eval_what}; 0: never")
     group.add_argument(eval_flag, type=number(int, 0), default=eval_rows, metavar="N",

@@ -17,8 +17,10 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from rlt.checkpoints import damaged_file
 from rlt.distributed import RANK, WORLD
 from rlt.errors import UserError
+from rlt.locks import exclusive
 from rlt.prompts import turn_ends
 
 import torch
@@ -65,9 +67,12 @@ def _make_on_first_use(name):
     while missing() and RANK > 0:  # rank 0 makes it
         time.sleep(1)
     if missing():
-        print(f"{folder} is missing: making {what}, once.", flush=True)
-        subprocess.run([sys.executable, str(ROOT / script), *flags, "--out", folder], check=True,
-                       env={**os.environ, "WORLD_SIZE": "1"})
+        lock = Path(folder).with_name(f".{name}.lock")
+        with exclusive(lock, f"{folder} is missing, and another process is making it: waiting.") as held:
+            if missing():
+                print(f"{folder} is missing: making {what}, once.", flush=True)
+                subprocess.run([sys.executable, str(ROOT / script), *flags, "--out", folder], check=True,
+                               env={**os.environ, "WORLD_SIZE": "1"}, pass_fds=[held])
     return folder
 
 
@@ -206,6 +211,7 @@ def load_model(name, *, bits, device, scores=False):
 
     disable_progress_bar()
     folder = resolve(name)
+    _check_whole(folder)
     if _adapter_config(folder) is not None:
         from peft import PeftModel
 
@@ -215,6 +221,12 @@ def load_model(name, *, bits, device, scores=False):
     else:
         model = _load_base(folder, bits, device)
     return _checked(model, name) if scores else model
+
+
+def _check_whole(folder):
+    """Weights that a script has written must be the ones that are read. Their configs may be edited."""
+    if Path(folder).is_dir() and (bad := damaged_file(folder, suffix=".safetensors")):
+        raise UserError(f"{folder} is damaged ({bad}): copy or make it again.")
 
 
 def _load_base(folder, bits, device):
@@ -264,6 +276,7 @@ def load_lora(name, *, bits, device, seed, rank=None, alpha=None, targets=None, 
     from peft import LoraConfig, PeftModel, get_peft_model
 
     folder = resolve(name)
+    _check_whole(folder)
     config = _adapter_config(folder)
     torch.manual_seed(seed)
     base = _load_base(base_of(folder), bits, device)
@@ -420,8 +433,26 @@ def fingerprint(model):
     return digest.hexdigest()
 
 
+def adapter_hash(model):
+    """A hash of all numbers of the adapter "default"; the same for all models without one."""
+    digest = hashlib.sha256()
+    if hasattr(model, "peft_config"):
+        for p in adapter_parameters(model):
+            digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def save_model(model, tokenizer, folder, adapters=("default",)):
-    """A Hugging Face folder, or for a model with adapters a peft folder (a second adapter goes into a subfolder)."""
+    """A Hugging Face folder, or for a model with adapters a peft folder (a second adapter goes into a subfolder).
+
+    Raises UserError where a weight is NaN or infinite: nothing is written then.
+    """
+    parameters = model.parameters()
+    if hasattr(model, "peft_config"):
+        parameters = [p for adapter in adapters for p in adapter_parameters(model, adapter)]
+    if not all(p.isfinite().all() for p in parameters):
+        raise UserError(f"{Path(folder).with_suffix('')} is not written: weights have become NaN or infinite. Go on "
+                        "from the last checkpoint with a lower --lr, in a copy of the run.")
     if hasattr(model, "peft_config"):
         model.save_pretrained(folder, selected_adapters=list(adapters))
     else:
@@ -433,17 +464,24 @@ def save_model(model, tokenizer, folder, adapters=("default",)):
 
 def restore(model, folder):
     """Read the weights that save_model wrote into this folder back into the model, bit for bit."""
-    if not hasattr(model, "peft_config"):  # by from_pretrained, which knows sharded folders and renamed weights
-        saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
-        model.load_state_dict(saved.state_dict())
-        return
-    from peft import load_peft_weights, set_peft_model_state_dict
+    with user_errors(f"the checkpoint {folder} can't be read, delete it to go on from the one before"):
+        if not hasattr(model, "peft_config"):  # by from_pretrained, which knows sharded folders and renamed weights
+            saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
+            model.load_state_dict(saved.state_dict())
+            return
+        from peft import load_peft_weights, set_peft_model_state_dict
 
-    for adapter in model.peft_config:
-        path = Path(folder) if adapter == "default" else Path(folder) / adapter
-        set_peft_model_state_dict(model, load_peft_weights(str(path), device="cpu"), adapter_name=adapter)
+        for adapter in model.peft_config:
+            path = Path(folder) if adapter == "default" else Path(folder) / adapter
+            weights = load_peft_weights(str(path), device="cpu")
+            missing = set_peft_model_state_dict(model, weights, adapter_name=adapter).missing_keys
+            if missing := [name for name in missing if adapter in name.split(".")]:
+                raise UserError(f"the checkpoint {folder} lacks {len(missing)} weights of the adapter {adapter}, "
+                                f"{missing[0]} for one: delete it to go on from the one before.")
 
 
 def restore_optimizer(optimizer, folder):
     """Read the state that a checkpoint holds back into the optimizer."""
-    optimizer.load_state_dict(torch.load(Path(folder) / "optimizer.pt", map_location="cpu", weights_only=True))
+    with user_errors(f"the checkpoint {folder} can't be read, delete it to go on from the one before: optimizer.pt"):
+        state = torch.load(Path(folder) / "optimizer.pt", map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(state)

@@ -5,8 +5,9 @@ The run folder: what was asked for, what happened, and where to continue. No mod
     config.json     flags, command, git commit, versions, device, and what the script adds (hashes of weights and rows)
     metrics.jsonl   one object a step
     samples.jsonl   a few full texts
-    step_000050/    a checkpoint after 50 steps; renamed into place when it is complete
+    step_000050/    a checkpoint after 50 steps, with a manifest of checksums; renamed into place when it is complete
     final/          the result: a peft adapter or a Hugging Face folder
+    bad_step.json   rows of the last update that was skipped for a loss or gradient that is not finite
 """
 
 import hashlib
@@ -15,7 +16,7 @@ import math
 import os
 import platform
 import random
-import shutil
+import shlex
 import statistics
 import subprocess
 import sys
@@ -23,13 +24,19 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from rlt.checkpoints import check_writable, disk_full, is_disk_full, keep_last, last_checkpoint, write_folder
 from rlt.distributed import RANK, WORLD, all_gather_object, all_reduce_mean, barrier
 from rlt.errors import UserError
 from rlt.flags import RENAMED
+from rlt.interrupts import StopSignals, exit_code
+from rlt.locks import hold_lock
 
 ROOT = Path(__file__).resolve().parent.parent
-HASHES = ("base_hash", "student_hash", "rows_hash")  # what a resumed run, and every rank, must find unchanged
-RESUME_OVERRIDABLE = {"resume", "steps", "save_every", "device", "dry_run", "offload_student", "out"}
+# what a resumed run, and every rank, must find unchanged
+HASHES = ("base_hash", "adapter_hash", "student_hash", "rows_hash")
+RESUME_OVERRIDABLE = {"resume", "steps", "save_every", "keep_checkpoints", "max_bad_steps", "device", "dry_run",
+                      "offload_student", "out"}
+LOCK = ".lock"  # in a run folder; alone it does not make one
 LOGGED = ("reward", "score", "kl", "solved", "hinted", "closed", "leak", "kl_ref", "length", "eval_reward_before",
           "eval_reward", "eval_solved_before", "eval_solved", "loss", "val_loss")  # what the console shows of a step
 
@@ -66,10 +73,12 @@ def lr_fraction(step, steps, warmup, final, shape="linear"):
 
 def reward_is_dropping(metrics, key="reward", window=10):
     """A sentence when `key` has dropped from window to window, three in a row and by more than noise; else None."""
-    entries = read_jsonl(metrics)
+    entries = [entry for _, entry in _read_lines(metrics)]
     if len(entries) < 3 * window or len(entries) % window:
         return None
-    values = [entry[key] for entry in entries[-3 * window :]]
+    values = [entry and entry.get(key) for entry in entries[-3 * window :]]
+    if None in values:
+        return None
     windows = [values[i * window : (i + 1) * window] for i in range(3)]
     means = [statistics.fmean(part) for part in windows]
     noise = statistics.stdev(windows[0]) * (2 / window) ** 0.5
@@ -151,19 +160,48 @@ def write_atomically(path, text):
     tmp_path.replace(path)
 
 
-def read_jsonl(path):
-    """Objects of a JSON Lines file that is being appended to. A last line cut short by a kill is left out."""
+def _read_lines(path):
+    """[(line, its object or None)] of a JSON Lines file that is being appended to, without a last line that a kill has
+    cut short. [] if there is no such file."""
     if not Path(path).exists():
         return []
-    complete = Path(path).read_text().split("\n")[:-1]  # a complete line ends in a newline
-    return [json.loads(line) for line in complete]
+    complete = Path(path).read_text(errors="replace").split("\n")[:-1]  # a complete line ends in a newline
+    return [(line, _json_object(line)) for line in complete]
+
+
+def _json_object(line):
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def read_jsonl(path):
+    """Objects of a JSON Lines file that is being appended to. A last line cut short by a kill is left out; any other
+    line that can't be read raises UserError."""
+    lines = _read_lines(path)
+    for number, (line, entry) in enumerate(lines, 1):
+        if entry is None:
+            raise UserError(f"{path}:{number} is not a JSON object ({line[:60]!r}): restore or delete that line.")
+    return [entry for _, entry in lines]
 
 
 def append_jsonl(path, entries):
-    """Add objects to a JSON Lines file, on rank 0 only."""
+    """Add objects to a JSON Lines file, on rank 0 only. JSON has no NaN and no infinity: they become null."""
     if RANK == 0:
-        with path.open("a") as file:
-            file.write("".join(json.dumps(entry) + "\n" for entry in entries))
+        try:
+            with path.open("a") as file:
+                file.write("".join(json.dumps(_finite(entry), allow_nan=False) + "\n" for entry in entries))
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            raise UserError(disk_full(path)) from error
+
+
+def _finite(entry):
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in entry.items()}
 
 
 def digest(rows):
@@ -203,65 +241,97 @@ def _git_state():
 # the run folder
 
 
+def config_of(path, out, script):
+    """The config.json that a run has written. Raises UserError unless it is there and this script's."""
+    try:
+        config = json.loads(path.read_text())
+        flags, command = dict(config["flags"]), config["command"].split()[0]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise UserError(f"--resume: {out} is not empty and not a run ({path} is missing or can't be read). "
+                        "Pass another --out.") from None
+    if command != script.split()[0]:
+        raise UserError(f"--resume: {out} was written by {command}, this is {script.split()[0]}. Pass another --out.")
+    return config | {"flags": flags}
+
+
 def check_same_flags(out, before, now):
     """A resumed run continues with the flags it was started with. before, now: flags as dicts; all differences are
-    named at once. Flags that have been renamed since are compared under their new names."""
+    named at once. Flags that have been renamed since are compared under their new names, paths as what they mean."""
     before = {RENAMED.get(flag, flag): value for flag, value in before.items()}
     if before.get("engine") == "batch":
         before["engine"] = "transformers"
     different = []
     for flag in sorted(set(now) - RESUME_OVERRIDABLE):
-        if flag in before and before[flag] != now[flag]:
+        if flag in before and _spelled_out(before[flag]) != _spelled_out(now[flag]):
             different.append(f"{flag} = {before[flag]}, now {now[flag]}")
     if different:
         raise UserError(f"--resume: {out} was started with {'; '.join(different)}. Pass the flags it was started "
                         "with, or another --out.")
 
 
+def _spelled_out(value):
+    return os.path.realpath(value) if isinstance(value, str) else value
+
+
+def check_same_hashes(out, before, now):
+    """Raise UserError where a resumed run finds other weights or rows than it was started on. before, now: HASHES."""
+    for key in HASHES:
+        if key in now and before.get(key) not in (None, now[key]):
+            raise UserError(
+                f"--resume: {key} is not what it was when {out} was started: the weights or rows have changed, or are "
+                "loaded in another precision. Restore them, or start anew with another --out.")
+
+
+def resume_command():
+    """The command that continues this run."""
+    arguments = sys.argv[1:] + ["--resume"] * ("--resume" not in sys.argv)
+    launcher = f"torchrun --nproc_per_node={WORLD}" if WORLD > 1 else "python"
+    return f"{launcher} {shlex.join([sys.argv[0], *arguments])}"
+
+
 class Run:
     """The folder of one run. `step` is where the loop starts, `checkpoint` the folder to load first, or None.
 
-    Nothing is written before `start`, so that a run that can't begin leaves nothing behind.
+    Nothing is written before `start`, so that a run that can't begin leaves nothing behind. From then on no other
+    process can write into the folder.
     """
 
     def __init__(self, args):
-        self.folder = Path(args.out)
+        self.args, self.folder = args, Path(args.out)
         self.metrics, self.samples = self.folder / "metrics.jsonl", self.folder / "samples.jsonl"
         self.step, self.checkpoint, self.config_before = 0, None, {}
+        self.weights_changed = False  # since this step began: it can't be abandoned any more
         if self.folder.is_file():
             raise UserError(f"--out {self.folder} is a file, expected a folder. Pass another --out.")
-        exists = self.folder.is_dir() and any(self.folder.iterdir())
-        if exists and not args.resume:
+        check_writable(self.folder)
+        self.existed = self._has_files()
+        if self.existed and not args.resume:
             raise UserError(f"{self.folder} already exists. Pass --resume to continue a run, or another --out.")
         self.config = describe(args)
-        if exists:
+        if self.existed:
             self._find_checkpoint(args)
 
+    def _has_files(self):
+        return self.folder.is_dir() and any(path.name != LOCK for path in self.folder.iterdir())
+
     def _find_checkpoint(self, args):
-        path = self.folder / "config.json"
-        try:
-            self.config_before = json.loads(path.read_text())
-            flags_before = dict(self.config_before["flags"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"--resume: {self.folder} is not empty and not a run folder (no readable config.json). "
-                            "Pass another --out.") from None
-        check_same_flags(self.folder, flags_before, vars(args))
-        complete = sorted(p for p in self.folder.glob("step_*") if p.is_dir() and p.name[5:].isdigit())
-        if complete:
-            self.checkpoint, self.step = complete[-1], int(complete[-1].name[5:])
-            if self.step > args.steps:
-                raise UserError(f"{self.folder} has done {self.step} steps, --steps is {args.steps}: raise it.")
+        self.config_before = config_of(self.folder / "config.json", self.folder, self.config["command"])
+        self._lock()
+        check_same_flags(self.folder, self.config_before["flags"], vars(args))
+        self.step, self.checkpoint = last_checkpoint(self.folder)
+        if self.step > args.steps:
+            raise UserError(f"{self.folder} has done {self.step} steps, --steps is {args.steps}: raise it.")
+
+    def _lock(self):
+        if RANK == 0:
+            hold_lock(self.folder / LOCK, self.folder)
 
     def start(self, **facts):
         """Write config.json, with these facts too, and cut the logs back to the checkpoint: the first trace of a run.
 
         Raises UserError where a resumed run, or another rank, finds other weights or rows than the run was started on.
         """
-        for key in HASHES:
-            if key in facts and self.config_before.get(key) not in (None, facts[key]):
-                raise UserError(
-                    f"--resume: {key} is not what it was when {self.folder} was started: the weights or rows have "
-                    "changed, or are loaded in another precision. Restore them, or start anew with another --out.")
+        check_same_hashes(self.folder, self.config_before, facts)
         if len(set(all_gather_object((self.step, *(facts.get(key) for key in HASHES))))) > 1:
             raise UserError(
                 f"the ranks of {self.folder} have found different checkpoints, weights or rows: give all of them the "
@@ -270,10 +340,24 @@ class Run:
         if RANK:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        if self._has_files() and not self.existed:
+            raise UserError(f"{self.folder} was made by another process since this one started. Pass another --out.")
         for log in (self.metrics, self.samples):
-            kept = [entry for entry in read_jsonl(log) if entry["step"] < self.step]
-            write_atomically(log, "".join(json.dumps(entry) + "\n" for entry in kept))
+            self._cut_back(log)
         write_atomically(self.folder / "config.json", json.dumps(self.config, indent=2) + "\n")
+
+    def _cut_back(self, log):
+        """Drop what the log says of steps after the checkpoint. What can't be read is kept, and said."""
+        lines = _read_lines(log)
+        steps = [entry.get("step") for _, entry in lines if entry]
+        if self.step and log == self.metrics and (not steps or max(steps) + 1 < self.step):
+            print(f"warning: {log} {'ends early' if steps else 'is missing'}: {self.step} steps were taken, it has "
+                  f"{len(steps)} of them. It goes on from here.")
+        if torn := [str(number) for number, (_, entry) in enumerate(lines, 1) if entry is None]:
+            print(f"warning: {log} has lines that are not JSON objects: {', '.join(torn)}. They stay as they are.")
+        kept = [line for line, entry in lines if entry is None or entry.get("step", 0) < self.step]
+        write_atomically(log, "".join(line + "\n" for line in kept))
 
     def log(self, entry):
         """Append one step to metrics.jsonl -> the line for the console."""
@@ -285,9 +369,47 @@ class Run:
     def log_samples(self, entries):
         append_jsonl(self.samples, entries)
 
+    def steps(self, progress, save):
+        """The steps of a training loop, from an iterator over them. save(folder) fills a checkpoint: one follows every
+        --save-every steps and the last one.
+
+        SIGTERM and Ctrl-C end the loop with a checkpoint and the command that continues the run. A step that has not
+        changed the weights yet is abandoned at once, any other one is finished. Several ranks finish their step, too:
+        each may be somewhere else in it. A second signal ends the process at once.
+        """
+        self.saved = self.step
+        with StopSignals(lambda number: self._stop(number, save, abandon=True)) as signals:
+            for step in progress:
+                self.step, self.weights_changed = step, False
+                if signals.received and WORLD == 1:  # between the check below and here
+                    self._stop(signals.received, save)
+                yield step
+                self.weights_changed, self.step = True, step + 1
+                stop = max(all_gather_object(signals.received))
+                if stop:
+                    self._stop(stop, save)
+                if self.args.save_every and self.step % self.args.save_every == 0 or self.step == self.args.steps:
+                    self.save(self.step, save)
+
+    def _stop(self, number, save, abandon=False):
+        """End the process with a checkpoint after `self.step` steps. abandon: unless the weights have changed since."""
+        if abandon and (self.weights_changed or WORLD > 1):
+            return
+        if self.step > self.saved:
+            self.save(self.step, save)
+        if RANK == 0:
+            saved = f"{self.folder} has a checkpoint after {self.step} steps" if self.step else "no step was taken"
+            message = f"\ninterrupted: {saved}. To go on:\n    {resume_command()}\n"
+            os.write(2, message.encode())  # in a signal handler print may meet its own buffer
+        raise SystemExit(exit_code(number))
+
     def save(self, step, write):
-        """A checkpoint after `step` steps. write(folder) fills it; it gets its name once it is complete."""
+        """A checkpoint after `step` steps. write(folder) fills it; it gets its name once it is complete. Then those
+        before the last --keep-checkpoints go."""
         self._write_folder(self.folder / f"step_{step:06d}", write)
+        self.saved = step
+        if RANK == 0:
+            keep_last(self.folder, getattr(self.args, "keep_checkpoints", 0))
 
     def finish(self, write):
         """The result of the run, in final/ -> that folder."""
@@ -296,14 +418,5 @@ class Run:
 
     def _write_folder(self, folder, write):
         if RANK == 0:
-            tmp_path = folder.with_name(folder.name + ".partial")
-            shutil.rmtree(tmp_path, ignore_errors=True)
-            tmp_path.mkdir(parents=True)
-            write(tmp_path)
-            for path in tmp_path.rglob("*"):
-                if path.is_file():
-                    with path.open("rb") as file:
-                        os.fsync(file.fileno())
-            shutil.rmtree(folder, ignore_errors=True)
-            tmp_path.rename(folder)
+            write_folder(folder, write)
         barrier()
