@@ -9,7 +9,8 @@ Sample answers from one or several models, grade them, and compare.
 
 A model sees the question alone and thinks in its tags; what follows its thought is graded (rlt/grading.py). With
 --samples n the table has pass@k, the chance that one of k answers is right, estimated without bias (arXiv 2107.03374).
-Results are eval_<task>.json and every sample in eval_<task>_samples.jsonl, in the run folder of the model.
+Results are eval_<task>.json and every sample in eval_<task>_samples.jsonl, in the run folder of the model. An answer
+has up to 64 tokens on the toy, 4096 elsewhere, if --max-new-tokens and --protocol say nothing else.
 
 --compare splits what training did to pass@1 by two such evaluations: questions that were within the first model's
 reach (self-distillation), new ones (capability gain), and lost ones (regression).
@@ -28,9 +29,8 @@ from rlt.distributed import WORLD, all_gather_object, init_distributed
 from rlt.errors import UserError
 from rlt.evaluations import (
     check_same_settings,
-    percent,
+    print_comparison,
     print_results,
-    print_table,
     read_evaluations,
     result_path,
     write_evaluation,
@@ -84,8 +84,8 @@ def parse_flags():
     group.add_argument("--floor", type=flags.path, metavar="FOLDER",
                        help="BEFORE evaluated with another --seed: what --compare finds by chance")
     group = parser.add_argument_group("answers")
-    group.add_argument("--protocol", choices=PROTOCOLS, default="ours", metavar="NAME", help="other defaults for the "
-                       "next three flags: " + ", ".join(PROTOCOLS))
+    group.add_argument("--protocol", choices=PROTOCOLS, default="ours", metavar="NAME", help="defaults of the next "
+                       f"three flags: {', '.join(PROTOCOLS)}; skythought is the paper's: greedy, one answer")
     group.add_argument("--samples", type=flags.number(int, 1), default=1, metavar="N", help="answers a question")
     flags.add_sampling(group, max_new_tokens=None, temperature=0.0, batch_flag="--batch-size", batch=128)
     group = parser.add_argument_group("system")
@@ -118,15 +118,7 @@ def compare_folders(args):
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, json.dumps({"task": args.task, **named, **report, **describe(args)}) + "\n")
     print(out)
-    curves, split, n, k = (report[name] for name in ("pass_at", "split", "samples", "reach"))
-    print_table([["pass@k", *map(str, curves["before"])],
-                 *([label, *map(percent, curve.values())] for label, curve in curves.items())])
-    print_table([["before against", *split],
-                 *([name.replace("_", " "), *(percent(shares[name]) for shares in split.values())]
-                   for name in split["after"])])
-    reach = f"the first {k} of {n}" if k < n else f"all {n}"
-    print(f"{report['questions']} questions | solved: by the first draw | within reach: by {reach} | "
-          f"floor: {args.floor or 'none, pass --floor'}")
+    print_comparison(report, args.floor)
 
 
 # ---------------------------------------------------------------------------------------------------------

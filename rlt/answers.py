@@ -14,7 +14,7 @@ from decimal import Decimal
 from fractions import Fraction
 
 from rlt.errors import UserError
-from rlt.tags import SOLUTION, THOUGHT
+from rlt.tags import SOLUTION
 
 GOLD = {  # task -> the columns of a row that its answers are graded by
     "toy": ("solution",),
@@ -28,17 +28,20 @@ GOLD = {  # task -> the columns of a row that its answers are graded by
 TASKS = tuple(GOLD)
 MATH_TASKS = ("gsm8k", "math500", "aime24", "aime25")  # compared by math-verify
 
-XML_TAGS = ("think", "thinking", "thought", "thoughts", "reasoning", "reflection", "analysis", "scratchpad",
-            "seed:think", "longcat_think")
-THINKING = (  # how models mark their thoughts: opening and closing tag, in any case
-    THOUGHT,
-    *((f"<{name}>", f"</{name}>") for name in XML_TAGS),
+# <think>, </thinking>, <|begin_of_thought|>, <|END_THINKING|>, <seed:think>, <inner_reasoning> ...
+THOUGHT_TAG = re.compile(
+    r"<\|?(/?[\w:-]*(?:think|thought|reason|reflect|rationale|analysis|scratchpad|monologue)[\w-]*)(?:\s[^<>]*)?\|?>",
+    re.IGNORECASE)
+OTHER_TAGS = (  # of thoughts: opening, closing
     ("[THINK]", "[/THINK]"),  # Magistral
-    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
     ("◁think▷", "◁/think▷"),  # Kimi
     ("<|channel|>analysis", "<|channel|>final"),  # gpt-oss
     ("<|channel|>commentary", "<|channel|>final"),
+    ("<|channel>thought", "<channel|>"),  # Gemma
 )
+TYPESET = {0xFF01 + i: 0x21 + i for i in range(94)}  # full-width characters
+TYPESET |= dict.fromkeys((0x2212, 0x2010, 0x2011, 0x2012, 0x2013, 0xFE63), "-")  # a minus, and dashes used as one
+TYPESET |= dict.fromkeys((0x200B, 0x200E, 0x2060, 0xFEFF))  # characters without a width
 
 
 def is_right(task, gold, answer):
@@ -77,24 +80,34 @@ def answer_of(task, output):
 
 
 def opened_thought(prompt):
-    """The opening tag that a prompt ends with, or "": some chat templates open the thought (DeepSeek-R1).
+    """The opening tag that a prompt ends with, or "": some chat templates open the thought.
 
     Put it before the output: one that is cut off would not show otherwise that it is still thinking.
     """
-    end = prompt.rstrip().lower()
-    return next((opening for opening, _ in THINKING if end.endswith(opening.lower())), "")
+    prompt = prompt.rstrip()
+    last = [tag for tag in _thought_tags(prompt) if tag[1] == len(prompt)]
+    return "".join(prompt[start:] for start, _, _, closes in last if not closes)
 
 
 def _after_thought(output):
     """What an output says after its last thought; None where it is still thinking."""
-    end = 0
-    for tags in THINKING:
-        opened, closed = ([m.span() for m in re.finditer(re.escape(tag), output, re.IGNORECASE)] for tag in tags)
-        if opened and (not closed or opened[-1] > closed[-1]):
-            return None
-        if closed:
-            end = max(end, closed[-1][1])
-    return output[end:]
+    closed, answer = {}, 0  # by the name of a tag: whether the last one closes
+    for _, end, name, closes in sorted(_thought_tags(output)):
+        closed[name] = closes
+        answer = end if closes else answer
+    return output[answer:] if all(closed.values()) else None
+
+
+def _thought_tags(text):
+    """(start, end, name, closes) of every tag around a thought, of whatever model."""
+    for match in THOUGHT_TAG.finditer(text):
+        tag = match[1].lower()
+        name = re.sub(r"^(?:/|(?:begin|start|end)_(?:of_)?)|_(?:begin|start|end)$", "", tag)
+        yield *match.span(), name, tag.startswith(("/", "end_")) or tag.endswith("_end")
+    for pair in OTHER_TAGS:
+        for tag in pair:
+            for match in re.finditer(re.escape(tag), text, re.IGNORECASE):
+                yield *match.span(), pair[0], tag == pair[1]
 
 
 def _solution_block(text):
@@ -114,21 +127,22 @@ def _until_closed(text):
     return None
 
 
-# "-$1,234.50": a sign that is no subtraction, a currency, digits in groups, decimals. Or ".5", but not that of "...5"
-NUMBER = re.compile(r"(?<!\d)-?(?:\\?[$€£]\s?)?(?:\d+(?:,\d{3})*(?:\.\d+)?|(?<![\w.])\.\d+)")
+# "-$1,234.50", "3/4": a sign that is no subtraction, a currency, digits in groups, decimals. ".5", but not of "...5"
+NUMBER = re.compile(r"(?<!\d)-?(?:\\?[$€£]\s?)?(?:\d+(?:,\d{3})*(?:\.\d+)?(?:/\d+)?|(?<![\w.])\.\d+)")
 
 
 def _last_number(text):
     """The first number after the last "####", else the last number; None where there is none."""
-    _, mark, rest = plain_digits(text).rpartition("####")
+    text = re.sub(r"\\[dtc]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", plain_digits(text))
+    _, mark, rest = text.rpartition("####")
     numbers = [re.sub(r"[\\$€£\s]", "", number) for number in NUMBER.findall(rest)]
     return numbers[0 if mark else -1] if numbers else None
 
 
 def plain_digits(text):
-    """Typeset numbers as plain ones: a minus of its own character, digits grouped by {,} \\, \\! or a narrow space."""
-    text = text.translate({0x2212: "-", 0xFE63: "-", 0xFF0D: "-"})
-    return re.sub(r"(?<=\d)(?:\{,\}|,?\\!|\\[,;: ]|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))", "", text)
+    """Typeset numbers as plain ones: ASCII digits and minus, digits not grouped by {,} \\, \\! or a narrow space."""
+    groups = r"(?<=\d)(?:\{(?:,|\\,)\}|,?\\!|\\[,;: ]|[\u00a0\u2007-\u200a\u202f~])(?=\d{3}(?!\d))"
+    return re.sub(groups, "", text.translate(TYPESET))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -231,13 +245,14 @@ def same_text(gold, answer):
 
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 ARITHMETIC = [(re.compile(pattern), plain) for pattern, plain in (
-    (r"\\(?:left|right|displaystyle|[bB]igg?[lrm]?)(?![A-Za-z])", ""),
     (r"\\[,;:!>() ]|\\q?quad(?![A-Za-z])|\\?\$|~|\s", " "),  # \s is any space of Unicode
-    (r"\\(?:times|cdot|ast)(?![A-Za-z])|[×·⋅∙∗]", "*"),
+    (r"(?<=[\d)}\]])(?:\\text\{[^{}]*\}|\\checkmark|[✓✔.,;\s])+$", ""),
+    (r"\\(?:mathbin|mathrm|mathbf|mathit|textbf|text)\{([^{}]*)\}", r"\1"),
+    (r"\\(?:left|right|displaystyle|[bB]igg?[lrm]?)(?![A-Za-z])", ""),
+    (r"\\(?:times|cdot|cdotp|ast|star|bullet)(?![A-Za-z])|[×·⋅∙∗•✕⨯]", "*"),
     (r"\\div(?![A-Za-z])|[÷∕⁄]", "/"),
-    (r"[−–]", "-"),
-    (r"\[|\\\{|\\lbrack(?![A-Za-z])", "("),
-    (r"\]|\\\}|\\rbrack(?![A-Za-z])", ")"),
+    (r"\[|\\\{|\\l(?:brack|paren|brace)(?![A-Za-z])", "("),
+    (r"\]|\\\}|\\r(?:brack|paren|brace)(?![A-Za-z])", ")"),
     (r"\\[dtc]?frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
 )]
 FRACTION = re.compile(r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
@@ -261,6 +276,7 @@ def _plain_arithmetic(text):
     """LaTeX and typeset signs as + - * / ( ), with every product written out. Raises ValueError if it is too long."""
     if len(text) > 400:
         raise ValueError("too long")
+    text = text.translate(TYPESET)
     for pattern, plain in ARITHMETIC:
         text = pattern.sub(plain, text)
     if re.search(r"\d\s*\\[dtc]?frac", text):
@@ -282,8 +298,8 @@ def _value(expression):
         match node:
             case ast.BinOp(left, op, right) if type(op) in OPERATIONS:  # no powers: nothing grows huge
                 return OPERATIONS[type(op)](value(left), value(right))
-            case ast.UnaryOp(ast.USub(), operand):
-                return -value(operand)
+            case ast.UnaryOp(ast.USub() | ast.UAdd() as sign, operand):
+                return -value(operand) if isinstance(sign, ast.USub) else value(operand)
             case ast.Constant(number):
                 used.append(number)
                 return Fraction(number)

@@ -46,9 +46,10 @@ def check_same_settings(path, args, questions_hash):
     if not path.exists():
         return
     before = json.loads(path.read_text())
-    now = {key: getattr(args, key) for key in SETTINGS} | {"questions_hash": questions_hash}
-    before = before["flags"] | {"questions_hash": before.get("questions_hash", questions_hash)}
-    different = [f"{key} = {before[key]}, now {now[key]}" for key in now if before.get(key, now[key]) != now[key]]
+    flags, now = before["flags"], vars(args)
+    different = [f"{key} = {flags[key]}, now {now[key]}" for key in SETTINGS if flags.get(key, now[key]) != now[key]]
+    if before.get("questions_hash", questions_hash) != questions_hash:
+        different.append("other questions")
     if different:
         raise UserError(f"{path} was made with {'; '.join(different)}. Pass --out FOLDER to keep both.")
 
@@ -126,3 +127,16 @@ def print_results(results, args):
     for r in results:
         if r["timeouts"]:
             print(f"{r['model']}: the grader ran out of time on {r['timeouts']} answers: counted as wrong")
+
+
+def print_comparison(report, floor):
+    """pass@k of the evaluations that grading.compare has compared, and what training changed. floor: its name or None."""
+    curves, split, n, k = (report[name] for name in ("pass_at", "split", "samples", "reach"))
+    print_table([["pass@k", *map(str, curves["before"])],
+                 *([label, *map(percent, curve.values())] for label, curve in curves.items())])
+    print_table([["before against", *split],
+                 *([name.replace("_", " "), *(percent(shares[name]) for shares in split.values())]
+                   for name in split["after"])])
+    reach = f"the first {k} of {n}" if k < n else f"all {n}"
+    print(f"{report['questions']} questions | solved: by the first draw | within reach: by {reach} | "
+          f"floor: {floor or 'none, pass --floor'}")

@@ -103,7 +103,10 @@ def test_the_last_box(output, answer):
     ("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<thought>", "</thought>"),
     ("<reasoning>", "</reasoning>"), ("<reflection>", "</reflection>"), ("<analysis>", "</analysis>"),
     ("<scratchpad>", "</scratchpad>"), ("<seed:think>", "</seed:think>"), ("[THINK]", "[/THINK]"),
-    ("<Think>", "</THINK>"), ("<|START_THINKING|>", "<|END_THINKING|>"), ("◁think▷", "◁/think▷"),
+    ("<Think>", "</THINK>"), ("<chain-of-thought>", "</chain-of-thought>"), ("<inner_reasoning>", "</inner_reasoning>"),
+    ("<|thinking|>", "<|/thinking|>"), ("<|thought_start|>", "<|thought_end|>"), ("<think effort='low'>", "</think>"),
+    ("<rationale>", "</rationale>"), ("<longcat_think>", "</longcat_think>"), ("<|channel>thought", "<channel|>"),
+ ("<|START_THINKING|>", "<|END_THINKING|>"), ("◁think▷", "◁/think▷"),
     ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
     (THOUGHT, DONE)])
 def test_thoughts_of_any_model_are_no_answer(opening, closing):
@@ -127,10 +130,12 @@ def test_a_thought_within_a_thought_does_not_end_it():
 def test_a_thought_that_the_prompt_opened():
     """DeepSeek-R1's template ends in <think>: only together with it a cut off output shows that it is thinking."""
     assert opened_thought("<|Assistant|><think>\n") == "<think>"
-    assert opened_thought("<|im_start|>assistant\n<THINK>") == "<think>"
+    assert opened_thought("<|im_start|>assistant\n<THINK>") == "<THINK>"
     assert opened_thought("use <think> tags <|im_start|>assistant\n") == ""
     assert opened_thought("<|im_start|>assistant\n<think>\n\n</think>\n\n") == ""
     assert opened_thought(f"assistant {THOUGHT}\n\n") == THOUGHT
+    assert opened_thought(f"assistant {DONE}\n\n") == opened_thought("") == ""
+    assert opened_thought("<|start|>assistant<|channel|>analysis") == "<|channel|>analysis"
     assert answer_of("math500", opened_thought("<think>\n") + r"maybe \boxed{72}, wait") is None
 
 
@@ -165,6 +170,13 @@ def test_a_thought_that_the_prompt_opened():
     ("the point (1,\u00a0200)", "200"),
     (r"the point $(1,\,200)$", "200"),
     ("#### \u2212$9{,}500 and 7 more", "-9500"),
+    ("a change of \u20133", "-3"),                         # an en dash
+    ("from 10\u20133", "3"),
+    ("in all \uff19\uff0c\uff15\uff10\uff10", "9,500"),      # full-width characters
+    (r"in all 9~500 or 9{\,}500", "9500"),
+    ("the ratio is 1/2.", "1/2"),
+    (r"the ratio is $\frac{1}{2}$", "1/2"),
+    ("48/2 = 24", "24"),
 ])
 def test_gsm8k_falls_back_to_a_number(output, answer):
     assert answer_of("gsm8k", output) == answer
@@ -309,6 +321,17 @@ def test_countdown_numbers_of_any_type(nums, target, right):
     (r"\boxed{\((3 + 4) * 2\)}", True),
     (r"\boxed{{(3 + 4)} \times {2}}", True),
     (r"\boxed{(3 + 4] * 2}", True),           # brackets of any kind are brackets
+    (r"\boxed{\left\lbrace 3 + 4 \right\rbrace \mathbin{\star} 2}", True),
+    ("\\boxed{\uff08\uff13\uff0b\uff14\uff09\u2715\uff12}", True),
+    ("\\boxed{(3\u200b + 4)\ufeff \u2022 2}", True),
+    (r"\boxed{\text{(3 + 4) * 2}}", True),
+    (r"\boxed{\mathbf{(3 + 4) * 2}}", True),
+    (r"\boxed{(+3 + 4) * 2}", True),
+    (r"\boxed{(3 + 4) * 2 = 14 \text{ (the target)}}", True),
+    (r"\boxed{(3 + 4) * 2 = 14.\;\checkmark}", True),
+    (r"\boxed{(3 + 4) * 2 = 15 \text{, almost}}", False),
+    (r"\boxed{(3 + 4) * 2 \text{ or } 14}", False),
+    ("\\boxed{3\u00b2 + 4 + 2}", False),      # an exponent is none of the numbers
     (r"\boxed{(3 + 4) * 2 = 14 = 2 * 7}", True),
     (r"\boxed{(3 + 4) * 2 = 14.0}", True),
     (r"\boxed{(3 + 4) * 2 = 15}", False),     # what it claims is false
