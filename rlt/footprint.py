@@ -14,11 +14,14 @@ from contextlib import contextmanager
 from functools import partial
 
 from rlt.errors import UserError
-from rlt.models import LORA_DEFAULTS, user_errors
+from rlt.lora import LORA_DEFAULTS, excluded_layers
+from rlt.models import user_errors
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from rewards import decoder
 
 
 class AllocationTracker(TorchDispatchMode):
@@ -185,7 +188,8 @@ class ModelFootprint:
             return self.base
         from peft import LoraConfig, get_peft_model
 
-        lora = LoraConfig(r=rank, target_modules=target_modules(targets), task_type="CAUSAL_LM")
+        lora = LoraConfig(r=rank, target_modules=target_modules(targets), task_type="CAUSAL_LM",
+                          exclude_modules=excluded_layers(self.base))
         with user_errors(f"{type(self.base).__name__} can't have this adapter"), torch.device("meta"):
             model = get_peft_model(self.base, lora)
         for name, p in model.named_parameters():
@@ -220,7 +224,7 @@ class ModelFootprint:
     def _states(self, tokens):
         """The pass of rewards.py up to the head: hidden states (tokens, H) of one packed row."""
         ids = torch.empty(1, tokens, dtype=torch.long, device="meta")
-        states = self.base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        states = decoder(self.base)(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
         return states.to(self.head.dtype).index_select(0, ids[0])
 
     @torch.no_grad()
@@ -264,7 +268,7 @@ class ModelFootprint:
         def read(tokens, seen):
             ids = torch.empty(batch, tokens, dtype=torch.long, device="meta")
             mask = torch.ones(batch, seen, dtype=torch.long, device="meta")
-            self.base.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=True, past_key_values=cache)
+            decoder(self.base)(input_ids=ids, attention_mask=mask, use_cache=True, past_key_values=cache)
 
         with self._tracked(padded=True) as tracker:
             read(prompt, prompt)

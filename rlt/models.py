@@ -6,6 +6,7 @@ A model is named by a hub id, a folder, a run folder (its final/ is meant), or `
 made on first use. Weights are read from safetensors only, and no code is ever taken from a model's repository.
 """
 
+import dataclasses
 import hashlib
 import logging
 import math
@@ -21,6 +22,7 @@ from rlt.checkpoints import damaged_file
 from rlt.distributed import RANK, WORLD
 from rlt.errors import UserError
 from rlt.locks import exclusive
+from rlt.lora import check_adapter, disable_dropout, new_lora_config
 from rlt.prompts import turn_ends
 
 import torch
@@ -34,7 +36,6 @@ MADE_ON_FIRST_USE = {  # name: (folder, the command that makes it, what is being
     "toy-teacher": (
         "runs/toy-teacher", ["sft_student.py", "--format", "teacher", "--resume"], "the toy's warm-up teacher"),
 }
-LORA_DEFAULTS = {"rank": 16, "alpha": 32, "targets": "all-linear"}  # of a new adapter
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -111,7 +112,8 @@ def model_and_adapter_config(name):
     adapter = _adapter_config(resolve(name))
     with user_errors(f"the config of {name} can't be read"):
         config = AutoConfig.from_pretrained(base_of(name))
-    return {"config": config} | ({} if adapter is None else {"rank": adapter.r, "targets": adapter.target_modules})
+    is_lora = getattr(adapter, "r", None) is not None
+    return {"config": config} | ({"rank": adapter.r, "targets": adapter.target_modules} if is_lora else {})
 
 
 def context_length(*names):
@@ -273,7 +275,7 @@ def load_lora(name, *, bits, device, seed, rank=None, alpha=None, targets=None, 
     checkpointing: recompute activations in the backward pass, which saves memory and costs a third more time.
     dropout: keep the dropout of base and adapter. RL has none: the policy that is trained is the one that sampled.
     """
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import PeftModel, get_peft_model
 
     folder = resolve(name)
     _check_whole(folder)
@@ -281,62 +283,30 @@ def load_lora(name, *, bits, device, seed, rank=None, alpha=None, targets=None, 
     torch.manual_seed(seed)
     base = _load_base(base_of(folder), bits, device)
     if config is not None:
-        _check_adapter_flags(name, config, base, rank, alpha, targets)
         with user_errors(f"the adapter in {folder} does not fit its base {base_of(folder)}"):
+            check_adapter(name, config, base, rank, alpha, targets)
             model = PeftModel.from_pretrained(base, folder, is_trainable=True)
     else:
-        asked = {"rank": rank, "alpha": alpha, "targets": targets}
-        lora = LORA_DEFAULTS | {key: value for key, value in asked.items() if value is not None}
-        names = _target_modules(base, lora["targets"])
-        config = LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], target_modules=names, task_type="CAUSAL_LM")
-        model = get_peft_model(base, config)
+        with user_errors(f"{name} can't have an adapter"):
+            model = get_peft_model(base, new_lora_config(base, rank, alpha, targets))
     _checked(model, name)
     if reference:
-        model.add_adapter("reference", model.peft_config["default"])
+        # Without init_lora_weights: some initialisations (PiSSA, OLoRA) take the new adapter out of the base's weights.
+        model.add_adapter("reference", dataclasses.replace(model.peft_config["default"], init_lora_weights=True))
         with torch.no_grad():
             for policy, frozen in adapter_pairs(model):
                 frozen.copy_(policy)
     for name_of, parameter in model.named_parameters():
         if "lora_" in name_of:
             parameter.data = parameter.data.float()
+    if any(p.dtype != torch.float32 for p in adapter_parameters(model)):
+        raise UserError(f"the adapter of {name} trains whole layers (modules_to_save), which at {bits} bits are "
+                        "bfloat16: small steps would be lost. Load it with 32 bits.")
     if not dropout:
-        _disable_dropout(model, name)
+        disable_dropout(model, name)
     if checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": dropout})
     return set_trainable(model)
-
-
-def _check_adapter_flags(name, config, base, rank, alpha, targets):
-    """Flags that are given must agree with the adapter that is there."""
-    own = {"rank": config.r, "alpha": config.lora_alpha, "targets": config.target_modules}
-    asked = {"rank": rank, "alpha": alpha, "targets": targets}
-    if targets is not None and not isinstance(own["targets"], str):
-        asked["targets"] = _linear_names(base) if targets == "all-linear" else set(_split_names(targets))
-    for key, value in asked.items():
-        if value is not None and value != own[key]:
-            shown = own[key] if not isinstance(own[key], set) else ",".join(sorted(own[key]))
-            raise UserError(f"{name} holds an adapter with {key} {shown}: leave --lora-{key} out.")
-
-
-def _target_modules(base, targets):
-    """What peft calls target_modules, from a flag: all-linear, or names with commas that the base must have."""
-    if targets == "all-linear":
-        return targets
-    names, known = _split_names(targets), _linear_names(base)
-    if not known.issuperset(names):
-        raise UserError(f"--lora-targets {targets}: expected all-linear, or some of {', '.join(sorted(known))}.")
-    return names
-
-
-def _linear_names(base):
-    """The last parts of the names of all linear layers but the head."""
-    head = base.get_output_embeddings()
-    return {path.rpartition(".")[2] for path, module in base.named_modules()
-            if isinstance(module, torch.nn.Linear) and module is not head}
-
-
-def _split_names(targets):
-    return [target.strip() for target in targets.split(",")]
 
 
 def _checked(model, name):
@@ -346,19 +316,6 @@ def _checked(model, name):
     except UnsupportedModel as error:
         raise UserError(f"{name} can't be used: {error}.") from error
     return model
-
-
-def _disable_dropout(model, name):
-    found = False
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            found |= module.p > 0
-            module.p = 0.0
-        if getattr(module, "attention_dropout", 0.0):
-            found = True
-            module.attention_dropout = 0.0
-    if found:
-        print(f"{name}: dropout is off, so that the policy that is trained is the one that sampled")
 
 
 # ---------------------------------------------------------------------------------------------------------
