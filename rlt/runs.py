@@ -301,7 +301,7 @@ class Run:
         self.metrics, self.samples = self.folder / "metrics.jsonl", self.folder / "samples.jsonl"
         self.step, self.checkpoint, self.config_before = 0, None, {}
         self.weights_changed = False  # since this step began: it can't be abandoned any more
-        if self.folder.is_file():
+        if os.path.isfile(self.folder):
             raise UserError(f"--out {self.folder} is a file, expected a folder. Pass another --out.")
         check_writable(self.folder)
         self.existed = self._has_files()

@@ -333,7 +333,7 @@ def test_the_trainers_skip_and_stop(workshop, tmp_path, monkeypatch, script):
     assert [loss is None for loss in losses] == [False, True, False]
     report = json.loads((tmp_path / "once/bad_step.json").read_text())
     assert report["step"] == 1 and report["loss"] == "nan"
-    assert re.fullmatch(r".*train.jsonl:\d+", report["rows"][0]["where"]) and report["rows"][0]["text"]
+    assert re.fullmatch(r".*train.jsonl line \d+", report["rows"][0]["where"]) and report["rows"][0]["text"]
     bad, count[0] = range(99), 0
     _, stderr, code = ended(workshop, script, *flags, "--out", tmp_path / "always")
     assert code == 2 and "not finite for 2 updates in a row (--max-bad-steps)" in stderr
