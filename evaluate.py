@@ -25,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from rlt import flags
+from rlt.checkpoints import check_writable
 from rlt.distributed import WORLD, all_gather_object, init_distributed
 from rlt.errors import UserError
 from rlt.evaluations import (
@@ -218,6 +219,7 @@ def main():
     questions = json.dumps([[row["question"], gold_answer(args.task, row)] for row in rows])
     questions_hash = hashlib.sha256(questions.encode()).hexdigest()[:16]
     for path in paths.values():
+        check_writable(path.parent)
         check_same_settings(path, args, questions_hash)
 
     prompt_ids = {name: [ids for row in rows for ids in [encode(row)] * args.samples]

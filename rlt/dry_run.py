@@ -124,6 +124,8 @@ def dry_run(args, device, policy, student=None, *, row, vocab, **parts):
         problems.append(f"{out} can't be written: {folder} is read-only. Pass another --out.")
     if "save_every" in flags:
         saves = 1 + (args.steps // args.save_every if args.save_every else 0)
+        if kept := flags.get("keep_checkpoints", 0):
+            saves = min(saves, kept + 1)  # the oldest goes once the new one is complete
         needed = saves * (policy.saved + 2 * policy.trained_bytes) + policy.saved
         free = shutil.disk_usage(folder).free
         print(f"disk: {needed / GB:.2f} GB for {saves} checkpoints and the result, {free / GB:.1f} GB free in {folder}")

@@ -32,18 +32,33 @@ def print_user_errors():
     sys.excepthook = _excepthook
 
 
+OUT_OF_MEMORY = ("Pass --dry-run to see what this takes; then a smaller --micro-batch-tokens, --rollout-batch or "
+                 "--batch-size, or --gradient-checkpointing. What was written goes on with --resume.")
+
+
+def _one_line(kind, error):
+    """(exit code, message) of what needs no traceback, (1, None) of all else."""
+    if issubclass(kind, UserError):
+        return 2, f"error: {error}"
+    if issubclass(kind, KeyboardInterrupt):
+        return 130, "interrupted. What was written goes on with --resume."
+    if kind.__name__ == "OutOfMemoryError":  # torch's, of a GPU; torch may not be loaded
+        return 2, f"error: {printable(error, 200)} {OUT_OF_MEMORY}"
+    return 1, None
+
+
 def _excepthook(kind, error, trace):
     from rlt.distributed import RANK, WORLD
 
-    ours = issubclass(kind, UserError)
+    code, message = _one_line(kind, error)
     if WORLD > 1:  # torchrun ends all ranks when one has ended: by then the cause must be printed, not its echoes
-        time.sleep(2 * (RANK > 0) + (not ours))
-    if ours:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        time.sleep(2 * (RANK > 0) + (message is None))
+    if message:
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
     if WORLD > 1:
         sys.stderr.flush()
-        os._exit(2 if ours else 1)  # at once: the process group's own clean-up may wait for ranks that wait for this
-    if ours:
-        raise SystemExit(2)
+        os._exit(code)  # at once: the process group's own clean-up may wait for ranks that wait for this
+    if message:
+        raise SystemExit(code)

@@ -3,6 +3,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 from rlt.checkpoints import check_writable
@@ -27,7 +28,7 @@ class RowsFile:
         self.path, self.config_path = Path(args.out), Path(f"{args.out}.config.json")
         self.first_batch, self.written, self.dropped = 0, [], 0
         self.config, self.config_before = describe(args), {}
-        if self.path.is_dir():
+        if os.path.isdir(self.path):
             raise UserError(f"--out {self.path} is a folder, expected a file. Pass another --out.")
         check_writable(self.path.parent)
         self.existed = self.path.exists()

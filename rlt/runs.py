@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # what a resumed run, and every rank, must find unchanged
 HASHES = ("base_hash", "adapter_hash", "student_hash", "rows_hash")
 RESUME_OVERRIDABLE = {"resume", "steps", "save_every", "keep_checkpoints", "max_bad_steps", "device", "dry_run",
-                      "offload_student", "out"}
+                      "offload_student", "micro_batch_tokens", "gradient_checkpointing", "out"}
 LOCK = ".lock"  # in a run folder; alone it does not make one
 LOGGED = ("reward", "score", "kl", "solved", "hinted", "closed", "leak", "kl_ref", "length", "eval_reward_before",
           "eval_reward", "eval_solved_before", "eval_solved", "loss", "val_loss")  # what the console shows of a step
@@ -301,7 +301,7 @@ class Run:
         self.metrics, self.samples = self.folder / "metrics.jsonl", self.folder / "samples.jsonl"
         self.step, self.checkpoint, self.config_before = 0, None, {}
         self.weights_changed = False  # since this step began: it can't be abandoned any more
-        if self.folder.is_file():
+        if os.path.isfile(self.folder):
             raise UserError(f"--out {self.folder} is a file, expected a folder. Pass another --out.")
         check_writable(self.folder)
         self.existed = self._has_files()

@@ -17,7 +17,7 @@ import threading
 import time
 from pathlib import Path
 
-from rlt import checkpoints, locks, models, runs
+from rlt import checkpoints, errors, locks, models, runs
 from rlt.errors import UserError
 from rlt.flags import number
 from rlt.rows_file import RowsFile
@@ -333,7 +333,7 @@ def test_the_trainers_skip_and_stop(workshop, tmp_path, monkeypatch, script):
     assert [loss is None for loss in losses] == [False, True, False]
     report = json.loads((tmp_path / "once/bad_step.json").read_text())
     assert report["step"] == 1 and report["loss"] == "nan"
-    assert re.fullmatch(r".*train.jsonl:\d+", report["rows"][0]["where"]) and report["rows"][0]["text"]
+    assert re.fullmatch(r".*train.jsonl line \d+", report["rows"][0]["where"]) and report["rows"][0]["text"]
     bad, count[0] = range(99), 0
     _, stderr, code = ended(workshop, script, *flags, "--out", tmp_path / "always")
     assert code == 2 and "not finite for 2 updates in a row (--max-bad-steps)" in stderr
@@ -570,6 +570,19 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path):
     assert not checkpoints.checkpoints(tmp_path / "run")
 
 
+@pytest.mark.parametrize(("error", "code", "said"), [
+    (KeyboardInterrupt(), 130, "interrupted"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), 2, "a smaller --micro-batch-tokens"),
+    (UserError("a\nb"), 2, r"error: a\nb")])
+def test_what_ends_in_one_line(error, code, said, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["scripts/train_rlt.py"])
+    with pytest.raises(SystemExit) as ended_with:
+        errors._excepthook(type(error), error, None)
+    assert ended_with.value.code == code
+    stderr = capsys.readouterr().err
+    assert len(stderr.splitlines()) == 1 and stderr.startswith("train_rlt.py: ") and said in stderr
+
+
 # -- models that are no models
 
 
@@ -691,7 +704,7 @@ def test_two_processes_on_one_run(workshop, tmp_path):
     command = [sys.executable, ROOT / "train_rlt.py", *map(str, RL), "--steps", "2", "--out", tmp_path / "run"]
     processes = [subprocess.Popen(command, cwd=workshop, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                                   env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
-    errors = [process.communicate()[1] for process in processes]
-    assert sorted(process.returncode for process in processes) == [0, 2], errors
+    stderrs = [process.communicate()[1] for process in processes]
+    assert sorted(process.returncode for process in processes) == [0, 2], stderrs
     assert [entry["step"] for entry in runs.read_jsonl(tmp_path / "run/metrics.jsonl")] == [0, 1]
-    assert any("is in use by process" in error or "was made by another" in error for error in errors)
+    assert any("is in use by process" in text or "was made by another" in text for text in stderrs)
