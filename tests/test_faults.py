@@ -684,7 +684,9 @@ def test_a_run_that_is_killed_and_stopped_again_and_again(workshop, tmp_path, sc
         process = subprocess.Popen([sys.executable, ROOT / script, *map(str, flags), "--out", out, "--resume"],
                                    cwd=workshop, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        while process.poll() is None and len(runs.read_jsonl(out / "metrics.jsonl")) < after:
+        started = time.time()
+        while process.poll() is None and (len(runs.read_jsonl(out / "metrics.jsonl")) < after
+                                          or (out / "config.json").stat().st_mtime < started):  # still the one before
             time.sleep(0.05)
         process.send_signal(kind)
         code = process.wait(timeout=60)
