@@ -17,6 +17,7 @@ at the end, printed and written beside the log (.md). A part that would start af
 """
 
 import argparse
+import gc
 import json
 import re
 import subprocess
@@ -159,6 +160,8 @@ def main():
         if left() <= 0:
             log(part=name, skipped=f"--minutes {args.minutes:g} were over")
             continue
+        gc.collect()
+        torch.cuda.empty_cache()  # what the last job has left counts as used
         try:
             job()
         except torch.OutOfMemoryError:
