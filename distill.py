@@ -154,7 +154,7 @@ def solve(rows, batch):
     return [{
         "batch": batch, "question": row["question"], "solution": row["solution"],
         "explanation": (between(text, *THOUGHT) or "").lstrip("\n"), "right": bool(right), "closed": c.finished,
-        "length": len(c.ids),
+        "foreign_tags": prompts.has_special_tokens(text), "length": len(c.ids),
         "messages": [*prompts.chat_messages(row, "")[:-1], {"role": "assistant", "content": text}],
     } for row, text, c, right in zip(rows, texts, completions, grades, strict=True)]
 

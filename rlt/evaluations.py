@@ -130,7 +130,7 @@ def print_results(results, args):
 
 
 def print_comparison(report, floor):
-    """pass@k of the evaluations that grading.compare has compared, and what training changed. floor: its name or None."""
+    """pass@k of the evaluations that grading.compare has compared, and what training changed. floor: its name."""
     curves, split, n, k = (report[name] for name in ("pass_at", "split", "samples", "reach"))
     print_table([["pass@k", *map(str, curves["before"])],
                  *([label, *map(percent, curve.values())] for label, curve in curves.items())])

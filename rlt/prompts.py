@@ -214,6 +214,10 @@ class Prompts:
     def _is_foreign(self, text):
         return self._special_or_tag.search(text) is not None
 
+    def has_special_tokens(self, text):
+        """Whether the text has special tokens, or markup of the chat template: no training row can be made of it."""
+        return self._special.search(text) is not None
+
     def scoring_row(self, row, explanation):
         """The rewards.Row of one explanation (as `split_completion` returns it) of one row."""
         bridge, solution, _ = self._encode_in_turn(

@@ -1,4 +1,7 @@
-"""Two ranks against one process: the same updates, logs and files.   python -m pytest tests/test_ranks.py
+"""
+Two ranks against one process: the same updates, logs and files.
+
+    python -m pytest tests/test_distributed.py
 
 Completions are a function of the prompt, so that ranks and one process see the same, and the optimizer is SGD: Adam
 would hide a gradient of twice the length. torchrun runs this very file (see its end), all CASES in one go.
@@ -8,6 +11,7 @@ import argparse
 import atexit
 import contextlib
 import json
+import math
 import os
 import random
 import subprocess
@@ -18,13 +22,13 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-from rlt import models, runs
+from rlt import distributed, models, rollout, runs
+from rlt.errors import UserError
 
 import pytest
 import torch
 from conftest import ROOT, call
 
-import evaluate
 import rewards
 
 SMALL = ("--limit", 80, "--max-new-tokens", 12, "--eval-rows", 3, "--eval-every", 1, "--warmup-steps", 0,
@@ -48,7 +52,7 @@ CASES = {  # name of its output: script and flags
 
 
 def recorded(model, tokenizer, prompts, **_):
-    """In generate's place: what is said depends on the prompt, and on how often it has been asked in this call."""
+    """In generate's place: a completion depends on its prompt, and on how often that is in this call."""
     words = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
     closing = tokenizer("<|end_of_explanation|>", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     asked, completions = Counter(), []
@@ -61,14 +65,17 @@ def recorded(model, tokenizer, prompts, **_):
     return completions
 
 
+def crc(text):
+    return zlib.crc32(text.encode())
+
+
 def lucky(task, outputs, rows):
     """In the grader's place: half of the questions can be solved."""
-    crc = lambda text: zlib.crc32(text.encode())  # noqa: E731
     return [bool(crc(row["question"]) % 2) and crc(text) % 2 == 0 for text, row in zip(outputs, rows, strict=True)]
 
 
 def lucky_now_and_then(task, outputs, rows):
-    return [zlib.crc32(text.encode()) % 5 == 0 for text in outputs]
+    return [crc(text) % 5 == 0 for text in outputs]
 
 
 def perform(folder, out, name):
@@ -76,9 +83,9 @@ def perform(folder, out, name):
     script, *flags = CASES[name]
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(SystemExit):  # ranks with nothing to write end so
         if script in ("train_rlt.py", "rl_student.py", "sft_student.py"):
-            patch.setattr(models, "generate", recorded)
+            patch.setattr(rollout, "generate", recorded)
             patch.setattr(torch.optim, "AdamW", lambda parameters, lr, weight_decay: torch.optim.SGD(parameters, lr))
-            patch.setattr(evaluate, "grade_all", lucky_now_and_then if name == "hints" else lucky)
+            patch.setattr("rlt.grading.grade_all", lucky_now_and_then if name == "hints" else lucky)
         call(folder, script, *flags, "--out", Path(out) / name)
 
 
@@ -117,7 +124,7 @@ def weights(folder):
     return load_file(folder / "adapter_model.safetensors")
 
 
-def apart(one, other):
+def difference(one, other):
     assert one.keys() == other.keys() and one
     return max((one[key] - other[key]).abs().max().item() for key in one)
 
@@ -131,11 +138,11 @@ def test_two_ranks_take_the_steps_of_one_process(outputs, workshop, name):
     steps = sorted(path.name for path in one.glob("step_*"))
     assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir()), "nothing else"
     for step in steps:
-        assert apart(weights(one / step), weights(two / step)) < 1e-6, step
+        assert difference(weights(one / step), weights(two / step)) < 1e-6, step
     if (one / steps[-1] / "reference").exists():
-        assert apart(*(weights(run / steps[-1] / "reference") for run in (one, two))) < 1e-6
+        assert difference(*(weights(run / steps[-1] / "reference") for run in (one, two))) < 1e-6
     started = workshop / "runs/toy-teacher/final" if name in ("rlt", "kl") else one / steps[0]
-    assert apart(weights(started), weights(one / steps[-1])) > 1e-3, "a step this size would show a wrong gradient"
+    assert difference(weights(started), weights(one / steps[-1])) > 1e-3, "a step this size would show a wrong gradient"
 
 
 @pytest.mark.parametrize("name", ["rlt", "kl", "rl", "hints", "sft"])
@@ -161,9 +168,9 @@ def test_the_cases_are_what_they_should_be(outputs):
     assert timeless(one / "kl")[0]["grad_norm"] > 1e-3, "the clip acts"
 
 
-def test_rank_0_alone_speaks(outputs):
-    said = outputs[2].stdout
-    assert said.count("2 ranks, this one on cpu") == len(CASES) and said.count("The student is in") == 3
+def test_rank_0_alone_prints_and_writes(outputs):
+    stdout = outputs[2].stdout
+    assert stdout.count("2 ranks, this one on cpu") == len(CASES) and stdout.count("The student is in") == 3
     for out, ranks in zip(outputs, (1, 2), strict=False):
         assert json.loads((out / "kl/config.json").read_text())["ranks"] == ranks
 
@@ -181,8 +188,8 @@ def test_one_rank_goes_on_where_two_have_stopped(outputs, workshop, monkeypatch)
         perform(workshop, out, "rlt")
     one, two = (out / "rlt" for out in outputs[:2])
     assert [entry["step"] for entry in timeless(two)] == [0, 1, 2]
-    assert apart(weights(one / "final"), weights(two / "final")) < 1e-6
-    assert apart(weights(two / "step_000002"), weights(two / "final")) > 1e-4
+    assert difference(weights(one / "final"), weights(two / "final")) < 1e-6
+    assert difference(weights(two / "step_000002"), weights(two / "final")) > 1e-4
 
 
 # -- files
@@ -217,7 +224,7 @@ def test_evaluations_are_the_same(outputs):
 
 def test_a_number_that_two_ranks_cannot_share(workshop, tmp_path):
     done, seconds = torchrun(workshop, ROOT / "train_rlt.py", "--prompts-per-step", 3, "--out", tmp_path / "run")
-    complaint = "train_rlt.py: --prompts-per-step 3 can't be shared evenly by 2 ranks: pass 4.\n"
+    complaint = "train_rlt.py: error: --prompts-per-step 3 can't be shared evenly by 2 ranks: pass 4.\n"
     assert done.returncode != 0 and done.stderr.count(complaint) == 1 and seconds < 60
     assert 'File "' not in done.stderr.split(complaint)[0] and not (tmp_path / "run").exists()
 
@@ -226,58 +233,75 @@ def test_one_rank_that_fails_ends_the_run(workshop, tmp_path):
     """Rank 1 meets a reward that is no number while rank 0 waits to add up."""
     done, seconds = torchrun(workshop, __file__, workshop, tmp_path, "a rank that fails")
     assert done.returncode != 0 and seconds < 90
-    before, complaint, after = done.stderr.partition("test_ranks.py: the reward of prompt 0, sample 0 is nan")
-    assert complaint and "Traceback" not in before
+    before, complaint, after = done.stderr.partition("ValueError: the reward of prompt 0, sample 0 is nan")
+    assert complaint and before.count("Traceback") == 1 and "in group_advantages" in before
     assert 'File "' + str(ROOT) not in after, "the other rank's broken connection is no news"
     assert not list((tmp_path / "rlt").glob("step_*"))
 
 
-def test_the_toy_is_made_by_rank_0_and_awaited_by_the_others(tmp_path, monkeypatch):
+def test_the_toy_is_awaited_by_all_ranks_but_the_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    made = []
-
-    def make(command, env, **_):
-        made.append((command[-1], env["WORLD_SIZE"]))
-        (tmp_path / "runs/toy").mkdir(parents=True)
-        (tmp_path / "runs/toy/model.safetensors").touch()
-
-    monkeypatch.setattr(subprocess, "run", make)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "some")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(models, "RANK", 1)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("rank 1 makes nothing"))
     found = []
     waiting = threading.Thread(target=lambda: found.append(models.resolve("toy")))
     waiting.start()
     time.sleep(0.1)
-    assert not made and not found
-    monkeypatch.setenv("RANK", "0")
-    assert models.resolve("toy") == str(tmp_path / "runs/toy") and made == [("runs/toy", "1")]
-    monkeypatch.setenv("RANK", "1")
+    assert not found and waiting.is_alive()
+    (tmp_path / "runs/toy").mkdir(parents=True)
+    (tmp_path / "runs/toy/model.safetensors").touch()
     waiting.join(5)
-    assert found == [str(tmp_path / "runs/toy")] and len(made) == 1
+    assert found == [str(tmp_path / "runs/toy")]
+
+
+def test_the_toy_is_made_by_the_first_rank_once_and_by_itself(tmp_path, monkeypatch):
+    """The command is told that it is alone, also under torchrun."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    made = []
+
+    def make(command, env, **_):
+        made.append((Path(command[1]).name, command[-1], env["WORLD_SIZE"]))
+        (tmp_path / "runs/toy").mkdir(parents=True)
+        (tmp_path / "runs/toy/model.safetensors").touch()
+
+    monkeypatch.setattr(subprocess, "run", make)
+    for _ in range(2):
+        assert models.resolve("toy") == str(tmp_path / "runs/toy")
+    assert made == [("toy.py", "runs/toy", "1")]
+
+
+@pytest.mark.parametrize("env, expected", [
+    ({}, (0, 1)),
+    ({"RANK": "3", "WORLD_SIZE": "4"}, (0, 1)),  # a scheduler's variables mean nothing
+    ({"RANK": "3", "WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "some"}, (3, 4)),
+])
+def test_there_are_ranks_under_torchrun_alone(env, expected):
+    plain = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run([sys.executable, "-c", "from rlt.distributed import RANK, WORLD; print((RANK, WORLD))"],
+                          cwd=ROOT, env=plain | env, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{expected}\n"
 
 
 def test_every_rank_has_a_device_to_itself(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert str(models.pick_device("auto")) == "cuda" and str(models.pick_device("cuda:1")) == "cuda:1"
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert str(models.pick_device("auto")) == "cuda", "without torchrun a scheduler's variables mean nothing"
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "some")
-    for place, device in ((0, "cuda:0"), (1, "cuda:1")):
-        monkeypatch.setenv("LOCAL_RANK", str(place))
+    monkeypatch.setattr(models, "WORLD", 4)
+    for local_rank, device in ((0, "cuda:0"), (1, "cuda:1")):
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
         assert str(models.pick_device("auto")) == device == str(models.pick_device("cuda"))
         assert str(models.pick_device("cpu")) == "cpu"
-    with pytest.raises(ValueError, match="--device cuda:1 under torchrun: .* pass cuda"):
+    with pytest.raises(UserError, match="--device cuda:1 under torchrun: .* pass cuda"):
         models.pick_device("cuda:1")
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match="rank 2 of this machine finds 2 CUDA devices .* --nproc_per_node=2"):
+    with pytest.raises(UserError, match="rank 2 of this machine finds 2 CUDA devices .* --nproc_per_node=2"):
         models.pick_device("auto")
 
 
 @pytest.mark.parametrize("name, chosen", [("cuda:1", ["cuda:1"]), ("cuda", []), ("cpu", [])])
 def test_the_device_asked_for_is_the_current_one(monkeypatch, name, chosen):
-    """Also without torchrun: continuous batching asks what is free on the current device, not on the model's."""
+    """Also without torchrun: libraries ask for the current device, not for the model's."""
     asked = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.append(str(device)))
     assert distributed.init_distributed(torch.device(name)) == (0, 1) and asked == chosen
@@ -285,10 +309,19 @@ def test_the_device_asked_for_is_the_current_one(monkeypatch, name, chosen):
 
 def test_ranks_that_find_different_rows(tmp_path, monkeypatch):
     run = runs.Run(argparse.Namespace(out=str(tmp_path / "run"), resume=False, steps=1))
-    monkeypatch.setattr(runs, "gather", lambda thing: [thing, (*thing[:-1], "other rows")])
-    with pytest.raises(ValueError, match="have found different checkpoints, weights or rows"):
+    monkeypatch.setattr(runs, "all_gather_object", lambda thing: [thing, (*thing[:-1], "other rows")])
+    with pytest.raises(UserError, match="have found different checkpoints, weights or rows"):
         run.start(base_hash="a", rows_hash="b")
     assert not (tmp_path / "run").exists()
+
+
+def test_means_are_over_all_items_wherever_they_are(monkeypatch):
+    monkeypatch.setattr(distributed, "all_gather_object", lambda mine: [mine, (4.0, 1), (None, 0), (math.nan, 0)])
+    assert distributed.all_reduce_mean(1.0, 3) == pytest.approx((3 * 1 + 4) / 4)
+    monkeypatch.setattr(distributed, "all_gather_object", lambda mine: [mine, (None, 0)])
+    assert distributed.all_reduce_mean(None, 0) is None
+    monkeypatch.setattr(distributed, "all_gather_object", lambda mine: [mine, (10, 0.5)])
+    assert distributed.all_reduce_sum(1, 2) == [11, 2.5]
 
 
 def test_alone_a_sum_is_the_number_itself():
@@ -299,14 +332,18 @@ def test_alone_a_sum_is_the_number_itself():
     assert p.grad is None and not torch.distributed.is_initialized()
 
 
+def print_threads():
+    threads = sorted(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))
+    print("threads at the end:", *threads, file=sys.stderr)
+
+
 if __name__ == "__main__":  # on each rank: folder, folder to write to, names of CASES
     folder, out, *names = sys.argv[1:]
     torch.set_num_threads(1)
-    threads = lambda: sorted(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))  # noqa: E731
-    atexit.register(lambda: print("threads at the end:", *threads(), file=sys.stderr))  # the first is called last
+    atexit.register(print_threads)  # what is registered first is called last
     if names == ["a rank that fails"]:
         rollout.generate, plain = recorded, rewards.rlt_reward
-        if runs.RANK == 1:
+        if distributed.RANK == 1:
             rewards.rlt_reward = lambda *a, **k: plain(*a, **k)._replace(reward=torch.full((6,), float("nan")))
         os.chdir(folder)
         sys.argv = [__file__, *map(str, CASES["rlt"][1:]), "--out", f"{out}/rlt"]

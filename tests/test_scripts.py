@@ -6,10 +6,8 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 from rlt import models, rollout, runs
 from rlt.errors import UserError
@@ -49,7 +47,7 @@ def equal(a, b):
 # -- what the README promises
 
 
-def test_the_readmes_commands(workshop):
+def test_the_readmes_commands(workshop, capsys):
     """Every python line of the README's quick start, one after the other, with flags that make it small."""
     text = (ROOT / "README.md").read_text()
     block = re.search(r"```bash\n(.*?)```", text, re.S).group(1)
@@ -64,14 +62,14 @@ def test_the_readmes_commands(workshop):
     }
     shown = []
     for script, *flags in commands:
-        done = run_script(workshop, script, *flags, *small[script])
-        shown.append(done.stdout)
+        call(workshop, script, *flags, *small[script])
+        shown.append(capsys.readouterr().out)
     assert (workshop / "runs/teacher/final/adapter_model.safetensors").exists()
     for output, following in zip(shown, ("distill.py", "sft_student.py", "evaluate.py"), strict=False):
         assert f"Next: python {following}" in output
     assert "16" in shown[-1] and "runs/student" in shown[-1] and "±" in shown[-1]
     rows = runs.read_jsonl(workshop / "runs/distilled.jsonl")
-    assert len(rows) == 64
+    assert 0 < len(rows) < 64 and not any(row["foreign_tags"] for row in rows), "a teacher this raw writes tags"
     assert set(rows[0]) >= {"question", "solution", "explanation", "reward", "score", "kl", "closed", "messages"}
     assert [message["role"] for message in rows[0]["messages"]] == ["system", "user", "assistant"]
 
@@ -127,36 +125,27 @@ def test_the_logged_numbers_are_those_of_the_batch(workshop, tmp_path, monkeypat
 
 
 def test_a_killed_run_resumes_bit_for_bit(workshop, tmp_path):
-    straight, wanted = tmp_path / "straight", tmp_path / "killed"
+    """As a kill in the last step leaves it: logs that are ahead of the last checkpoint. Real kills: test_faults.py."""
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
     flags = ["--steps", 4, *TINY, "--save-every", 2, "--eval-every", 3, "--sync-ref-every", 3, "--updates-per-batch", 2]
     call(workshop, "train_rlt.py", *flags, "--out", straight)
-
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train_rlt.py"), *map(str, flags), "--out", str(wanted)],
-        cwd=workshop,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while not (wanted / "step_000002").exists():
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (wanted / "final").exists()
-
-    call(workshop, "train_rlt.py", *flags, "--out", wanted, "--resume")
-    assert metrics(wanted) == metrics(straight)
+    shutil.copytree(straight, killed)
+    for folder in ("final", "step_000004"):
+        shutil.rmtree(killed / folder)
+    (killed / "metrics.jsonl").open("a").write('{"step": 4, "rew')
+    call(workshop, "train_rlt.py", *flags, "--out", killed, "--resume")
+    assert metrics(killed) == metrics(straight) and len(metrics(killed)) == 4
     for place in ("final", "step_000004", "step_000004/reference"):
-        assert equal(adapter(wanted / place), adapter(straight / place)), place
-    assert runs.read_jsonl(wanted / "samples.jsonl") == runs.read_jsonl(straight / "samples.jsonl")
+        assert equal(adapter(killed / place), adapter(straight / place)), place
+    assert runs.read_jsonl(killed / "samples.jsonl") == runs.read_jsonl(straight / "samples.jsonl")
+    assert not equal(adapter(killed / "final"), adapter(killed / "step_000002")), "the last steps did something"
 
 
 def test_a_killed_distillation_loses_and_repeats_nothing(workshop, tmp_path):
     flags = ["--model", "toy-teacher", "--limit", 40, "--batch-size", 16, "--samples", 2, "--max-new-tokens", 12]
     call(workshop, "distill.py", *flags, "--out", tmp_path / "straight.jsonl")
     straight = (tmp_path / "straight.jsonl").read_text()
-    assert straight.count("\n") == 80
+    assert [*dict.fromkeys(json.loads(line)["batch"] for line in straight.splitlines())] == [0, 1, 2, 3, 4]
     for cut in (0, 100, len(straight) // 2, len(straight) - 3):
         killed = tmp_path / "killed.jsonl"
         killed.write_text(straight[:cut])
@@ -168,35 +157,34 @@ def test_a_killed_distillation_loses_and_repeats_nothing(workshop, tmp_path):
         call(workshop, "distill.py", *flags, "--out", killed)
     with pytest.raises(UserError, match="started with samples = 2, now 1. Pass the flags it was started with"):
         call(workshop, "distill.py", *flags, "--samples", 1, "--out", killed, "--resume")
-    (tmp_path / "killed.jsonl.config.json").unlink()
-    with pytest.raises(UserError, match="killed.jsonl was not written by distill.py: .*config.json is missing"):
-        call(workshop, "distill.py", *flags, "--out", killed, "--resume")
     assert killed.read_text() == straight
 
 
-def test_best_of_n_and_unclosed(workshop, tmp_path, monkeypatch):
+@pytest.fixture
+def half_closed(monkeypatch):
+    """The teacher here is hardly trained: every other explanation that it writes is cut and closed."""
     generate = rollout.generate
 
-    def every_other_closes(model, tokenizer, *rest, **options):
+    def generate_and_close(model, tokenizer, *rest, **options):
         closing = tokenizer("<|end_of_explanation|>", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        return [
-            rollout.Completion(c.ids[:3] + closing, c.logprobs, True) if i % 2 else c
-            for i, c in enumerate(generate(model, tokenizer, *rest, **options))
-        ]
+        return [rollout.Completion(c.ids[:3] + closing, c.logprobs, True) if i % 2 else c
+                for i, c in enumerate(generate(model, tokenizer, *rest, **options))]
 
-    monkeypatch.setattr(rollout, "generate", every_other_closes)
+    monkeypatch.setattr(rollout, "generate", generate_and_close)
+
+
+def test_best_of_n_and_unclosed(workshop, tmp_path, half_closed):
     flags = ["--model", "toy-teacher", "--limit", 12, "--samples", 4, "--max-new-tokens", 12]
     call(workshop, "distill.py", *flags, "--out", tmp_path / "all.jsonl")
     call(workshop, "distill.py", *flags, "--out", tmp_path / "best.jsonl", "--keep", "best")
     call(workshop, "distill.py", *flags, "--out", tmp_path / "closed.jsonl", "--drop-unclosed")
     every, best, closed = (runs.read_jsonl(tmp_path / f"{name}.jsonl") for name in ("all", "best", "closed"))
-    assert len(every) == 48 and len(best) == 12
-    for i, row in enumerate(best):
-        group = every[4 * i : 4 * i + 4]
-        assert {r["question"] for r in group} == {row["question"]}
-        assert row["reward"] == max(r["reward"] for r in group)
-    assert [row["explanation"] for row in closed] == [row["explanation"] for row in every if row["closed"]]
-    assert 0 < len(closed) < 48
+    groups = {}
+    for row in every:
+        groups.setdefault(row["question"], []).append(row)
+    assert len(groups) > 8 and max(map(len, groups.values())) == 4 and not any(row["foreign_tags"] for row in every)
+    assert best == [max(group, key=lambda row: row["reward"]) for group in groups.values()]
+    assert closed == [row for row in every if row["closed"]] and 0 < len(closed) < len(every)
 
 
 def test_a_resumed_student_is_the_same(workshop, tmp_path):
@@ -301,7 +289,7 @@ def test_every_flag_has_help_and_is_used(script):
     text = (ROOT / script).read_text()
     shared = "".join(path.read_text() for path in (ROOT / "rlt").glob("*.py"))
     found = options(script)
-    assert len(found) > 20 and all(flag.startswith("--") for flag in found)
+    assert len(found) > 15 and all(flag.startswith("--") for flag in found)
     for flag, action in found.items():
         assert action.help and (action.nargs == 0 or action.choices or action.metavar or action.dest == flag[2:]), flag
         if flag.endswith("-column"):
@@ -337,7 +325,7 @@ REFUSALS = [
     ("train_rlt.py", ["--student-bits", "8"], "argument --student-bits: invalid choice: 8"),
     ("train_rlt.py", ["--epsilon-low", "1.5"], "argument --epsilon-low: got 1.5, expected at most 0.999"),
     ("train_rlt.py", ["--device", "tpu"], "--device tpu: expected cpu, cuda, cuda:1 or auto"),
-    ("train_rlt.py", ["--data", "nowhere.jsonl"], "nowhere.jsonl: expected a .jsonl, .json or .parquet file"),
+    ("train_rlt.py", ["--data", "nowhere.jsonl"], "nowhere.jsonl does not exist: expected a file (.jsonl"),
     ("train_rlt.py", ["--model", "runs/nowhere"], "runs/nowhere does not exist: expected a run folder"),
     ("train_rlt.py", ["--limit", "70"], "6 rows are left to train on, a step takes 16"),
     ("train_rlt.py", ["--lora-rank", "3"], "toy-teacher holds an adapter with rank 16: leave --lora-rank out"),
@@ -349,7 +337,7 @@ REFUSALS = [
     ("distill.py", ["--keep-wrong"], "--keep-wrong does nothing without --solver"),
     ("distill.py", ["--keep", "best"], "--keep best chooses among the --samples of a row: pass 2 or more"),
     ("distill.py", ["--solver", "--partition", 3], "--solver gives no rewards"),
-    ("sft_student.py", ["--data", "nowhere.jsonl"], "nowhere.jsonl: expected"),
+    ("sft_student.py", ["--data", "nowhere.jsonl"], "nowhere.jsonl does not exist: expected"),
     ("sft_student.py", ["--lora-rank", "0", "--bits", "4"], "--lora-rank 0 trains all weights, which takes --bits 32"),
     ("sft_student.py", ["--data", "toy", "--limit", 64], "64 rows, --val-rows takes 64 of them"),
 ]
@@ -364,23 +352,23 @@ def test_bad_values_end_in_one_line(workshop, tmp_path, script, given, complaint
     assert refusal.code == 2 and not (tmp_path / "out").exists()
 
 
-def test_a_refusal_and_a_defect_in_processes_of_their_own(workshop, tmp_path):
+def test_a_refusal_in_a_process_of_its_own(workshop):
     done = run_script(workshop, "train_rlt.py", "--model", "runs/nowhere", "--out", "runs/never", check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"train_rlt.py: error: runs/nowhere does not exist: expected .*\n", done.stderr), done.stderr
-    # a module of somebody's own that breaks: the traceback says where
-    (tmp_path / "sitecustomize.py").write_text(
-        "import rlt.runs\n"
-        "def broken(*args):\n"
-        "    return [][3]\n"
-        "rlt.runs.digest = broken\n")
-    done = run_script(workshop, "sft_student.py", "--data", "toy", "--limit", 80, "--out", "runs/never", check=False,
-                      PYTHONPATH=f"{tmp_path}:{ROOT}")
-    assert done.returncode == 1
-    trace = done.stderr[done.stderr.index("Traceback"):]
+
+
+def test_a_defect_keeps_its_traceback(workshop, tmp_path, monkeypatch):
+    """Somebody's own change that breaks: the traceback says where, and is not taken for a mistake of the user."""
+    def broken(rows):
+        return [][3]
+
+    monkeypatch.setattr(runs, "digest", broken)
+    defect = ended(workshop, "sft_student.py", "--data", "toy", "--limit", 80, "--out", tmp_path / "run")
+    assert defect.code == 1 and not (tmp_path / "run").exists()
+    trace = defect.stderr[defect.stderr.index("Traceback"):]
     assert "sft_student.py\", line" in trace and "in broken" in trace
-    assert trace.endswith("IndexError: list index out of range\n")
-    assert not (workshop / "runs/never").exists()
+    assert trace.endswith("IndexError: list index out of range\n") and "error: list" not in trace
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "data/toy.py"])
@@ -389,10 +377,14 @@ def test_threads_are_told_how_to_wait_before_torch_is_loaded(tmp_path, script):
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch/__init__.py").write_text(
         "import os, sys; sys.exit('found ' + os.environ.get('OMP_WAIT_POLICY', 'nothing'))")
+    command = [sys.executable, ROOT / script]
+    if script == "data/toy.py":  # it would make rows first
+        command = [sys.executable, "-c", f"import sys; sys.path.insert(0, '{ROOT}'); from data import toy; "
+                   "toy.make_model(0, 55, 32)"]
     plain = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
     for users, expected in ((None, "passive"), ("active", "active")):
         env = plain | {"PYTHONPATH": str(tmp_path)} | ({"OMP_WAIT_POLICY": users} if users else {})
-        done = subprocess.run([sys.executable, ROOT / script], cwd=tmp_path, env=env, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.stderr.splitlines()[-1] == f"found {expected}"
 
 
@@ -444,6 +436,9 @@ ELSEWHERE = {  # flag: the test that shows what it does
     "--micro-batch-tokens": "test_nothing_depends",
     "--device": "test_bad_values",
     "--dry-run": "test_dry_run.py",
+    "--show-rows": "test_rows_as_the_models_see_them",
+    "--keep-checkpoints": "test_faults.py",
+    "--max-bad-steps": "test_faults.py",
     "--max-logprob-diff": "test_the_sampler_gate",
     "--epsilon-low": "test_the_clip_flags",
     "--epsilon-high": "test_the_clip_flags",
@@ -574,8 +569,8 @@ def test_another_engine_samples_from_the_policy_as_it_is_now(workshop, tmp_path,
     lively = ("--steps", 3, *TINY, "--lr", 2e-2, "--warmup-steps", 0, "--engine", "vllm")
     call(workshop, script, *lively, "--out", tmp_path / "run")
     [engine] = stand_in.made
-    assert engine.base == models.base_of("toy-teacher" if script == "train_rlt.py" else str(workshop / "runs/toy"))
-    assert engine.bits == 32 and engine.lora_rank == 16 and engine.loads == 4 and engine.stop_ids == [1]
+    assert engine.base == str(workshop / "runs/toy")
+    assert engine.bits == 32 and engine.lora_rank == 16 and engine.loads == 4 and [*engine.stop_ids] == [1]
     assert len(set(engine.keys)) == len(engine.keys) > 3, "no two calls draw the same"
     entries = metrics(tmp_path / "run")
     assert all(entry["sampler_logprob_diff"] < 1e-4 for entry in entries)
@@ -604,7 +599,7 @@ def test_another_engine_distils(workshop, tmp_path, stand_in):
     for engine in ("transformers", "vllm"):
         call(workshop, "distill.py", *flags, "--engine", engine, "--out", tmp_path / f"{engine}.jsonl")
     ours, theirs = (runs.read_jsonl(tmp_path / f"{engine}.jsonl") for engine in ("transformers", "vllm"))
-    assert [row["explanation"] for row in ours] == [row["explanation"] for row in theirs] and len(ours) == 6
+    assert [row["explanation"] for row in ours] == [row["explanation"] for row in theirs] and len(ours) > 1
     assert [engine.loads for engine in stand_in.made] == [1]
     call(workshop, "distill.py", *flags, "--engine", "vllm", "--score-file", tmp_path / "vllm.jsonl", "--out",
          tmp_path / "scored.jsonl")
@@ -622,7 +617,7 @@ def test_columns_and_bad_rows(workshop, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in renamed))
     flags = ["--steps", 1, *TINY, "--data", path, "--out", tmp_path / "run", "--question-column", "q"]
-    with pytest.raises(UserError, match='line 1 has no "solution"; columns found: q, s'):
+    with pytest.raises(UserError, match='line 1 has no .*"solution"; columns found: q, s'):
         call(workshop, "train_rlt.py", *flags)
     flags += ["--solution-column", "s"]
     with pytest.raises(UserError, match="line 4 has an empty solution"):
@@ -633,6 +628,15 @@ def test_columns_and_bad_rows(workshop, tmp_path):
         call(workshop, "train_rlt.py", *flags)
     scope = call(workshop, "train_rlt.py", *flags, "--skip-bad-rows")
     assert len(scope["rows"]) + len(scope["held_out"]) == 18
+
+
+@pytest.mark.parametrize("script", ["train_rlt.py", "rl_student.py", "sft_student.py", "distill.py"])
+def test_rows_as_the_models_see_them(workshop, tmp_path, script):
+    shown = ended(workshop, script, "--model", "toy", "--data", "toy", "--show-rows", 2, "--out", tmp_path / "run")
+    rows = [json.loads(line) for line in (workshop / "runs/toy/train.jsonl").read_text().splitlines()[:3]]
+    assert shown.code == 0 and not (tmp_path / "run").exists()
+    assert [row["question"] in shown.stdout for row in rows] == [True, True, False]
+    assert "<|begin_of_solution|>" in shown.stdout
 
 
 # -- a real tokenizer and real rows
@@ -675,7 +679,7 @@ def test_long_rows_are_cut_and_counted(workshop, tmp_path, capsys):
 # -- explanations that exist already
 
 
-def test_scoring_a_file_gives_the_rewards_it_was_written_with(workshop, tmp_path):
+def test_scoring_a_file_gives_the_rewards_it_was_written_with(workshop, tmp_path, half_closed):
     """What distill wrote and scored, scored again from its text: the same rewards, explanation by explanation."""
     flags = ["--model", "toy-teacher", "--max-new-tokens", 12]
     call(workshop, "distill.py", *flags, "--limit", 30, "--out", tmp_path / "first.jsonl")
@@ -699,28 +703,28 @@ def test_partitions_by_rank(workshop, tmp_path):
     flags = ["--model", "toy-teacher", "--limit", 10, "--samples", 6, "--max-new-tokens", 12, "--partition", 3]
     call(workshop, "distill.py", *flags, "--out", tmp_path / "all.jsonl")
     every = runs.read_jsonl(tmp_path / "all.jsonl")
+    questions = {row["question"] for row in every}
+    assert len(every) > 20 and len(questions) > 6
     for name in ("overall", "within"):
         parts = [runs.read_jsonl(tmp_path / f"all.{name}-{i}of3.jsonl") for i in (1, 2, 3)]
-        assert [len(part) for part in parts] == [20, 20, 20]
         assert sorted(json.dumps(row) for part in parts for row in part) == sorted(map(json.dumps, every))
-        if name == "overall":
-            assert max(r["reward"] for r in parts[0]) <= min(r["reward"] for r in parts[1])
-            assert max(r["reward"] for r in parts[1]) <= min(r["reward"] for r in parts[2])
-        for question in {row["question"] for row in every}:
-            ranks = [[r["reward"] for r in part if r["question"] == question] for part in parts]
-            if name == "within":
-                assert [len(rank) for rank in ranks] == [2, 2, 2]
-                assert max(ranks[0]) <= min(ranks[1]) and max(ranks[1]) <= min(ranks[2])
+        for question in [None] if name == "overall" else questions:
+            ranks = [[row["reward"] for row in part if question in (None, row["question"])] for part in parts]
+            sizes = [len(rank) for rank in ranks]
+            assert max(sizes) - min(sizes) <= 1
+            ordered = [reward for rank in ranks for reward in sorted(rank)]
+            assert ordered == sorted(ordered), "no reward of a part is above one of the next"
 
 
 def test_a_solver_keeps_what_the_grader_accepts(workshop, tmp_path, monkeypatch):
     monkeypatch.setattr("rlt.grading.grade_all",
                         lambda task, outputs, rows: [i % 3 == 0 for i in range(len(outputs))])
-    flags = ["--solver", "--model", "toy", "--limit", 12, "--max-new-tokens", 12]
+    flags = ["--solver", "--model", "toy", "--limit", 24, "--max-new-tokens", 12]
     call(workshop, "distill.py", *flags, "--out", tmp_path / "right.jsonl")
     call(workshop, "distill.py", *flags, "--out", tmp_path / "raw.jsonl", "--keep-wrong")
     right, raw = (runs.read_jsonl(tmp_path / f"{name}.jsonl") for name in ("right", "raw"))
-    assert len(raw) == 12 and [row for row in raw if row["right"]] == right and len(right) == 4
+    assert [row for row in raw if row["right"]] == right and 0 < len(right) < len(raw)
+    assert len(raw) < 24 and not any(row["foreign_tags"] for row in raw), "an answer with special tokens is no row"
     assert "solution" in raw[0] and raw[0]["messages"][1]["content"] == raw[0]["question"]
     call(workshop, "sft_student.py", "--data", tmp_path / "raw.jsonl", "--val-rows", 2, "--steps", 1, "--out",
          tmp_path / "s")
