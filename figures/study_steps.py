@@ -122,7 +122,7 @@ class Job:
     def explain(self, teacher, *flags, out=None):
         """The teacher's explanations of the training questions; all teachers' are scored alike: exact KL, lambda 3."""
         data = f"runs/{out or self.name}.jsonl"
-        self.run("distill.py", "--model", teacher, *self.data, *flags, *self.if_quick("--limit", 80), out=data)
+        self.run("distill.py", "--model", teacher, *self.data, *flags, *self.if_quick("--limit", 240), out=data)
         rows = self.read(data)
         self.facts["explanations"] = {
             **mean_of(rows, ("reward", "score", "kl", "length", "closed")),
@@ -136,7 +136,7 @@ class Job:
     def solve(self, student, *flags):
         """The student's own answers to the training questions: traditional distillation."""
         data = f"runs/{self.name}.jsonl"
-        few = self.if_quick("--limit", 80, "--keep-wrong")
+        few = self.if_quick("--limit", 240, "--keep-wrong")
         self.run("distill.py", "--solver", "--model", student, *flags, *few, out=data)
         rows = self.read(data)
         self.facts["traces"] = {**mean_of(rows, ("right", "length")), "count": len(rows),
@@ -150,8 +150,8 @@ class Job:
 
     def sft(self, data, *flags):
         """A student of these explanations."""
-        return self.run("sft_student.py", "--data", data, *flags, *self.if_quick("--steps", 2),
-                        out=f"runs/student-{self.name}")
+        few = self.if_quick("--steps", 2, "--skip-bad-rows")  # a base of 20 steps also writes tags, which are refused
+        return self.run("sft_student.py", "--data", data, *flags, *few, out=f"runs/student-{self.name}")
 
     def rl(self, *flags):
         """A student by RL on correctness."""

@@ -111,6 +111,7 @@ def test_the_recipe_adds_up():
     assert logged[4]["failed"] == "not measured: rollout"
 
 
+@pytest.mark.slow
 def test_it_runs_and_the_dry_run_is_right(tmp_path):
     """Three settings, four phases each: the estimate is within a tenth of the peak."""
     run_script(tmp_path, "bench/step.py", "--size", "tiny", "--parts", "step", "--out", tmp_path / "log.jsonl")
@@ -240,6 +241,7 @@ def test_only_one_of_the_two_waits_passively(tmp_path, policy, seen):
     assert done.stdout.split("\n")[0] == f"{seen} ['--flag', '1']"
 
 
+@pytest.mark.slow
 def test_a_short_run_of_all_four_cases(workshop, tmp_path):
     small = ["--limit", 300, "--prompts-per-step", 2, "--group-size", 2, "--max-new-tokens", 8]
     done = run_script(workshop, "bench/busy.py", "--steps", 1, "--rounds", 1, "--out", tmp_path / "busy.jsonl", *small)

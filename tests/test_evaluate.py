@@ -221,7 +221,8 @@ def test_an_evaluation_with_other_settings_is_never_overwritten(folder):
     for change, named in (
         (("--samples", 2, "--temperature", 1), "samples = 1, now 2; temperature = 0.0, now 1.0"),
         (("--seed", 1), "seed = 0, now 1"), (("--max-new-tokens", 7), "max_new_tokens = 6, now 7"),
-        (("--limit", 3), "with other questions"), (("--data", other), "with other questions"), (("--batch-size", 3), "batch_size"),
+        (("--limit", 3), "with other questions"), (("--data", other), "with other questions"),
+        (("--batch-size", 3), "batch_size"),
     ):
         with pytest.raises(UserError, match="eval_toy.json was made with .*Pass --out FOLDER to keep both") as error:
             call(folder, "evaluate.py", *flags, *change)
