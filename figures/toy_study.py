@@ -253,7 +253,7 @@ def run_arm(job, log):
     """Run an arm and append its row to the log."""
     started = time.time()
     job.base()
-    student = ARMS[job.arm](job)
+    student = job.recipes[job.arm](job)
     accuracy = {"accuracy": job.accuracy(student)} if student else {}
     row = {
         "setting": job.setting, "arm": job.arm, "seed": job.seed, **accuracy, **job.facts, "commands": job.commands,
