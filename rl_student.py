@@ -82,7 +82,6 @@ if args.hint_ratio != "guide" and not args.hints:
 device = models.pick_device(args.device)
 rank, world = init_distributed(device)
 flags.check_prompts_per_rank(args, world)
-run = Run(args)
 
 # rows and tokens
 tokenizer = models.load_tokenizer(args.model)
@@ -100,6 +99,7 @@ longest = max(len(prompt_of(row)) for row in rows + held_out)
 if args.dry_run is not None:
     sys.exit(dry_run_rl(args, device, world, args.bits, None, longest_prompt=longest, vocab=vocab,
                         held_out=len(held_out)))
+run = Run(args)
 
 # model and optimizer
 policy = models.load_lora(args.model, bits=args.bits, device=device, seed=args.seed, rank=args.lora_rank,
@@ -252,8 +252,9 @@ for step in run.steps(progress, save):
         all_old = torch.cat([empty, *old_logprobs])
         logprob_diff = check_logprob_diff(sampler_logprobs, all_old, args.max_logprob_diff)
         token_weights, tis = [None] * len(batches), {}
-        if args.engine == "vllm" and args.tis_cap and batches:
+        if args.engine == "vllm" and args.tis_cap:
             weights, tis = tis_weights(all_old, sampler_logprobs, args.tis_cap)
+            tis = {key: all_reduce_mean(value, len(weights)) for key, value in tis.items()}
             token_weights = weights.split([len(old) for old in old_logprobs])
         if args.hint_ratio == "naive":
             old_logprobs = [policy_logprobs(indices, prompt_ids, completion_ids)[0] for indices in batches]
@@ -302,5 +303,5 @@ for step in run.steps(progress, save):
 
 final = run.finish(lambda folder: models.save_model(policy, tokenizer, folder))
 following = flags.carry(parser, args, "bits", "task")
-data = f" --data {args.data}" if args.task != "toy" else ""
+data = "" if args.data == "toy" else " --data TEST_ROWS"
 print(f"The student is in {final}. Next: python evaluate.py --model {args.model} {args.out}{following}{data}")

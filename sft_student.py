@@ -63,7 +63,6 @@ if train_all and args.bits != 32:
 
 device = models.pick_device(args.device)
 rank, world = init_distributed(device)
-run = Run(args)
 
 # rows and tokens
 rows = load_rows(models.data_source(args.data, "train"), **flags.row_options(args))
@@ -101,10 +100,15 @@ if args.dry_run is not None:
         args, device, ModelFootprint(**footprint, bits=args.bits, gpu=args.dry_run > 0 or device.type == "cuda",
                                      trained="all" if train_all else "adapter"),
         row=max(len(x.before) + len(x.supervised) for x in examples), vocab=vocab, learned=True))
+run = Run(args)
 
 # model and optimizer
 if train_all:
+    if models.base_of(args.model) != models.resolve(args.model):
+        raise UserError(f"--lora-rank 0 trains all weights, but {args.model} is an adapter: pass a model without one.")
     model = models.load_model(args.model, bits=args.bits, device=device, scores=True).requires_grad_(True)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     parameters = list(model.parameters())
 else:
     model = models.load_lora(args.model, bits=args.bits, device=device, seed=args.seed, rank=args.lora_rank,

@@ -77,7 +77,6 @@ if args.kl_gradient and args.offload_student:
 device = models.pick_device(args.device)
 rank, world = init_distributed(device)
 flags.check_prompts_per_rank(args, world)
-run = Run(args)
 
 # rows and tokens
 student_name = args.student or models.base_of(args.model)
@@ -94,6 +93,7 @@ longest = max(len(prompts.teacher_prompt(row)) for row in rows + held_out)
 if args.dry_run is not None:
     sys.exit(dry_run_rl(args, device, world, args.teacher_bits, student_name, longest_prompt=longest, vocab=vocab,
                         held_out=len(held_out)))
+run = Run(args)
 
 # models and optimizer
 policy = models.load_lora(args.model, bits=args.teacher_bits, device=device, seed=args.seed, rank=args.lora_rank,
@@ -245,6 +245,7 @@ for step in run.steps(progress, save):
     token_weights, tis = None, {}
     if args.engine == "vllm" and args.tis_cap:
         token_weights, tis = tis_weights(scored.old_logprobs, sampler_logprobs, args.tis_cap)
+        tis = {key: all_reduce_mean(value, len(token_weights)) for key, value in tis.items()}
     for group in optimizer.param_groups:
         group["lr"] = args.lr * lr_fraction(step, args.steps, args.warmup_steps, args.final_lr_fraction)
     loss, grad_norm, stats = update_policy(

@@ -36,6 +36,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for rlt/prompts.py, which formats the rows in pretraining as everywhere else
+from rlt.tags import SOLUTION, THOUGHT  # noqa: E402 - rlt sets how OpenMP's threads wait, before torch is loaded
 
 CLOCKS = ("x", "y", "z")  # the first two, or all three
 HOURS, ROOMS = range(10), "abcdefghijkl"
@@ -269,8 +270,6 @@ def make_tokenizer(n_clocks, rooms):
 
     The tags of the explanation are replaced by those of the thought, so that teacher and student share their tokens.
     """
-    from rlt.tags import SOLUTION, THOUGHT
-
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

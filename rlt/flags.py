@@ -175,7 +175,7 @@ def add_rollouts(group, *, prompts_per_step=16, group_size=16, max_new_tokens=48
     add_sampling(group, max_new_tokens=max_new_tokens)
     group.add_argument("--max-logprob-diff", type=number(float, above=0), default=0.1, metavar="D",
                        help="stop when sampler and trainer differ by more, nats a token on average")
-    group.add_argument("--tis-cap", type=number(float, 0), default=2.0, metavar="C",
+    group.add_argument("--tis-cap", type=_tis_cap, default=2.0, metavar="C",
                        help="with --engine vllm: truncated importance sampling, weights up to C; 0: none")
 
 
@@ -184,6 +184,13 @@ def check_prompts_per_rank(args, world):
     if args.prompts_per_step % world:
         raise UserError(f"--prompts-per-step {args.prompts_per_step} can't be shared evenly by {world} ranks: pass "
                         f"{args.prompts_per_step + -args.prompts_per_step % world}.")
+
+
+def _tis_cap(text):
+    cap = number(float, 0)(text)
+    if 0 < cap < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, expected 0 or at least 1: weights are 1 where both agree")
+    return cap
 
 
 def add_optimizer(group, *, steps, lr, warmup_steps):

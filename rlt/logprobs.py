@@ -33,10 +33,10 @@ def completion_logprobs(model, prompts, completions, *, temperature=1.0, vocab=N
     grad and without. vocab, head_chunk: as in rewards.score_explanations.
     """
     head = output_head(model, vocab)
-    prompt = torch.tensor([len(ids) for ids in prompts])
-    completion = torch.tensor([len(ids) for ids in completions])
+    prompt_lengths = torch.tensor([len(ids) for ids in prompts])
+    completion_lengths = torch.tensor([len(ids) for ids in completions])
     sequences = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
-    states, = hidden_states(model, sequences, (prompt, completion))
+    [states] = hidden_states(model, sequences, (prompt_lengths, completion_lengths))
     return _HeadLogprobs.apply(states, *head, flat_ids(completions, head), temperature, head_chunk, impl)
 
 
@@ -54,7 +54,7 @@ def completion_logprobs_and_kl(teacher, student, rows, *, temperature=1.0, vocab
         teacher, [r.teacher_prompt + r.thought + r.teacher_end for r in rows],
         (n.teacher_prompt, n.thought), (n.teacher_prompt, n.thought + n.teacher_end))
     with torch.no_grad():
-        states_s, = hidden_states(student, [r.student_prompt + r.thought for r in rows], (n.student_prompt, n.thought))
+        [states_s] = hidden_states(student, [r.student_prompt + r.thought for r in rows], (n.student_prompt, n.thought))
     ids = flat_ids([r.thought + r.teacher_end for r in rows], head_t)
     logprobs, _ = _HeadLogprobs.apply(states_completion, *head_t, ids, temperature, head_chunk, impl)
     return logprobs, _HeadKL.apply(states_thought, *head_t, states_s, *head_s, temperature, head_chunk, impl)

@@ -47,6 +47,7 @@ MADE_ON_FIRST_USE = {  # name: (folder, the command that makes it, what is being
 
 def resolve(name):
     """The folder (or hub id) that a model's name stands for. What can be made here is made when it is missing."""
+    name = str(name)
     if name in MADE_ON_FIRST_USE:
         name = _make_on_first_use(*MADE_ON_FIRST_USE[name])
     elif name.endswith(".gguf") and not Path(name).is_dir():
@@ -232,9 +233,6 @@ def load_model(name, *, bits, device, scores=False):
     unquantised). scores: it will compute log-probs by rewards.py, so it must be a model that rewards.py reads right.
     Raises UserError.
     """
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
     folder = resolve(name)
     _check_whole(folder)
     if _adapter_config(folder) is not None:
@@ -256,7 +254,9 @@ def _check_whole(folder):
 
 def _load_base(folder, bits, device):
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     with user_errors(f"{folder} can't be loaded as a causal language model"):
         saved = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None)
     if saved and bits != 4:

@@ -105,7 +105,7 @@ def _row(raw, named, require_solution):
     for column in ("question", "solution", "explanation", "hint"):
         value = row.get(column)
         if column in required and _is_empty(value):
-            _raise_missing(column, raw, require_solution)
+            _raise_missing(column, named.get(column, column), raw, require_solution)
         if value is not None and not isinstance(value, str) and column in ("question", "solution", *named):
             raise UserError(f"has {column} of type {type(value).__name__}, expected text")
         if isinstance(value, str) and BROKEN.search(value):
@@ -113,10 +113,12 @@ def _row(raw, named, require_solution):
     return row
 
 
-def _raise_missing(column, raw, require_solution):
-    for name in (column, "problem" if column == "question" else column):
-        if name in raw:
-            raise UserError(f"has an empty {name}")
+def _raise_missing(column, name, raw, require_solution):
+    """name: what the row calls our column, or "problem", its other name for a question."""
+    if name in raw:
+        raise UserError(f"has an empty {column}")
+    if column == "question" and "problem" in raw:
+        raise UserError("has an empty problem")
     wanted = '"question" and "solution"' if require_solution else '"question"'
     raise UserError(f'has no {wanted}; columns found: {", ".join(raw)}; name them by '
                     "--question-column and --solution-column")

@@ -34,8 +34,8 @@ from rlt.locks import hold_lock
 ROOT = Path(__file__).resolve().parent.parent
 # what a resumed run, and every rank, must find unchanged
 HASHES = ("base_hash", "adapter_hash", "student_hash", "rows_hash")
-RESUME_OVERRIDABLE = {"resume", "steps", "save_every", "keep_checkpoints", "max_bad_steps", "device", "dry_run",
-                      "offload_student", "micro_batch_tokens", "gradient_checkpointing", "out"}
+RESUME_OVERRIDABLE = {"resume", "show_rows", "steps", "save_every", "keep_checkpoints", "max_bad_steps", "device",
+                      "dry_run", "offload_student", "micro_batch_tokens", "gradient_checkpointing", "out"}
 LOCK = ".lock"  # in a run folder; alone it does not make one
 LOGGED = ("reward", "score", "kl", "solved", "hinted", "closed", "leak", "kl_ref", "length", "eval_reward_before",
           "eval_reward", "eval_solved_before", "eval_solved", "loss", "val_loss")  # what the console shows of a step
@@ -409,7 +409,7 @@ class Run:
         self._write_folder(self.folder / f"step_{step:06d}", write)
         self.saved = step
         if RANK == 0:
-            keep_last(self.folder, getattr(self.args, "keep_checkpoints", 0))
+            keep_last(self.folder, self.args.keep_checkpoints)
 
     def finish(self, write):
         """The result of the run, in final/ -> that folder."""

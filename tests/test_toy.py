@@ -358,7 +358,7 @@ def test_documents_as_written_by_hand(tokenizer):
 
 def test_packed_documents_do_not_see_each_other(tokenizer):
     documents = game.draw_documents(random.Random(0), set(), **TOY)
-    batch = [Prompts(tokenizer).sft(next(documents), "student") for _ in range(24)]
+    batch = [Prompts(tokenizer).sft_row(next(documents), "student") for _ in range(24)]
     input_ids, position_ids, labels = game.pack(batch, width=64)
     model = game.make_model(0, 55, 128).double()
     torch.nn.init.normal_(model.model.embed_tokens.weight)  # at the start a model hardly looks back at all
@@ -383,7 +383,8 @@ def test_a_document_longer_than_a_row_has_the_row_made_longer():
     question = "x 9 y 9 z 9 " + " ".join(f"s{i} op1" for i in range(1, 7))
     row = game.make_row(question, game.SINGLE, random.Random(0))
     hinted = row | {"question": f"{question} {row['hint']}"}
-    assert len(Prompts(tokenizer).sft(row, "student")[0]) <= 64 < len(Prompts(tokenizer).sft(hinted, "student")[0])
+    prompts = Prompts(tokenizer)
+    assert len(prompts.sft_row(row, "student")[0]) <= 64 < len(prompts.sft_row(hinted, "student")[0])
     model = game.make_model(0, len(tokenizer), 32)
     before = model.lm_head.weight.clone()
     game.pretrain(model, tokenizer, itertools.repeat(hinted), 1)
@@ -394,7 +395,7 @@ def test_pretraining_is_seeded_and_learns(tokenizer):
     def loss(model):
         documents = game.draw_documents(random.Random("held out"), set(), **TOY)
         input_ids, position_ids, labels = game.pack(
-            [Prompts(tokenizer).sft(next(documents), "student") for _ in range(64)], width=64
+            [Prompts(tokenizer).sft_row(next(documents), "student") for _ in range(64)], width=64
         )
         logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
         return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).item()
