@@ -323,6 +323,7 @@ def test_commands_are_those_of_the_log():
         assert not missing, (row["setting"], row["seed"], row["arm"], missing)
 
 
+@pytest.mark.slow
 def test_a_quick_arm_runs(tmp_path):
     shutil.copytree(ROOT, tmp_path / "rlt", ignore=shutil.ignore_patterns("*.png", "__pycache__", "runs"))
     arm = "solutions only"
