@@ -82,6 +82,7 @@ if args.hint_ratio != "guide" and not args.hints:
 device = models.pick_device(args.device)
 rank, world = init_distributed(device)
 flags.check_prompts_per_rank(args, world)
+run = Run(args)
 
 # rows and tokens
 tokenizer = models.load_tokenizer(args.model)
@@ -99,7 +100,6 @@ longest = max(len(prompt_of(row)) for row in rows + held_out)
 if args.dry_run is not None:
     sys.exit(dry_run_rl(args, device, world, args.bits, None, longest_prompt=longest, vocab=vocab,
                         held_out=len(held_out)))
-run = Run(args)
 
 # model and optimizer
 policy = models.load_lora(args.model, bits=args.bits, device=device, seed=args.seed, rank=args.lora_rank,

@@ -63,6 +63,7 @@ if train_all and args.bits != 32:
 
 device = models.pick_device(args.device)
 rank, world = init_distributed(device)
+run = Run(args)
 
 # rows and tokens
 rows = load_rows(models.data_source(args.data, "train"), **flags.row_options(args))
@@ -100,7 +101,6 @@ if args.dry_run is not None:
         args, device, ModelFootprint(**footprint, bits=args.bits, gpu=args.dry_run > 0 or device.type == "cuda",
                                      trained="all" if train_all else "adapter"),
         row=max(len(x.before) + len(x.supervised) for x in examples), vocab=vocab, learned=True))
-run = Run(args)
 
 # model and optimizer
 if train_all:

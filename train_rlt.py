@@ -77,6 +77,7 @@ if args.kl_gradient and args.offload_student:
 device = models.pick_device(args.device)
 rank, world = init_distributed(device)
 flags.check_prompts_per_rank(args, world)
+run = Run(args)
 
 # rows and tokens
 student_name = args.student or models.base_of(args.model)
@@ -93,7 +94,6 @@ longest = max(len(prompts.teacher_prompt(row)) for row in rows + held_out)
 if args.dry_run is not None:
     sys.exit(dry_run_rl(args, device, world, args.teacher_bits, student_name, longest_prompt=longest, vocab=vocab,
                         held_out=len(held_out)))
-run = Run(args)
 
 # models and optimizer
 policy = models.load_lora(args.model, bits=args.teacher_bits, device=device, seed=args.seed, rank=args.lora_rank,

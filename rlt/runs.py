@@ -305,10 +305,10 @@ class Run:
             raise UserError(f"--out {self.folder} is a file, expected a folder. Pass another --out.")
         check_writable(self.folder)
         self.existed = self._has_files()
-        if self.existed and not args.resume:
+        if self.existed and not args.resume and not vars(args).get("show_rows"):
             raise UserError(f"{self.folder} already exists. Pass --resume to continue a run, or another --out.")
         self.config = describe(args)
-        if self.existed:
+        if self.existed and args.resume:
             self._find_checkpoint(args)
 
     def _has_files(self):

@@ -39,7 +39,8 @@ CASES = {  # name of its output: script and flags
     "rlt": ("train_rlt.py", *RLT, "--steps", 2, "--loss", "dapo", "--updates-per-batch", 2, "--sync-ref-every", 1,
             "--lr", 0.3, "--max-grad-norm", 1e9),
     "kl": ("train_rlt.py", *RLT, "--steps", 1, "--kl", "exact", "--kl-gradient", "--lr", 30, "--max-grad-norm", 1e-3),
-    "rl": ("rl_student.py", *STUDENT, "--steps", 4, "--prompts-per-step", 2, "--lr", 1, "--max-grad-norm", 1e9),
+    "rl": ("rl_student.py", *STUDENT, "--steps", 4, "--prompts-per-step", 2, "--lr", 1, "--max-grad-norm", 1e9,
+           "--keep-checkpoints", 4),
     "hints": ("rl_student.py", *STUDENT, "--steps", 2, "--prompts-per-step", 4, "--hints", "--loss", "dapo", "--lr", 1,
               "--max-grad-norm", 1e9, "--seed", 9),
     "sft": ("sft_student.py", "--data", "toy", "--limit", 80, "--steps", 3, "--batch-size", 5, "--val-rows", 7,
@@ -152,7 +153,9 @@ def test_two_ranks_log_the_numbers_of_one_process(outputs, name):
     for one, other in zip(alone, both, strict=True):
         assert one.keys() == other.keys()
         for key in one:
-            wanted = None if one[key] is None else pytest.approx(one[key], rel=1e-5, abs=1e-6)
+            # the KL's loss is a small sum of KLs of nearly equal models, in float32; its step's weights are compared above
+            rel = 1e-3 if (name, key) == ("kl", "loss") else 1e-5
+            wanted = None if one[key] is None else pytest.approx(one[key], rel=rel, abs=1e-6)
             assert other[key] == wanted, (one["step"], key)
 
 
@@ -198,7 +201,7 @@ def test_one_rank_goes_on_where_two_have_stopped(outputs, workshop, monkeypatch)
 def test_distilled_files_are_the_same(outputs):
     one, two, _ = outputs
     batches = [row["batch"] for row in runs.read_jsonl(one / "distilled.jsonl")]
-    assert len(batches) == 40 and max(batches) == 2, "an odd number of batches: one rank is idle at the end"
+    assert set(batches) == {0, 1, 2}, "an odd number of batches: one rank is idle at the end"
     for name in ("distilled.jsonl", "distilled.within-1of2.jsonl", "distilled.overall-2of2.jsonl"):
         assert (one / name).read_bytes() == (two / name).read_bytes()
 
