@@ -182,6 +182,18 @@ def test_gsm8k_falls_back_to_a_number(output, answer):
     assert answer_of("gsm8k", output) == answer
 
 
+@pytest.mark.parametrize("piece", [
+    "<", "<think", "<think ", "<|", "think-", "<think" * 3 + "-", r"\boxed", r"\boxed{", r"\boxed {", "{", "\\", "1,",
+    "1.", "-1", "9" * 99, "{,}", r"\!", "#", "answer is ", "answer: (", OPEN, THOUGHT, "[THINK]", "\ufeff"])
+def test_finding_an_answer_takes_linear_time(piece):
+    """It has no time limit: a text of 200,000 characters takes a moment, whatever it repeats."""
+    for task in ("toy", "math500", "gsm8k", "gpqa", "countdown"):
+        started = time.process_time()
+        for head in ("", "<", "<think ", "answer is", r"\boxed{"):
+            answer_of(task, head + piece * (200_000 // len(piece)))
+        assert time.process_time() - started < 4, task
+
+
 # ---------------------------------------------------------------------------------------------------------
 # judging it
 
