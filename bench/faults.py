@@ -56,12 +56,12 @@ def start(folder, script, *flags):
 
 
 def result_of(out):
-    """What a run has left, without its times: {name: bytes or entries}."""
+    """What a run has left, without its times: {name: bytes or entries}. peft writes a config's names in any order."""
     if out.suffix == ".jsonl":
         return {"rows": out.read_bytes()}
     entries = [{key: value for key, value in entry.items() if not key.startswith("t_") and key != "tokens_per_s"}
                for entry in runs.read_jsonl(out / "metrics.jsonl")]
-    return {"metrics": entries} | {path.name: path.read_bytes() for path in (out / "final").iterdir()}
+    return {"metrics": entries} | {path.name: path.read_bytes() for path in (out / "final").glob("*.safetensors")}
 
 
 def progress_of(out):

@@ -694,10 +694,8 @@ def test_a_run_that_is_killed_and_stopped_again_and_again(workshop, tmp_path, sc
         assert code == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[kind], stderr
     run_script(workshop, script, *flags, "--out", out, "--resume")
     assert metrics(out) == metrics(tmp_path / "straight")
-    results = [contents(folder / "final") for folder in (out, tmp_path / "straight")]
-    assert results[0].keys() == results[1].keys()
-    for name in results[0]:
-        assert results[0][name] == results[1][name], name
+    weights = [(folder / "final/adapter_model.safetensors").read_bytes() for folder in (out, tmp_path / "straight")]
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.slow
