@@ -55,13 +55,17 @@ def start(folder, script, *flags):
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
+def ended_badly(process):
+    return f"exit code {process.returncode} of {' '.join(map(str, process.args))}\n{process.stderr.read()}"
+
+
 def result_of(out):
-    """What a run has left, without its times: {name: bytes or entries}."""
+    """What a run has left, without its times: {name: bytes or entries}. peft writes a config's names in any order."""
     if out.suffix == ".jsonl":
         return {"rows": out.read_bytes()}
     entries = [{key: value for key, value in entry.items() if not key.startswith("t_") and key != "tokens_per_s"}
                for entry in runs.read_jsonl(out / "metrics.jsonl")]
-    return {"metrics": entries} | {path.name: path.read_bytes() for path in (out / "final").iterdir()}
+    return {"metrics": entries} | {path.name: path.read_bytes() for path in (out / "final").glob("*.safetensors")}
 
 
 def progress_of(out):
@@ -77,7 +81,7 @@ def kills(folder, n, draw):
         straight = folder / f"straight-{script}{suffix}"
         process = start(folder, script, *flags, "--out", straight)
         if process.wait():
-            raise SystemExit(process.stderr.read())
+            raise SystemExit(ended_badly(process))
         counts[script] = tally = {"kills": 0, "runs": 0, "identical": 0, "other_exit_codes": 0}
         while tally["kills"] < n:
             out = folder / f"killed-{script}-{tally['runs']}{suffix}"
@@ -91,8 +95,8 @@ def kills(folder, n, draw):
                     process.send_signal(number)
                     tally["kills"] += 1
                     tally["other_exit_codes"] += process.wait() not in STOPS[number]
-                elif process.wait():
-                    raise SystemExit(process.stderr.read())
+                elif process.wait():  # it ended by itself, or was left to
+                    raise SystemExit(ended_badly(process))
                 if process.returncode == 0:
                     break
             tally["runs"] += 1
@@ -107,7 +111,7 @@ def folders(folder, n, draw):
     whole = folder / "whole"
     process = start(folder, "train_rlt.py", *SCRIPTS["train_rlt.py"], "--out", whole)
     if process.wait():
-        raise SystemExit(process.stderr.read())
+        raise SystemExit(ended_badly(process))
     config = json.loads((whole / "config.json").read_text())
     sys.argv = [str(ROOT / "train_rlt.py")]
     counts = {"refused": 0, "resumed": 0, "failures": 0}
@@ -268,7 +272,7 @@ def main():
                        check=True, stdout=subprocess.DEVNULL)
         warm_up = start(folder, "sft_student.py", "--format", "teacher", "--steps", 2, "--out", "runs/toy-teacher")
         if warm_up.wait():
-            raise SystemExit(warm_up.stderr.read())
+            raise SystemExit(ended_badly(warm_up))
         for name, part in PARTS.items():
             if size := getattr(args, name):
                 began = time.monotonic()

@@ -71,7 +71,8 @@ def number(kind, low=None, high=None, above=None):
             wanted = {int: "a whole number", float: "a number"}[kind]
             raise argparse.ArgumentTypeError(f"got {text!r}, expected {wanted}") from None
         rules = (
-            (math.isfinite(value), "a finite one"),
+            (kind is int or math.isfinite(value), "a finite one"),
+            (kind is float or abs(value) < 2**63, f"at most {2**63 - 1}"),
             (low is None or value >= low, f"at least {low}"),
             (high is None or value <= high, f"at most {high}"),
             (above is None or value > above, f"more than {above}"),
@@ -239,7 +240,7 @@ def add_checkpointing(group):
 
 
 def add_system(group):
-    group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="seed of every draw")
+    group.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="seed of every draw")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 or auto")
     group.add_argument("--dry-run", nargs="?", metavar="GB", const=0.0, type=number(float, above=0),
                        help="check flags, rows and disk, estimate the memory, and stop; GB: memory of the GPU meant")

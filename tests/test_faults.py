@@ -635,7 +635,9 @@ def test_an_adapter_that_cannot_be_read_is_one_line(workshop, tmp_path, what):
 
 def test_a_seed_that_no_generator_takes():
     with pytest.raises(argparse.ArgumentTypeError, match="expected at most"):
-        number(int, 0, 2**63 - 1)(str(2**70))
+        number(int, 0)(str(2**70))
+    with pytest.raises(argparse.ArgumentTypeError, match="expected at most"):
+        number(int, 0)(str(10**400))
     for script in (*TRAINERS, "distill.py", "evaluate.py"):
         ended_with = ended(ROOT, script, "--seed", 2**70)
         assert ended_with.code == 2 and "argument --seed: got 1180591620717411303424" in ended_with.stderr
@@ -694,10 +696,8 @@ def test_a_run_that_is_killed_and_stopped_again_and_again(workshop, tmp_path, sc
         assert code == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[kind], stderr
     run_script(workshop, script, *flags, "--out", out, "--resume")
     assert metrics(out) == metrics(tmp_path / "straight")
-    results = [contents(folder / "final") for folder in (out, tmp_path / "straight")]
-    assert results[0].keys() == results[1].keys()
-    for name in results[0]:
-        assert results[0][name] == results[1][name], name
+    weights = [(folder / "final/adapter_model.safetensors").read_bytes() for folder in (out, tmp_path / "straight")]
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.slow
