@@ -102,7 +102,7 @@ def test_an_evaluation_reads_the_answer_without_its_end(tmp_path, end):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "How many?", "answer": "7"}) + "\n")
     call(tmp_path, "evaluate.py", "--task", "gsm8k", "--data", "rows.jsonl", "--model", "model", "--max-new-tokens", 25)
     result = json.loads((tmp_path / "runs/eval/model/eval_gsm8k.json").read_text())
-    assert result["exact_match"][0] == 1 and result["truncated"] == 0 and result["length"] == len(ANSWER) + 1
+    assert result["exact_match"]["mean"] == 1 and result["truncated"] == 0 and result["length"] == len(ANSWER) + 1
     [line] = map(json.loads, (tmp_path / "runs/eval/model/eval_gsm8k_samples.jsonl").read_text().splitlines())
     assert line["output"] == ANSWER and line["finished"]
 
