@@ -302,7 +302,7 @@ class Run:
         self.args, self.folder = args, Path(args.out)
         self.metrics, self.samples = self.folder / "metrics.jsonl", self.folder / "samples.jsonl"
         self.step, self.checkpoint, self.config_before = 0, None, {}
-        self.lr_steps = vars(args).get("lr_steps") or args.steps
+        self.lr_steps = args.lr_steps or args.steps
         self.weights_changed = False  # since this step began: it can't be abandoned any more
         if os.path.isfile(self.folder):
             raise UserError(f"--out {self.folder} is a file, expected a folder. Pass another --out.")
@@ -324,7 +324,7 @@ class Run:
         self.step, self.checkpoint = last_checkpoint(self.folder)
         if self.step > args.steps:
             raise UserError(f"{self.folder} has done {self.step} steps, --steps is {args.steps}: raise it.")
-        if self.step and not vars(args).get("lr_steps"):
+        if self.step and not args.lr_steps:
             self.lr_steps = self.config_before.get("lr_steps", self.config_before["flags"]["steps"])
             if self.lr_steps != args.steps:
                 print(f"{self.folder} was started with a learning rate that falls over {self.lr_steps} steps, and "
