@@ -340,7 +340,7 @@ def test_every_script_takes_it(tmp_path, name):
     assert [entry["step"] for entry in entries] == [0, 1] and entries[0]["kl_ref"] == 0
     assert all(entry["sampler_logprob_diff"] < 1e-3 for entry in entries)
     call(tmp_path, "distill.py", "--model", "teacher", *rows, *limits, "--student-bits", 32, "--out", "distilled.jsonl")
-    assert 0 < len((tmp_path / "distilled.jsonl").read_text().splitlines()) <= 8  # without those that have special tokens
+    assert 0 < len((tmp_path / "distilled.jsonl").read_text().splitlines()) <= 8  # special tokens: left out
     call(tmp_path, *sft, "--data", "rows.jsonl", "--lora-rank", 0, "--out", "student")
     call(tmp_path, *sft, "--lora-rank", 0, "--out", "student", "--steps", 2, "--lr-steps", 2, "--resume")
     call(tmp_path, "evaluate.py", "--task", "gsm8k", *rows, *limits, "--model", "base", "student", "teacher")
