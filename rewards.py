@@ -704,11 +704,12 @@ def _logit_scale(model):
             hook.remove()
     parts = ratios.split([states.numel(), logits.numel()])
     scale = math.prod(part.mean().item() for part in parts)
+    scale = 1.0 if abs(scale - 1) < 1e-6 else scale
     constant = all((part - part.mean()).abs().max() <= 1e-6 * part.mean().abs() for part in parts)  # NaN is not
     if not constant or scale <= 0 or (scale != 1 and head.bias is not None):
         raise UnsupportedModel(f"{name} does more to its logits than multiply by its head and a number (a soft cap, "
                                "perhaps), which chunked logits leave out: use another model")
-    return 1.0 if abs(scale - 1) < 1e-6 else scale
+    return scale
 
 
 def _check_sequences(model, scale):
@@ -720,9 +721,11 @@ def _check_sequences(model, scale):
     head = output_head(model)
     ours = compute_logits(states.to(dtype) * scale, head, logits_buffer(head, len(states)))[:, : len(head[0])]
     theirs = model(input_ids=to_device(model.device, [sequence]), use_cache=False).logits[0]
+    name = type(model).__name__
+    if not theirs.isfinite().all():
+        raise UnsupportedModel(f"{name} has logits that are NaN or infinite: its weights are broken, or too coarse")
     if theirs.shape != ours.shape or not _close(ours, theirs, 1e-4, 2e-2, dtype):
-        raise UnsupportedModel(f"the logits of {type(model).__name__} are not those of its head on the states of its "
-                               "decoder: use another model")
+        raise UnsupportedModel(f"{name} has other logits than its head makes of its decoder's states: use another one")
     can_pack = can_pack and _packs(model, around, sequence, states)
     if not can_pack and model.config.get_text_config()._attn_implementation == "packed":
         model.set_attn_implementation("sdpa")
@@ -750,23 +753,35 @@ def _is_plainly_causal(model, sequence):
 
 
 def _packs(model, around, sequence, alone):
-    """Whether `sequence`, packed between two others, has the states that it has alone, even where the others are NaN:
-    whatever the leak, and however small, NaN comes through."""
+    """Whether `sequence`, packed between two others, has the states that it has alone, whatever those are.
+
+    Other tokens around it must not change a bit. Where they do, they may have changed how experts were computed
+    together, no more: then NaN around it decides, of which any leak, however small, carries some over.
+    """
     n = len(around), len(around) + len(sequence)
+
+    def states(around):
+        return _packed_states(model, [around, sequence, around])[n[0] : n[1]]
 
     def poison(module, inputs, output):
         output = output.clone()
         output[:, : n[0]], output[:, n[1] :] = torch.nan, torch.nan
         return output
 
-    hook = model.get_input_embeddings().register_forward_hook(poison)
-    try:
-        states = _packed_states(model, [around, sequence, around])[n[0] : n[1]]
+    def close(states):
         return _close(states, alone, 1e-3, 5e-2, model.get_output_embeddings().weight.dtype)
+
+    try:
+        first = states(around)
+        if not close(first) or torch.equal(first, states(around[::-1])):
+            return close(first)
+        hook = model.get_input_embeddings().register_forward_hook(poison)
+        try:
+            return close(states(around))
+        finally:
+            hook.remove()
     except Exception:  # whatever a model does with arguments that it does not know
         return False
-    finally:
-        hook.remove()
 
 
 def _close(ours, theirs, tolerance, tolerance_16_bits, dtype):

@@ -24,6 +24,7 @@ from rlt.dry_run import dry_run_rl
 from rlt.grading import TASKS, answer_of, gradable, grade_all
 from rlt.grpo import LOSSES, group_advantages, grpo_loss, guided_loss, step_denominator, tis_weights
 from rlt.logprobs import completion_logprobs
+from rlt.lora import update_mode
 from rlt.prompts import Prompts, show_rows
 from rlt.rollout import make_engine
 from rlt.rows import load_rows
@@ -186,7 +187,7 @@ def update_policy(batch, batches, prompt_ids, completion_ids, old_logprobs, toke
     if args.beta > 0:
         with models.use_adapter(policy, "reference"):
             ref_logprobs = [policy_logprobs(indices, prompt_ids, completion_ids)[0] for indices in batches]
-    policy.train()  # gradient checkpointing asks for it; dropout is off
+    update_mode(policy)
     for _ in range(args.updates_per_batch):
         step_loss, stats = 0.0, Counter()
         for indices, old, weights, ref in zip(batches, old_logprobs, token_weights, ref_logprobs, strict=True):
@@ -262,7 +263,7 @@ for step in run.steps(progress, save):
 
     # 5. the policy update
     for group in optimizer.param_groups:
-        group["lr"] = args.lr * lr_fraction(step, args.steps, args.warmup_steps, args.final_lr_fraction)
+        group["lr"] = args.lr * lr_fraction(step, run.lr_steps, args.warmup_steps, args.final_lr_fraction)
     loss, grad_norm, stats = update_policy(batch, batches, prompt_ids, completion_ids, old_logprobs, token_weights,
                                           advantages, hinted)
     engine.load_adapter(policy)

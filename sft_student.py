@@ -64,6 +64,8 @@ if train_all and args.bits != 32:
 device = models.pick_device(args.device)
 rank, world = init_distributed(device)
 run = Run(args)
+if args.steps > run.lr_steps:
+    raise UserError(f"the learning rate is 0 from step {run.lr_steps} on: pass --lr-steps {args.steps} to raise it.")
 
 # rows and tokens
 rows = load_rows(models.data_source(args.data, "train"), **flags.row_options(args))
@@ -108,7 +110,8 @@ if train_all:
         raise UserError(f"--lora-rank 0 trains all weights, but {args.model} is an adapter: pass a model without one.")
     model = models.load_model(args.model, bits=args.bits, device=device, scores=True).requires_grad_(True)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        with models.user_errors(f"{args.model} can't be trained with --gradient-checkpointing"):
+            model.gradient_checkpointing_enable({"use_reentrant": False})
     parameters = list(model.parameters())
 else:
     model = models.load_lora(args.model, bits=args.bits, device=device, seed=args.seed, rank=args.lora_rank,
@@ -146,7 +149,7 @@ for step in run.steps(progress, save):
     batch = [examples[i] for i in batch_indices(len(examples), args.batch_size, step, args.seed)]
     tokens = sum(len(x.supervised) for x in batch)  # of all ranks
     for group in optimizer.param_groups:
-        group["lr"] = args.lr * lr_fraction(step, args.steps, args.warmup_steps, 0.0, shape="cosine")
+        group["lr"] = args.lr * lr_fraction(step, run.lr_steps, args.warmup_steps, 0.0, shape="cosine")
 
     # 1. forward and backward on this rank's share, an optimizer step on all
     model.train()

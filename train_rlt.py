@@ -22,6 +22,7 @@ from rlt.distributed import all_reduce_mean, all_reduce_sum, init_distributed
 from rlt.dry_run import dry_run_rl
 from rlt.grpo import LOSSES, group_advantages, group_scale, grpo_loss, pathwise_kl_loss, step_denominator, tis_weights
 from rlt.logprobs import completion_logprobs, completion_logprobs_and_kl, regroup
+from rlt.lora import update_mode
 from rlt.prompts import Prompts, show_rows
 from rlt.rollout import make_engine
 from rlt.rows import leaks, load_rows
@@ -160,7 +161,7 @@ def update_policy(batch, batches, prompt_ids, completion_ids, old_logprobs, toke
     if args.beta > 0:
         with models.use_adapter(policy, "reference"):
             ref_logprobs = [policy_logprobs(indices, prompt_ids, completion_ids)[0] for indices in batches]
-    policy.train()  # gradient checkpointing asks for it; dropout is off
+    update_mode(policy)
     for _ in range(args.updates_per_batch):
         step_loss, stats = 0.0, Counter()
         for indices, old, weights, ref in zip(batches, old_logprobs, token_weights, ref_logprobs, strict=True):
@@ -247,7 +248,7 @@ for step in run.steps(progress, save):
         token_weights, tis = tis_weights(scored.old_logprobs, sampler_logprobs, args.tis_cap)
         tis = {key: all_reduce_mean(value, len(token_weights)) for key, value in tis.items()}
     for group in optimizer.param_groups:
-        group["lr"] = args.lr * lr_fraction(step, args.steps, args.warmup_steps, args.final_lr_fraction)
+        group["lr"] = args.lr * lr_fraction(step, run.lr_steps, args.warmup_steps, args.final_lr_fraction)
     loss, grad_norm, stats = update_policy(
         batch, batches, prompt_ids, completion_ids, regroup(scored.old_logprobs, scored.completion_lengths, batches),
         regroup(token_weights, scored.completion_lengths, batches), advantages, scales, scoring_rows)

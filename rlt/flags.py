@@ -199,6 +199,8 @@ def add_optimizer(group, *, steps, lr, warmup_steps):
     group.add_argument("--lr", type=number(float, above=0), default=lr, help="peak learning rate (AdamW)")
     group.add_argument("--warmup-steps", type=number(int, 0), default=warmup_steps, metavar="N",
                        help="steps in which the learning rate rises to --lr")
+    group.add_argument("--lr-steps", type=number(int, 1), metavar="N",
+                       help="steps in which it falls to its last value; default: --steps, of a resumed run its first")
     group.add_argument("--max-grad-norm", type=number(float, above=0), default=1.0, metavar="X",
                        help="the gradient's norm is clipped to this")
     group.add_argument("--max-bad-steps", type=number(int, 1), default=3, metavar="N",

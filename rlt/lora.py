@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """
-LoRA adapters: which layers a new one is put on, which existing ones can be trained, and no dropout in RL.
+LoRA adapters: which layers a new one is put on, which existing ones can be trained, the policy's and its reference.
 """
 
 import re
+from contextlib import contextmanager
 
 from rlt.errors import UserError
 
@@ -13,6 +14,10 @@ from rewards import decoder
 
 LORA_DEFAULTS = {"rank": 16, "alpha": 32, "targets": "all-linear"}  # of a new adapter
 DROPOUT = torch.nn.modules.dropout._DropoutNd  # the class of all dropout layers
+
+
+# ---------------------------------------------------------------------------------------------------------
+# new adapters, and other people's
 
 
 def new_lora_config(base, rank=None, alpha=None, targets=None):
@@ -53,9 +58,20 @@ def _linear_layers(base):
             parent, _, name = path.rpartition(".")
             mixer = base.get_submodule(parent)
             of_kernel = hasattr(mixer, "A_log") and hasattr(mixer, "D") and name in ("out_proj", "dt_proj")
-            own_class = type(module).__module__.startswith("transformers.models.")  # may return more than a tensor
-            (layers if id(module) in in_text and not of_kernel and not own_class else excluded).append(path)
+            fits = id(module) in in_text and not of_kernel and _is_linear(module)
+            (layers if fits else excluded).append(path)
     return layers, excluded
+
+
+@torch.no_grad()
+def _is_linear(module):
+    """Whether a layer does what its class says. Some models derive a router from it, which returns a tuple."""
+    if not type(module).__module__.startswith("transformers.models."):
+        return True
+    try:
+        return module(module.weight[:1, :]).shape == (1, len(module.weight))
+    except Exception:
+        return False
 
 
 def check_adapter(name, config, base, rank, alpha, targets):
@@ -66,43 +82,116 @@ def check_adapter(name, config, base, rank, alpha, targets):
     if config.bias != "none":
         raise UserError(f"the adapter of {name} trains biases of its base (bias={config.bias!r}), which no second "
                         "adapter can have: expected bias='none'.")
-    own = {"rank": config.r, "alpha": config.lora_alpha, "targets": config.target_modules}
-    if targets and not isinstance(own["targets"], str):
-        names = _split_names(targets)
-        if targets == "all-linear":
-            names = {path.rpartition(".")[2] for path in _linear_layers(base)[0]}
-        targets, own["targets"] = ",".join(sorted(names)), ",".join(sorted(own["targets"]))
-    for key, asked in (("rank", rank), ("alpha", alpha), ("targets", targets)):
-        if asked is not None and asked != own[key]:
-            raise UserError(f"{name} holds an adapter with {key} {own[key]}: leave --lora-{key} out.")
+    for key, own, asked in (("rank", config.r, rank), ("alpha", config.lora_alpha, alpha)):
+        if asked not in (None, own):
+            raise UserError(f"{name} holds an adapter with {key} {own}: leave --lora-{key} out.")
+    if targets is not None:
+        asked = _linear_layers(base)[0] if targets == "all-linear" else _split_names(targets)
+        layers, wanted = (_matching(base, these) for these in (config.target_modules, asked))
+        if layers != wanted:
+            names = ",".join(sorted({path.rpartition(".")[2] for path in layers}))
+            raise UserError(f"{name} holds an adapter with targets {names}: leave --lora-targets out.")
+
+
+def _matching(base, targets):
+    """Paths of the modules that peft takes targets for: a regular expression of paths, or ends of paths."""
+    paths = {path for path, _ in base.named_modules()}
+    if isinstance(targets, str):
+        return {path for path in paths if re.fullmatch(targets, path)}
+    return {path for path in paths if any(f".{path}".endswith(f".{target}") for target in targets)}
 
 
 def _split_names(targets):
     return [target.strip() for target in targets.split(",")]
 
 
+# ---------------------------------------------------------------------------------------------------------
+# the policy "default" and its "reference"
+
+
+def adapter_parameters(model, adapter="default"):
+    """Every tensor of an adapter: LoRA matrices, and full copies of modules that it trains (modules_to_save)."""
+    return [p for name, p in model.named_parameters() if adapter in name.split(".")]
+
+
+def adapter_pairs(model):
+    """(policy, reference) tensors of the two adapters, in one order."""
+    return list(zip(adapter_parameters(model), adapter_parameters(model, "reference"), strict=True))
+
+
+def set_trainable(model):
+    """Activate the adapter "default" and let gradients reach it alone."""
+    model.set_adapter("default")
+    model.requires_grad_(False)
+    for parameter in adapter_parameters(model):
+        parameter.requires_grad_(True)
+    return model
+
+
+@contextmanager
+def use_adapter(model, adapter):
+    """`with use_adapter(model, "reference"):` inside, that adapter is active, without gradients."""
+    model.set_adapter(adapter)
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        set_trainable(model)
+
+
 @torch.no_grad()
+def sync_reference(model, mix):
+    """reference <- mix * policy + (1 - mix) * reference, for A and for B (TR-DPO, as in the released recipe).
+
+    With A' = A + dA and B' = B + dB the policy's, the product misses the average of the two products by exactly
+    mix (1 - mix) dB dA times the adapter's scale.
+    """
+    for policy, reference in adapter_pairs(model):
+        reference.lerp_(policy, mix)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# no dropout in RL
+
+
+def update_mode(model):
+    """Eval mode, but for the layers that recompute their activations in the backward pass, which transformers does in
+    train mode only: dropout, router noise and what else training adds would not be the policy that sampled."""
+    model.eval()
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
+
+
 def disable_dropout(model, name):
-    """Set every rate of dropout and router noise to 0. Raises UserError where training draws random numbers even so."""
+    """Set every rate of dropout to 0: layers that recompute their activations are in train mode.
+
+    Raises UserError where the model computes something else then than in eval mode: what is trained would not be the
+    policy that sampled.
+    """
     base, found = model.get_base_model(), False
+    states = [_states(model.eval())]
     for part in (*model.modules(), base.config, base.config.get_text_config()):
         for key, rate in list(vars(part).items()):
-            is_rate = re.search("drop|jitter", key) or isinstance(part, DROPOUT) and key == "p"
+            is_rate = re.search("dropout|layerdrop|drop_path", key) or isinstance(part, DROPOUT) and key == "p"
             if is_rate and isinstance(rate, float) and rate > 0:
                 setattr(part, key, 0.0)
                 found = True
     if found:
         print(f"{name}: dropout is off, so that the policy that is trained is the one that sampled")
-    model.train()
-    before = _random_states()
-    decoder(base)(input_ids=torch.zeros(1, 8, dtype=torch.long, device=base.device), use_cache=False)
-    drawn = any(not torch.equal(*pair) for pair in zip(before, _random_states(), strict=True))
+    update_mode(model)
+    states.append(_states(model))
     model.eval()
-    if drawn:
-        raise UserError(f"{name} draws random numbers when it trains (a dropout or noise that is not known here): what "
-                        "is trained would not be the policy that sampled. Use another model.")
+    tolerance = 0.1 if base.get_output_embeddings().weight.itemsize == 2 else 1e-3
+    if not (states[0] - states[1]).norm() <= tolerance * states[0].norm():
+        raise UserError(f"{name} computes something else when it trains with --gradient-checkpointing (a dropout or "
+                        "noise that is not known here): leave the flag out, or use another model.")
 
 
-def _random_states():
-    """The states of torch's generators on the CPU and on all GPUs."""
-    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+@torch.no_grad()
+def _states(model):
+    """The hidden states of a few tokens, (8, H). The random numbers that follow are as before."""
+    base = model.get_base_model()
+    ids = torch.arange(8, device=base.device)[None] % len(base.get_input_embeddings().weight)
+    with torch.random.fork_rng():
+        return decoder(base)(input_ids=ids, use_cache=False).last_hidden_state[0].float()

@@ -24,7 +24,16 @@ from rlt.checkpoints import damaged_file
 from rlt.distributed import RANK, WORLD
 from rlt.errors import UserError
 from rlt.locks import exclusive
-from rlt.lora import check_adapter, disable_dropout, new_lora_config
+from rlt.lora import (
+    adapter_pairs,
+    adapter_parameters,
+    check_adapter,
+    disable_dropout,
+    new_lora_config,
+    set_trainable,
+    sync_reference,
+    use_adapter,
+)
 from rlt.prompts import turn_ends
 
 import torch
@@ -32,6 +41,7 @@ import torch
 from rewards import UnsupportedModel, check_model
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it offers a kernel from a hub, which we don't want
+__all__ = ["adapter_pairs", "adapter_parameters", "set_trainable", "sync_reference", "use_adapter"]  # from rlt.lora
 ROOT = Path(__file__).resolve().parent.parent
 MADE_ON_FIRST_USE = {  # name: (folder, the command that makes it, what is being made)
     "toy": ("runs/toy", ["data/toy.py"], "the toy (rows, tokenizer, base model: two minutes)"),
@@ -113,7 +123,7 @@ def base_of(name):
     if adapter is None:
         return folder
     base = adapter.base_model_name_or_path
-    if not base or (base.startswith(("/", ".")) and not Path(base).is_dir()):
+    if not base or (base.startswith(("/", ".", "runs/")) and not Path(base).is_dir()):
         raise UserError(f"the adapter in {folder} names {base!r} as its base, which does not exist here: put the path "
                         "or hub id of its base into adapter_config.json.")
     return base
@@ -141,11 +151,19 @@ def model_and_adapter_config(name):
 
 
 def context_length(*names):
-    """Tokens that all of these models can read; infinite where none has a limit."""
+    """Tokens that all of these models can read; infinite where none has a limit.
+
+    "longrope" scales all positions anew once a sequence passes its original length. The sampler's cache then holds
+    keys of the old ones: what it draws would no longer be what is trained, so that length is the limit.
+    """
     limits = []
     for name in names:
         config = model_and_adapter_config(name)["config"].get_text_config()
         limits.append(getattr(config, "max_position_embeddings", None) or math.inf)
+        rope = getattr(config, "rope_parameters", None) or {}
+        for part in [rope] if "rope_type" in rope else rope.values():  # or one for each kind of layer
+            if isinstance(part, dict) and part.get("rope_type") == "longrope":
+                limits.append(part["original_max_position_embeddings"])
     return min(limits)
 
 
@@ -184,13 +202,24 @@ def pick_device(name):
     return torch.device(name)
 
 
+@contextmanager
+def on_device(device, model):
+    """`with on_device(device, model):` inside, the model is there; afterwards it is back. 4-bit weights move, too."""
+    before = next(model.parameters()).device
+    model.to(device)
+    try:
+        yield model
+    finally:
+        model.to(before)
+
+
 def load_tokenizer(name):
     """The tokenizer of a model, its tokenizer.json as it is, with a padding token. An adapter may have its base's.
 
     It gets the attribute `generation_eos`, the ids that the model's generation_config ends a turn with: with the chat
     template's own, these are its `prompts.turn_ends`.
     """
-    from transformers import GenerationConfig, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     folder, base = resolve(name), base_of(name)
     if folder != base and not (Path(folder) / "tokenizer.json").exists():
@@ -198,11 +227,7 @@ def load_tokenizer(name):
     # Not AutoTokenizer: it chooses by the model's architecture, and finds another class beside a bare adapter.
     with user_errors(f"{name} has no tokenizer that can be read, expected tokenizer.json in a model's or run folder"):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    try:
-        eos = GenerationConfig.from_pretrained(base).eos_token_id
-    except (OSError, ValueError):  # most models made here have none
-        eos = None
-    tokenizer.generation_eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+    tokenizer.generation_eos = _generation_eos(base, tokenizer)
     if tokenizer.eos_token_id is None and not tokenizer.generation_eos:
         raise UserError(f"the tokenizer of {name} has no end-of-sequence token: expected an instruct model's.")
     if tokenizer.eos_token_id is None:
@@ -210,6 +235,23 @@ def load_tokenizer(name):
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: every mask here comes from lengths
     return tokenizer
+
+
+def _generation_eos(base, tokenizer):
+    """The ids that end a turn by the model's generation_config. Where that names none, those of its config that are
+    special tokens and not the tokenizer's eos: a config class may have a default, which is any token."""
+    from transformers import AutoConfig, GenerationConfig
+
+    def listed(load):
+        try:
+            eos = load().eos_token_id
+        except (OSError, ValueError):  # most models made here have no generation_config
+            return ()
+        return tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+
+    others = {*tokenizer.added_tokens_decoder} - {tokenizer.eos_token_id}
+    return listed(lambda: GenerationConfig.from_pretrained(base)) or tuple(
+        i for i in listed(lambda: AutoConfig.from_pretrained(base).get_text_config()) if i in others)
 
 
 def check_same_tokenizer(teacher, student):
@@ -259,6 +301,9 @@ def _load_base(folder, bits, device):
     disable_progress_bar()
     with user_errors(f"{folder} can't be loaded as a causal language model"):
         saved = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None)
+    if saved and not saved.get("load_in_4bit"):  # GPTQ, FP8, MXFP4, ...: not what any number of bits means here
+        raise UserError(f"{folder} is saved in a quantised form ({saved.get('quant_method')}), which is not read here: "
+                        "use the unquantised model.")
     if saved and bits != 4:
         raise UserError(f"{folder} is saved in a quantised form, {bits} bits were asked for: pass 4 bits, or the "
                         "unquantised model.")
@@ -325,10 +370,11 @@ def load_lora(name, *, bits, device, seed, rank=None, alpha=None, targets=None, 
     if any(p.dtype != torch.float32 for p in adapter_parameters(model)):
         raise UserError(f"the adapter of {name} trains whole layers (modules_to_save), which at {bits} bits are "
                         "bfloat16: small steps would be lost. Load it with 32 bits.")
+    if checkpointing:
+        with user_errors(f"{name} can't be trained with --gradient-checkpointing"):
+            base.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": dropout})
     if not dropout:
         disable_dropout(model, name)
-    if checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": dropout})
     return set_trainable(model)
 
 
@@ -339,62 +385,6 @@ def _checked(model, name):
     except UnsupportedModel as error:
         raise UserError(f"{name} can't be used: {error}.") from error
     return model
-
-
-# ---------------------------------------------------------------------------------------------------------
-# adapters
-
-
-def adapter_parameters(model, adapter="default"):
-    """Every tensor of an adapter: LoRA matrices, and full copies of modules that it trains (modules_to_save)."""
-    return [p for name, p in model.named_parameters() if adapter in name.split(".")]
-
-
-def adapter_pairs(model):
-    """(policy, reference) tensors of the two adapters, in one order."""
-    return list(zip(adapter_parameters(model), adapter_parameters(model, "reference"), strict=True))
-
-
-def set_trainable(model):
-    """Activate the adapter "default" and let gradients reach it alone."""
-    model.set_adapter("default")
-    model.requires_grad_(False)
-    for parameter in adapter_parameters(model):
-        parameter.requires_grad_(True)
-    return model
-
-
-@contextmanager
-def use_adapter(model, adapter):
-    """`with use_adapter(model, "reference"):` inside, that adapter is active, without gradients."""
-    model.set_adapter(adapter)
-    try:
-        with torch.no_grad():
-            yield model
-    finally:
-        set_trainable(model)
-
-
-@contextmanager
-def on_device(device, model):
-    """`with on_device(device, model):` inside, the model is there; afterwards it is back. 4-bit weights move, too."""
-    before = next(model.parameters()).device
-    model.to(device)
-    try:
-        yield model
-    finally:
-        model.to(before)
-
-
-@torch.no_grad()
-def sync_reference(model, mix):
-    """reference <- mix * policy + (1 - mix) * reference, for A and for B (TR-DPO, as in the released recipe).
-
-    With A' = A + dA and B' = B + dB the policy's, the product misses the average of the two products by exactly
-    mix (1 - mix) dB dA times the adapter's scale.
-    """
-    for policy, reference in adapter_pairs(model):
-        reference.lerp_(policy, mix)
 
 
 # ---------------------------------------------------------------------------------------------------------

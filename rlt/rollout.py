@@ -9,6 +9,7 @@ penalties, and the columns that a model's head has beyond its tokenizer are mask
     vllm           an engine with its own copy of the base, into which the adapter is loaded after every update
 """
 
+import weakref
 from typing import NamedTuple
 
 from rlt.chat_template import turn_ends
@@ -16,6 +17,10 @@ from rlt.errors import UserError
 from rlt.runs import seed_for
 
 import torch
+
+from rewards import causal_lm
+
+_CAN_BATCH = weakref.WeakKeyDictionary()  # model: whether `can_batch`
 
 
 class Completion(NamedTuple):
@@ -78,19 +83,13 @@ def generate(model, tokenizer, prompts, *, max_new_tokens, temperature, seed):
     All prompts are sampled at the same time, until the last has ended. Draws depend on `seed` and the prompts alone.
     Of the log-softmax only one step's (B, V) is ever held.
     """
-    from transformers import GenerationConfig, LogitsProcessorList
+    from transformers import LogitsProcessorList
 
+    if len(prompts) > 1 and not can_batch(model, tokenizer.pad_token_id):
+        return [completion for i, prompt in enumerate(prompts) for completion in generate(
+            model, tokenizer, [prompt], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed_for(seed, i))]
     ends = turn_ends(tokenizer)
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        top_k=0 if temperature > 0 else None,
-        top_p=1.0,
-        temperature=1.0,  # the sampler below divides
-        repetition_penalty=1.0,
-        eos_token_id=list(ends),
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    config = _generation_config(max_new_tokens, temperature, ends, tokenizer.pad_token_id)
     sampler = _LogprobRecorder(temperature or 1.0, len(tokenizer))
     ids, mask = _left_padded(prompts, tokenizer.pad_token_id)
     device = next(model.parameters()).device
@@ -104,6 +103,45 @@ def generate(model, tokenizer, prompts, *, max_new_tokens, temperature, seed):
     sampled = sequences[:, ids.shape[1] :].tolist()
     logprobs = sampler.logprobs(sequences).tolist()
     return [_cut_at_end(*pair, ends) for pair in zip(sampled, logprobs, strict=True)]
+
+
+def _generation_config(max_new_tokens, temperature, ends, pad_id):
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        top_k=0 if temperature > 0 else None,
+        top_p=1.0,
+        temperature=1.0,  # the logits processor divides
+        repetition_penalty=1.0,
+        eos_token_id=list(ends) or None,
+        pad_token_id=pad_id,
+    )
+
+
+@torch.no_grad()
+def can_batch(model, pad_id):
+    """Whether a prompt beside a longer one, padded on the left, gives the logits that it gives alone. Measured once per
+    model, on two tokens after a prompt of four: some recurrent models read padding, or mix up the rows of a batch."""
+    key = causal_lm(model)
+    if key not in _CAN_BATCH:
+        vocab, training = len(key.get_input_embeddings().weight), model.training
+        short, long = [1 % vocab, 3 % vocab, 2 % vocab, 4 % vocab], [i % vocab for i in range(9)]
+        config = _generation_config(2, 0, (), pad_id)
+        config.output_logits = config.return_dict_in_generate = True
+        model.eval()
+        alone, beside = (
+            model.generate(input_ids=ids.to(key.device), attention_mask=mask.to(key.device), generation_config=config)
+            for ids, mask in (_left_padded([short], pad_id), _left_padded([short, long], pad_id)))
+        model.train(training)
+        steps = 2 if alone.sequences[0, -2] == beside.sequences[0, -2] else 1  # the second, if the first drew the same
+        a, b = (torch.stack([logits[0].float() for logits in out.logits[:steps]]) for out in (alone, beside))
+        tolerance = 0.1 if key.get_output_embeddings().weight.itemsize == 2 else 1e-2
+        _CAN_BATCH[key] = bool((a - b).abs().max() <= tolerance * (a - a.mean(1, keepdim=True)).abs().max())
+        if not _CAN_BATCH[key]:
+            print(f"{type(key).__name__} is sampled one prompt at a time: padding or other rows change its logits")
+    return _CAN_BATCH[key]
 
 
 def _left_padded(prompts, pad_id):

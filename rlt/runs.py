@@ -34,8 +34,8 @@ from rlt.locks import hold_lock
 ROOT = Path(__file__).resolve().parent.parent
 # what a resumed run, and every rank, must find unchanged
 HASHES = ("base_hash", "adapter_hash", "student_hash", "rows_hash")
-RESUME_OVERRIDABLE = {"resume", "show_rows", "steps", "save_every", "keep_checkpoints", "max_bad_steps", "device",
-                      "dry_run", "offload_student", "micro_batch_tokens", "gradient_checkpointing", "out"}
+RESUME_OVERRIDABLE = {"resume", "show_rows", "steps", "lr_steps", "save_every", "keep_checkpoints", "max_bad_steps",
+                      "device", "dry_run", "offload_student", "micro_batch_tokens", "gradient_checkpointing", "out"}
 LOCK = ".lock"  # in a run folder; alone it does not make one
 LOGGED = ("reward", "score", "kl", "solved", "hinted", "closed", "leak", "kl_ref", "length", "eval_reward_before",
           "eval_reward", "eval_solved_before", "eval_solved", "loss", "val_loss")  # what the console shows of a step
@@ -62,10 +62,11 @@ def batch_indices(n, size, step, seed):
 
 
 def lr_fraction(step, steps, warmup, final, shape="linear"):
-    """Fraction of the peak learning rate at this step: up over `warmup` steps, then down to `final` at the last one."""
+    """Fraction of the peak learning rate at this step: up over `warmup` steps, then down to `final` at the last of
+    `steps`, where it stays."""
     if step < warmup:
         return (step + 1) / warmup
-    progress = (step + 1 - warmup) / (steps - warmup)
+    progress = min(1, (step + 1 - warmup) / max(1, steps - warmup))
     if shape == "cosine":
         progress = (1 - math.cos(math.pi * progress)) / 2
     return 1 + (final - 1) * progress
@@ -291,6 +292,7 @@ def resume_command():
 
 class Run:
     """The folder of one run. `step` is where the loop starts, `checkpoint` the folder to load first, or None.
+    lr_steps: over which the learning rate falls; a resumed run keeps those that it was started with.
 
     Nothing is written before `start`, so that a run that can't begin leaves nothing behind. From then on no other
     process can write into the folder.
@@ -300,6 +302,7 @@ class Run:
         self.args, self.folder = args, Path(args.out)
         self.metrics, self.samples = self.folder / "metrics.jsonl", self.folder / "samples.jsonl"
         self.step, self.checkpoint, self.config_before = 0, None, {}
+        self.lr_steps = args.lr_steps or args.steps
         self.weights_changed = False  # since this step began: it can't be abandoned any more
         if os.path.isfile(self.folder):
             raise UserError(f"--out {self.folder} is a file, expected a folder. Pass another --out.")
@@ -321,6 +324,11 @@ class Run:
         self.step, self.checkpoint = last_checkpoint(self.folder)
         if self.step > args.steps:
             raise UserError(f"{self.folder} has done {self.step} steps, --steps is {args.steps}: raise it.")
+        if self.step and not args.lr_steps:
+            self.lr_steps = self.config_before.get("lr_steps", self.config_before["flags"]["steps"])
+            if self.lr_steps != args.steps:
+                print(f"{self.folder} was started with a learning rate that falls over {self.lr_steps} steps, and "
+                      "keeps it: pass --lr-steps for another.")
 
     def _lock(self):
         if RANK == 0:
@@ -336,7 +344,7 @@ class Run:
             raise UserError(
                 f"the ranks of {self.folder} have found different checkpoints, weights or rows: give all of them the "
                 "same files, on several machines in a folder that they share.")
-        self.config |= facts | {"ranks": WORLD}
+        self.config |= facts | {"ranks": WORLD, "lr_steps": self.lr_steps}
         if RANK:
             return
         self.folder.mkdir(parents=True, exist_ok=True)

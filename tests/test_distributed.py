@@ -311,7 +311,8 @@ def test_the_device_asked_for_is_the_current_one(monkeypatch, name, chosen):
 
 
 def test_ranks_that_find_different_rows(tmp_path, monkeypatch):
-    run = runs.Run(argparse.Namespace(out=str(tmp_path / "run"), resume=False, steps=1, keep_checkpoints=3))
+    run = runs.Run(argparse.Namespace(out=str(tmp_path / "run"), resume=False, steps=1, keep_checkpoints=3,
+                                      lr_steps=None))
     monkeypatch.setattr(runs, "all_gather_object", lambda thing: [thing, (*thing[:-1], "other rows")])
     with pytest.raises(UserError, match="have found different checkpoints, weights or rows"):
         run.start(base_hash="a", rows_hash="b")

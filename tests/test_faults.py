@@ -38,8 +38,8 @@ SMALL = {  # script: flags that make it small
 
 
 def new_run(folder, resume=False, steps=9, **changes):
-    flags = {"save_every": 2, "keep_checkpoints": 3, "max_bad_steps": 3, "max_grad_norm": 1.0} | changes
-    return runs.Run(argparse.Namespace(out=str(folder), resume=resume, steps=steps, **flags))
+    flags = {"save_every": 2, "keep_checkpoints": 3, "max_bad_steps": 3, "max_grad_norm": 1.0, "lr_steps": None}
+    return runs.Run(argparse.Namespace(out=str(folder), resume=resume, steps=steps, **flags | changes))
 
 
 def write_weights(folder):
@@ -512,7 +512,8 @@ def test_outputs_that_cannot_be_written_are_found_before_models_are(workshop, tm
 LOOP = """
 import argparse, sys, time
 from rlt.runs import Run
-args = argparse.Namespace(out=sys.argv[1], resume="--resume" in sys.argv, steps=9, save_every=0, keep_checkpoints=3)
+args = argparse.Namespace(out=sys.argv[1], resume="--resume" in sys.argv, steps=9, save_every=0, keep_checkpoints=3,
+                          lr_steps=None)
 run = Run(args)
 run.start()
 for step in run.steps(iter(range(run.step, args.steps)), lambda folder: (folder / "weights").write_text(str(step))):

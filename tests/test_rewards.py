@@ -723,13 +723,13 @@ def test_a_model_is_checked_once_and_left_as_it_was():
     random_state = torch.get_rng_state()
     model.model.register_forward_hook(lambda *_: passes.append(1))
     assert check_model(model) is True, "also in train mode, with dropout"
-    assert len(passes) == 5, "the head, masks, states, logits, packed"
+    assert len(passes) == 6, "the head, masks, states, logits, packed twice"
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random_state), "what is drawn next does not change"
     assert all(p.grad is None for p in model.parameters()) and len(model.model._forward_hooks) == 1
     assert check_model(model) and check_model(get_peft_model(model, LoraConfig(target_modules=["q_proj"])))
-    assert len(passes) == 5, "nor does an adapter make it another model"
+    assert len(passes) == 6, "nor does an adapter make it another model"
 
 
 def test_a_check_does_not_keep_models_alive():

@@ -13,7 +13,8 @@ import torch
 
 
 def start(folder, resume=False, steps=9, **flags):
-    return runs.Run(argparse.Namespace(out=str(folder), resume=resume, steps=steps, keep_checkpoints=3, **flags))
+    flags |= {"out": str(folder), "resume": resume, "steps": steps, "keep_checkpoints": 3, "lr_steps": None}
+    return runs.Run(argparse.Namespace(**flags))
 
 
 def test_seeds_are_keyed():

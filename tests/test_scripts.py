@@ -407,6 +407,7 @@ CHANGES = {  # flag: (another value, what must change, in which step)
     "--warmup-steps": (0, "lr", 0),
     "--final-lr-fraction": (1, "lr", 1),
     "--steps": (3, "lr", 1),
+    "--lr-steps": (20, "lr", 1),
     "--max-grad-norm": (1e-6, "kl_ref", 1),
     "--loss": ("dr_grpo", "grad_norm", 0),
     "--beta": (5, "grad_norm", 1),
