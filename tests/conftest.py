@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -82,6 +83,13 @@ def tiny_model():
         return model.eval()
 
     return make
+
+
+def documented_metrics():
+    """The keys of metrics.jsonl that rlt/README.md explains."""
+    table = (ROOT / "rlt/README.md").read_text().partition("## metrics.jsonl")[2]
+    return {key for line in table.splitlines() if line.startswith("| `")
+            for key in re.findall(r"`(\w+)`", line.split("|")[1])}
 
 
 def call(folder, script, *flags):
