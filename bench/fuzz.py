@@ -18,7 +18,7 @@ from rlt import answers, models, prompts, rows
 from rlt.errors import UserError
 
 OURS = str(Path(prompts.__file__).parent)
-SLOW = 1.0  # seconds: longer than any of these texts may take
+SLOW = 1.0  # seconds of this process: longer than any of these texts may take
 BETWEEN = "\x1f"  # a piece that ends one text of an input and begins the next
 TAGS = [*prompts.THOUGHT, *prompts.SOLUTION, *prompts.EXPLANATION, "<think>", "</think>", "[THINK]", "<|channel|>final"]
 JSON = ["\n", "{", "}", "[", "]", ":", ",", '"', "\\", "null", "NaN", "1e999", "9" * 5000, "[" * 3000, "\\ud800",
@@ -135,11 +135,11 @@ def fuzz(folder, minutes, draw):
     end = time.monotonic() + 60 * minutes
     while time.monotonic() < end:
         target = draw.choice(parsers)
-        chosen, began = target.input(), time.monotonic()
+        chosen, began = target.input(), time.process_time()  # a busy machine is no fault
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 coverage.call(target.check, chosen)
-            assert time.monotonic() - began < SLOW, "slow"
+            assert time.process_time() - began < SLOW, "slow"
         except UserError:
             counts["user_errors"] += 1
         except Exception as error:
@@ -148,6 +148,6 @@ def fuzz(folder, minutes, draw):
         if coverage.new:
             target.corpus.append(chosen)
         counts["texts"] += 1
-        counts["slowest_s"] = max(counts["slowest_s"], time.monotonic() - began)
+        counts["slowest_s"] = max(counts["slowest_s"], time.process_time() - began)
     yield counts | {"minutes": minutes, "pairs_of_lines": len(coverage.seen),
                     "kept": sum(len(target.corpus) for target in parsers)}
