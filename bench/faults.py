@@ -230,6 +230,7 @@ def main():
     parser.add_argument("--log", type=Path, default=ROOT / "figures/logs/faults.jsonl", metavar="FILE")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and theirs, ignore Ctrl-C
     log = Log(args.log, command=" ".join(["python bench/faults.py", *sys.argv[1:]]), **machine("peft"))
     failures = 0
     with tempfile.TemporaryDirectory() as folder:
