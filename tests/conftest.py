@@ -121,9 +121,11 @@ def ended(folder, script, *flags):
         except SystemExit as error:
             code = error.code or 0
         except Exception as error:
-            code, sys.argv = 2 if isinstance(error, errors.UserError) else 1, [script]
-            with contextlib.suppress(SystemExit):  # what make_parser has put in the place of a traceback
+            code, sys.argv = 1, [script]
+            try:  # what make_parser has put in the place of a traceback
                 errors._excepthook(type(error), error, error.__traceback__)
+            except SystemExit as exit:
+                code = exit.code
         else:
             raise AssertionError(f"{script} {flags} ran to its end")
         finally:
