@@ -43,7 +43,7 @@ from rlt.updates import Updates
 import torch
 from tqdm import tqdm
 
-from rewards import implementation, micro_batches
+from rewards import implementation, micro_batches, to_device
 
 # ---------------------------------------------------------------------------------------------------------
 parser = flags.make_parser(__doc__)
@@ -144,7 +144,7 @@ def sample_failed_groups_with_hints(batch, completions, rewards, right, texts):
 
     -> which answers are hinted (B,), the prompts that the answers were sampled from, tokens sampled, share right.
     """
-    hinted = ~right.view(-1, args.group_size).any(1).repeat_interleave(args.group_size) & args.hints
+    hinted = (~right.view(-1, args.group_size).any(1).repeat_interleave(args.group_size) & args.hints).cpu()
     failed = hinted.nonzero().flatten().tolist()
     sampled_from = [prompts.question_prompt(row) for row in batch]
     if not failed:
@@ -193,14 +193,17 @@ def update_policy(batch, batches, prompt_ids, completion_ids, old_logprobs, toke
         for indices, old, weights, ref in zip(batches, old_logprobs, token_weights, ref_logprobs, strict=True):
             logprobs, _ = policy_logprobs(indices, prompt_ids, completion_ids)
             common = dict(denominator=denominator, beta=args.beta, loss=args.loss, token_weights=weights)
+            its_advantages = advantages[to_device(device, indices)]
             if hinted[indices[0]]:
-                loss, token_stats = guided_loss(logprobs, old, ref, advantages[indices], lengths[indices], **common)
+                loss, token_stats = guided_loss(logprobs, old, ref, its_advantages, lengths[indices], **common)
             else:
-                loss, token_stats = grpo_loss(logprobs, old, ref, advantages[indices], lengths[indices],
+                loss, token_stats = grpo_loss(logprobs, old, ref, its_advantages, lengths[indices],
                                               epsilon_low=args.epsilon_low, epsilon_high=args.epsilon_high, **common)
             updates.backward(loss, [(batch[i], completion_ids[i]) for i in indices])
-            step_loss += loss.item()
-            stats.update({key: value.item() for key, value in token_stats.items()})
+            # in float64 on the device: a number read here would wait for this micro-batch's backward pass
+            step_loss += loss.detach().double()
+            stats.update({key: value.double() for key, value in token_stats.items()})
+        step_loss, stats = float(step_loss), Counter({key: value.item() for key, value in stats.items()})
         grad_norm = updates.step(step_loss)
     policy.eval()
     names = ("kl_ref", "clip_fraction", "guided_log_ratio")

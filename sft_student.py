@@ -156,9 +156,9 @@ for step in run.steps(progress, save):
     loss = 0.0
     for micro_batch, micro_loss in losses(batch[rank::world]):
         updates.backward(micro_loss / tokens, [(x.row, x.supervised) for x in micro_batch])
-        loss += micro_loss.item() / tokens
-    grad_norm = updates.step(loss)
-    (loss,) = all_reduce_sum(loss)
+        loss += micro_loss.detach().double() / tokens  # on the device: reading it would wait for the backward pass
+    grad_norm = updates.step(float(loss))
+    (loss,) = all_reduce_sum(float(loss))
     model.eval()
     timer.end("update")
 

@@ -42,7 +42,7 @@ from rlt.updates import Updates
 import torch
 from tqdm import tqdm
 
-from rewards import implementation, micro_batches, score_explanations
+from rewards import implementation, micro_batches, score_explanations, to_device
 
 # ---------------------------------------------------------------------------------------------------------
 parser = flags.make_parser(__doc__)
@@ -170,17 +170,20 @@ def update_policy(batch, batches, prompt_ids, completion_ids, old_logprobs, toke
                     policy, student, [scoring_rows[i] for i in indices], vocab=vocab, temperature=args.temperature)
             else:
                 logprobs, _ = policy_logprobs(indices, prompt_ids, completion_ids)
-            loss, token_stats = grpo_loss(logprobs, old, ref, advantages[indices], lengths[indices],
+            on_device = to_device(device, indices)
+            loss, token_stats = grpo_loss(logprobs, old, ref, advantages[on_device], lengths[indices],
                                           denominator=denominator, epsilon_low=args.epsilon_low,
                                           epsilon_high=args.epsilon_high, beta=args.beta, loss=args.loss,
                                           token_weights=weights)
             if args.kl_gradient:
                 thought_lengths = torch.tensor([len(scoring_rows[i].thought) for i in indices])
-                loss = loss + pathwise_kl_loss(token_kl, thought_lengths, lengths[indices], scales[indices],
+                loss = loss + pathwise_kl_loss(token_kl, thought_lengths, lengths[indices], scales[on_device],
                                                lam=args.lam, alpha=args.alpha, denominator=denominator, loss=args.loss)
             updates.backward(loss, [(batch[i], completion_ids[i]) for i in indices])
-            step_loss += loss.item()
-            stats.update({key: value.item() for key, value in token_stats.items()})
+            # in float64 on the device: a number read here would wait for this micro-batch's backward pass
+            step_loss += loss.detach().double()
+            stats.update({key: value.double() for key, value in token_stats.items()})
+        step_loss, stats = float(step_loss), Counter({key: value.item() for key, value in stats.items()})
         grad_norm = updates.step(step_loss)
     policy.eval()
     step_loss, *values = all_reduce_sum(step_loss, *stats.values())
@@ -249,8 +252,11 @@ for step in run.steps(progress, save):
         tis = {key: all_reduce_mean(value, len(token_weights)) for key, value in tis.items()}
     for group in optimizer.param_groups:
         group["lr"] = args.lr * lr_fraction(step, run.lr_steps, args.warmup_steps, args.final_lr_fraction)
+    # The old log-probs of a batch's only update are its own: no rounding in the ratio. A CPU keeps the scoring pass's,
+    # which differ in the last bits of float32, so that results stay those of the figures.
+    old_logprobs = None if device.type == "cuda" and args.updates_per_batch == 1 else scored.old_logprobs
     loss, grad_norm, stats = update_policy(
-        batch, batches, prompt_ids, completion_ids, regroup(scored.old_logprobs, scored.completion_lengths, batches),
+        batch, batches, prompt_ids, completion_ids, regroup(old_logprobs, scored.completion_lengths, batches),
         regroup(token_weights, scored.completion_lengths, batches), advantages, scales, scoring_rows)
     engine.load_adapter(policy)
     if args.beta > 0 and args.sync_ref_every and (step + 1) % args.sync_ref_every == 0:

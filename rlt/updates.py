@@ -25,18 +25,16 @@ class Updates:
 
     def _start(self):
         self.optimizer.zero_grad()
-        self.rows, self.bad_rows = [], []
+        self.micro_batches = []  # (rows, loss, norm of the gradient with it)
 
     def backward(self, loss, rows):
-        """loss.backward(), for the loss of a micro-batch. rows: [(row, ids)] that it was computed from."""
-        loss.backward()
-        rows = list(rows)
-        self.rows += rows
-        if not math.isfinite(loss.item()) or not self.bad_rows and not math.isfinite(self._grad_norm()):
-            self.bad_rows += rows  # once one was bad, the gradient stays so
+        """loss.backward(), for the loss of a micro-batch. rows: [(row, ids)] that it was computed from.
 
-    def _grad_norm(self):
-        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]).item()
+        The loss and the gradient's norm stay on the device until the step is over: reading them would wait for it.
+        """
+        loss.backward()
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        self.micro_batches.append((list(rows), loss.detach(), grad_norm))
 
     def step(self, loss):
         """Add up the gradients of all ranks, clip them, and take an optimizer step -> the norm before clipping.
@@ -58,7 +56,7 @@ class Updates:
     def _skip(self, loss, grad_norm):
         self.bad_in_a_row += 1
         step, path = self.run.step, self.run.folder / "bad_step.json"
-        found = all_gather_object([self._described(rows) for rows in (self.rows, self.bad_rows)])
+        found = all_gather_object([self._described(rows) for rows in self._rows_and_bad_rows()])
         everything, bad = ([row for rows in part for row in rows] for part in zip(*found, strict=True))
         what = f"step {step + 1}: loss {loss:.4g}, gradient norm {grad_norm:.4g}"
         if RANK == 0:
@@ -68,6 +66,15 @@ class Updates:
             raise UserError(f"{what}: not finite for {self.bad_in_a_row} updates in a row (--max-bad-steps). The last "
                             f"one's rows are in {path}; lower --lr, or load the base in more bits.")
         print(f"{what}: the update is skipped, its rows are in {path}", flush=True)
+
+    def _rows_and_bad_rows(self):
+        """All rows, and those of micro-batches with a bad loss, or a bad gradient: once one was bad, it stays so."""
+        every, bad = [], []
+        for rows, loss, grad_norm in self.micro_batches:
+            every += rows
+            if not loss.isfinite() or not bad and not grad_norm.isfinite():
+                bad += rows
+        return every, bad
 
     def _described(self, rows):
         return [{"where": row.get("where"), "text": self.tokenizer.decode(ids), "ids": list(ids)} for row, ids in rows]
