@@ -134,7 +134,7 @@ def explain(rows, batch):
     scoring_rows = [prompts.scoring_row(*pair) for pair in zip(rows, explanations, strict=True)]
     scored = micro_batched(score_explanations, teacher, student, scoring_rows, lam=args.lam, alpha=args.alpha,
                            kl=args.kl, temperature=args.temperature, vocab=vocab).reward
-    unclosed = torch.tensor([not (e.closed and e.thought) for e in explanations], device=device)
+    unclosed = torch.tensor([not e.complete for e in explanations], device=device)
     rewards = (scored.reward - args.unclosed_penalty * unclosed).tolist()
     scores, kls = scored.score.tolist(), scored.kl.tolist()
     return [{

@@ -144,14 +144,11 @@ def losses(batch, micro_batch_tokens):
 
 
 def compute_gradients(batch, tokens, micro_batch_tokens):
-    """The gradients of this rank's share of a loss, a mean over `tokens` -> that share."""
+    """The gradients of this rank's share of a loss, a mean over the `tokens` of all ranks."""
     updates.zero_grad()
     torch.manual_seed(seed_for(args.seed, "dropout", step, rank))  # a resumed run draws what the first would have
-    loss = 0.0
     for micro_batch, micro_loss in losses(batch, micro_batch_tokens):
-        updates.backward(micro_loss / tokens, [(x.row, x.supervised) for x in micro_batch])
-        loss += micro_loss.item() / tokens
-    return loss
+        updates.backward(micro_loss.double() / tokens, [(x.row, x.supervised) for x in micro_batch])
 
 
 @torch.no_grad()
@@ -170,9 +167,8 @@ for step in run.steps(progress, save):
 
     # 1. forward and backward on this rank's share, an optimizer step on all
     model.train()
-    loss = micro_batched(compute_gradients, batch[rank::world], tokens)
-    grad_norm = updates.step(loss)
-    (loss,) = all_reduce_sum(loss)
+    micro_batched(compute_gradients, batch[rank::world], tokens)
+    loss, grad_norm, _ = updates.step()
     model.eval()
     timer.end("update")
 
