@@ -21,6 +21,7 @@ from rlt import dry_run  # noqa: E402
 from rlt.flags import RENAMED  # noqa: E402
 
 import benchmarks  # noqa: E402
+import machines  # noqa: E402
 import make_figures  # noqa: E402
 import plotting  # noqa: E402
 import study_log  # noqa: E402
@@ -350,7 +351,7 @@ def test_a_repeated_measurement_replaces_the_first():
 def test_the_machine_table_recommends_what_fits():
     """Peaks and hours are rlt/dry_run.py's, and the page is up to date (above): each row's command is what is meant."""
     page = (ROOT / "README.md").read_text()
-    for plan in benchmarks.PLANS:
+    for plan in machines.PLANS:
         words = plan.command.split()
         flags = dict(zip(words, words[1:], strict=False))
         assert int(flags["--teacher-bits"]) == plan.teacher_bits and flags["--student-bits"] == "4"
@@ -364,3 +365,9 @@ def test_the_machine_table_recommends_what_fits():
         assert row, plan.name
         peak, low, high = (float(number.replace(",", "")) for number in row.group(1, 3, 4))
         assert 1e9 * peak + dry_run.MARGIN < plan.memory and row[2] in benchmarks.PHASES and low < high
+
+
+@pytest.mark.slow
+def test_the_machines_peaks_are_estimated_with_this_code():
+    logged = {row["command"]: row["peaks"] for row in study_log.read_log(machines.LOG.name, "")}
+    assert logged == {plan.command: machines.peaks(plan) for plan in machines.PLANS}, "run figures/machines.py"
