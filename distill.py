@@ -22,6 +22,7 @@ from rlt import flags, models
 from rlt.distributed import all_gather_object, init_distributed
 from rlt.dry_run import ModelFootprint, dry_run
 from rlt.grading import TASKS, gradable, grade_all
+from rlt.inspection import ROWS, token_numbers
 from rlt.prompts import THOUGHT, Prompts, show_rows
 from rlt.rollout import make_engine
 from rlt.rows import between, leaks, load_rows
@@ -130,19 +131,20 @@ def explain(rows, batch):
     else:
         completions = [(c.ids, c.finished) for c in sample([prompts.teacher_prompt(row) for row in rows], batch)]
     explanations = [prompts.split_completion(ids, finished) for ids, finished in completions]
-    scored = score_explanations(
-        teacher, student, [prompts.scoring_row(*pair) for pair in zip(rows, explanations, strict=True)],
-        lam=args.lam, alpha=args.alpha, kl=args.kl, temperature=args.temperature, vocab=vocab,
-        micro_batch_tokens=args.micro_batch_tokens).reward
+    scoring_rows = [prompts.scoring_row(*pair) for pair in zip(rows, explanations, strict=True)]
+    scored = score_explanations(teacher, student, scoring_rows, lam=args.lam, alpha=args.alpha, kl=args.kl,
+                                temperature=args.temperature, vocab=vocab, micro_batch_tokens=args.micro_batch_tokens)
     unclosed = torch.tensor([not (e.closed and e.thought) for e in explanations], device=device)
-    rewards = (scored.reward - args.unclosed_penalty * unclosed).tolist()
-    scores, kls = scored.score.tolist(), scored.kl.tolist()
+    rewards = (scored.reward.reward - args.unclosed_penalty * unclosed).tolist()
+    scores, kls = scored.reward.score.tolist(), scored.reward.kl.tolist()
+    inspected = ROWS - batch * rows_per_batch * args.samples  # rows of this batch that keep their tokens
     return [{
         "batch": batch, "question": row["question"], "solution": row["solution"], "explanation": explanations[i].text,
         "reward": rewards[i], "score": scores[i], "kl": kls[i], "closed": explanations[i].closed,
         "foreign_tags": explanations[i].foreign_tags, "length": len(completions[i][0]),
         "leak": leaks(explanations[i].text, row["solution"]),
         "messages": prompts.chat_messages(row, explanations[i].text),
+        **({"tokens": token_numbers(prompts, scoring_rows[i], scored, i)} if i < inspected else {}),
     } for i, row in enumerate(rows)]
 
 

@@ -21,6 +21,7 @@ from rlt import flags, models
 from rlt.distributed import all_reduce_mean, all_reduce_sum, init_distributed
 from rlt.dry_run import dry_run_rl
 from rlt.grpo import LOSSES, group_advantages, group_scale, grpo_loss, pathwise_kl_loss, step_denominator, tis_weights
+from rlt.inspection import token_numbers
 from rlt.logprobs import completion_logprobs, completion_logprobs_and_kl, regroup
 from rlt.lora import update_mode
 from rlt.prompts import Prompts, show_rows
@@ -272,11 +273,14 @@ for step in run.steps(progress, save):
     if warning := reward_is_dropping(run.metrics):
         progress.write(f"warning: {warning} Lower --lr or raise --beta.")
     if step % 10 == 0 or step + 1 == args.steps:
-        best = int(rewards[: args.group_size].argmax())
+        first_group = rewards[: args.group_size]
         run.log_samples([{
             "step": step, "question": batch[i]["question"], "solution": batch[i]["solution"],
             "explanation": explanations[i].text, "closed": explanations[i].closed, "reward": rewards[i].item(),
-        } for i in sorted({0, best})])
+            "score": scored.reward.score[i].item(), "kl": scored.reward.kl[i].item(),
+            "leak": leaks(explanations[i].text, batch[i]["solution"]),
+            "tokens": token_numbers(prompts, scoring_rows[i], scored, i),
+        } for i in sorted({0, int(first_group.argmin()), int(first_group.argmax())})])
 
 final = run.finish(lambda folder: models.save_model(policy, tokenizer, folder))
 following = flags.carry(parser, args, "student", "teacher_bits", "student_bits", "data", "question_column",
