@@ -19,8 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rlt import flags
 from rlt.errors import UserError
 from rlt.inspection import ROWS
@@ -28,16 +27,19 @@ from rlt.runs import write_atomically
 
 from reward_rows import LEVELS, equations, level, number, read_scored, visible
 
+ROOT = Path(__file__).resolve().parent.parent
+
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #111; background: #fff; margin: 1rem; }
-h1 { font-size: 1.3rem; } h2 { font-size: 1.05rem; margin-bottom: .3rem; } h3 { font-size: 1rem; margin: 0; }
+h1 { font-size: 1.3rem; } h2 { font-size: 1.05rem; margin-bottom: .3rem; }
+h3, h4 { font-size: 1rem; margin: 0; } h4 { font-size: .85rem; }
 .group { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
 article { border: 1px solid #767676; border-radius: 4px; padding: .7rem; min-width: 0; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 2; margin: .2rem 0 .6rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .4rem 0; font-size: .85rem; }
 td, th { padding: 0 .5rem 0 0; text-align: left; font-weight: normal; vertical-align: top; } td.v { text-align: right; }
-tr:last-child { font-weight: bold; } .note { font-size: .85rem; margin: 0; } pre { white-space: pre-wrap; }
-.t { border-bottom: 0 solid #111; padding-bottom: 1px; }
+tr:last-child > * { font-weight: bold; } .note { font-size: .85rem; margin: 0; } pre { white-space: pre-wrap; }
+.t { border-bottom: 0 solid #111; padding-bottom: 1px; margin-right: 1px; } .note .t { white-space: nowrap; }
 .t:focus { outline: 3px solid #005fcc; outline-offset: 1px; }
 .l1 { border-bottom-width: 1px; } .l2 { border-bottom-width: 2px; } .l3 { border-bottom-width: 4px; }
 .l4 { border-bottom-width: 6px; }
@@ -45,7 +47,7 @@ tr:last-child { font-weight: bold; } .note { font-size: .85rem; margin: 0; } pre
 .kl .l4 { background: #f58f29; }
 .lp .l1 { background: #e6f0fa; } .lp .l2 { background: #c3dbf2; } .lp .l3 { background: #93bfe8; }
 .lp .l4 { background: #69a5de; }
-.mark { box-shadow: 0 0 0 2px #111; border-radius: 2px; font-weight: bold; }
+.mark { box-shadow: 0 0 0 2px #111; border-radius: 2px; margin: 0 4px 0 3px; }
 #numbers:checked ~ main .t::after { content: attr(data-v); font: .65em system-ui; vertical-align: sub; color: #333;
   padding: 0 .25em; }
 #at { position: sticky; top: 0; background: #fff; border-bottom: 1px solid #767676; padding: .3rem 0;
@@ -136,9 +138,9 @@ def page(source, settings, groups):
 </head>
 <body>
 <h1>Rewards of {html.escape(str(source))}</h1>
-<p class="note">reward = score − {settings.lam:g} × kl. score: log-prob of the solution's tokens, by the student that has
-read the explanation. kl: {kl} of the explanation's tokens, teacher against student. Each is the mean + {settings.alpha:g}
-× the worst token. The heavier the underline, the worse the token; ▲ and ▼ mark the worst.</p>
+<p class="note">reward = score − {settings.lam:g} × kl. score: log-prob of the solution's tokens, by the student that
+has read the explanation. kl: {kl} of the explanation's tokens, teacher against student. Each is the mean plus
+{settings.alpha:g} × the worst token. The heavier the underline, the worse the token; ▲ and ▼ mark the worst.</p>
 {legend("kl", f"{kl} of explanation tokens")}
 {legend("lp", "minus the log-prob of solution tokens")}
 <p class="note">Keys: Tab to a text, ← → from token to token, Home, End, m to the marked one. Questions: {links}</p>
