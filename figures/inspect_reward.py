@@ -38,7 +38,8 @@ article { border: 1px solid #767676; border-radius: 4px; padding: .7rem; min-wid
 .text { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 2; margin: .2rem 0 .6rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .4rem 0; font-size: .85rem; }
 td, th { padding: 0 .5rem 0 0; text-align: left; font-weight: normal; vertical-align: top; } td.v { text-align: right; }
-tr:last-child > * { font-weight: bold; } .note { font-size: .85rem; margin: 0; } pre { white-space: pre-wrap; }
+tr:last-child > * { font-weight: bold; }
+.note { font-size: .85rem; margin: 0; } pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 .t { border-bottom: 0 solid #111; padding-bottom: 1px; margin-right: 1px; } .note .t { white-space: nowrap; }
 .t:focus { outline: 3px solid #005fcc; outline-offset: 1px; }
 .l1 { border-bottom-width: 1px; } .l2 { border-bottom-width: 2px; } .l3 { border-bottom-width: 4px; }
@@ -48,6 +49,7 @@ tr:last-child > * { font-weight: bold; } .note { font-size: .85rem; margin: 0; }
 .lp .l1 { background: #e6f0fa; } .lp .l2 { background: #c3dbf2; } .lp .l3 { background: #93bfe8; }
 .lp .l4 { background: #69a5de; }
 .mark { box-shadow: 0 0 0 2px #111; border-radius: 2px; margin: 0 4px 0 3px; }
+#numbers:checked ~ main .t { display: inline-block; }
 #numbers:checked ~ main .t::after { content: attr(data-v); font: .65em system-ui; vertical-align: sub; color: #333;
   padding: 0 .25em; }
 #at { position: sticky; top: 0; background: #fff; border-bottom: 1px solid #767676; padding: .3rem 0;
@@ -83,9 +85,10 @@ def token_spans(kind, texts, values, marked, symbol):
     spans = []
     for i, (text, value) in enumerate(zip(texts, values, strict=True)):
         shade = level(value if kind == "kl" else -value)
+        shown = symbol * (i == marked) + visible(text)
         classes = f"t l{shade}" + " mark" * (i == marked)
         spans.append(f'<span class="{classes}" tabindex="{-1 if i else 0}" data-v="{number(value)}">'
-                     f"{symbol * (i == marked)}{html.escape(visible(text))}</span>")
+                     + html.escape(shown.rstrip("\n")) + "</span>" + "\n" * shown.endswith("\n"))
     return f'<p class="text {kind}">{"".join(spans) or "(empty)"}</p>'
 
 
@@ -119,6 +122,7 @@ def legend(kind, name):
 def page(source, settings, groups):
     """The whole page as text: HTML with its style and script in it."""
     kl = "KL" if settings.kl == "exact" else "log-ratio"
+    source = html.escape(visible(str(source)))
     body = []
     for i, group in enumerate(groups, 1):
         row = group[0].row
@@ -133,11 +137,11 @@ def page(source, settings, groups):
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Rewards of {html.escape(str(source))}</title>
+<title>Rewards of {source}</title>
 <style>{STYLE}</style>
 </head>
 <body>
-<h1>Rewards of {html.escape(str(source))}</h1>
+<h1>Rewards of {source}</h1>
 <p class="note">reward = score − {settings.lam:g} × kl. score: log-prob of the solution's tokens, by the student that
 has read the explanation. kl: {kl} of the explanation's tokens, teacher against student. Each is the mean plus
 {settings.alpha:g} × the worst token. The heavier the underline, the worse the token; ▲ and ▼ mark the worst.</p>
