@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import benchmarks
+import reward_picture
 import study_tables
 import toy_map
 import toy_results
@@ -38,7 +39,7 @@ def replace_block(pages, name, text):
 
 
 if __name__ == "__main__":
-    for draw in (*toy_results.FIGURES, *toy_map.FIGURES, *benchmarks.FIGURES):
+    for draw in (*toy_results.FIGURES, *toy_map.FIGURES, *benchmarks.FIGURES, *reward_picture.FIGURES):
         draw()
     for name, write in TABLES.items():
         replace_block(PAGES, name, write())
