@@ -161,10 +161,10 @@ def is_full_chain(question, explanation):
     return f" {chain(question)} " in f" {' '.join(explanation.split())} "
 
 
-def gives_away(question, explanation):
+def leaks(question, explanation):
     """Whether the explanation leaks: it states the solution outside of its correct steps.
 
-    This is exact. rlt.rows.leaks works for any task, and estimates it from the solution's place in the text.
+    This is exact. rlt.rows.leaks works for any task, and goes by the solution's place in the text.
     """
     text = f" {' '.join(explanation.split())} "
     for step in steps(question):

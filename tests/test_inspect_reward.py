@@ -277,6 +277,23 @@ def test_rows_that_cannot_be_shown(tmp_path, rows, flags, complaint):
         reward_rows.read_scored(tmp_path / "nowhere")
 
 
+def test_what_the_readme_says_of_four_explanations():
+    """Its words hold in the committed log, of explanations in the order of data/crate.jsonl."""
+    logged = runs.read_jsonl(ROOT / "figures/logs/crate.jsonl")
+    assert [one["explanation"].strip() for one in logged] == [
+        one["explanation"] for one in runs.read_jsonl(ROOT / "data/crate.jsonl")]
+    for one in logged:
+        check_row(one)
+    right, wrong, off_topic, bare = logged
+    assert bare["score"] == max(one["score"] for one in logged) and bare["reward"] == min(o["reward"] for o in logged)
+    worst = max(range(len(bare["tokens"]["kl"])), key=bare["tokens"]["kl"].__getitem__)
+    assert bare["tokens"]["thought"][worst] == "4", "its digits come out of nowhere"
+    assert right["reward"] > wrong["reward"] > off_topic["reward"] and wrong["kl"] < right["kl"]
+    page = (ROOT / "README.md").read_text()
+    assert json.loads((ROOT / "figures/logs/crate.jsonl.config.json").read_text())["command"].replace(
+        "figures/logs", "runs") in page, "the command that is shown is the one that was run"
+
+
 def test_flags_of_distill_go_with_a_model(tmp_path):
     refused = ended(tmp_path, "figures/inspect_reward.py", "rows.jsonl", "--student", "toy")
     assert refused.code == 2 and "unknown argument --student: flags of distill.py go with --model" in refused.stderr
