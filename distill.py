@@ -23,6 +23,7 @@ from rlt.distributed import all_gather_object, init_distributed
 from rlt.dry_run import ModelFootprint, dry_run
 from rlt.grading import TASKS, gradable, grade_all
 from rlt.inspection import ROWS, token_numbers
+from rlt.memory import MicroBatched
 from rlt.prompts import THOUGHT, Prompts, show_rows
 from rlt.rollout import make_engine
 from rlt.rows import between, leaks, load_rows
@@ -111,7 +112,7 @@ teacher = models.load_model(args.model, bits=args.teacher_bits, device=device, s
 student = None
 if not args.solver:
     student = models.load_model(student_name, bits=args.student_bits, device=device, scores=True)
-engine = None
+engine, micro_batched = None, MicroBatched(args.micro_batch_tokens)
 if not args.score_file:
     engine = make_engine(args.engine, teacher, tokenizer, base=models.base_of(args.model), bits=args.teacher_bits,
                          device=device, max_tokens=longest + args.max_new_tokens, batch=args.batch_size)
@@ -132,8 +133,8 @@ def explain(rows, batch):
         completions = [(c.ids, c.finished) for c in sample([prompts.teacher_prompt(row) for row in rows], batch)]
     explanations = [prompts.split_completion(ids, finished) for ids, finished in completions]
     scoring_rows = [prompts.scoring_row(*pair) for pair in zip(rows, explanations, strict=True)]
-    scored = score_explanations(teacher, student, scoring_rows, lam=args.lam, alpha=args.alpha, kl=args.kl,
-                                temperature=args.temperature, vocab=vocab, micro_batch_tokens=args.micro_batch_tokens)
+    scored = micro_batched(score_explanations, teacher, student, scoring_rows, lam=args.lam, alpha=args.alpha,
+                           kl=args.kl, temperature=args.temperature, vocab=vocab)
     unclosed = torch.tensor([not (e.closed and e.thought) for e in explanations], device=device)
     rewards = (scored.reward.reward - args.unclosed_penalty * unclosed).tolist()
     scores, kls = scored.reward.score.tolist(), scored.reward.kl.tolist()

@@ -429,32 +429,37 @@ def score_explanations(teacher, student, rows, *, lam=3.0, alpha=0.01, kl="exact
 
     # results, packed in the order of the rows; micro-batches fill them in another order
     n_completion = n.thought + n.teacher_end
-    thought_stats = torch.empty(2, int(n.thought.sum()), device=device)  # exact kl, log-ratio
-    policy_stats = torch.empty(2, int(n_completion.sum()), device=device)  # log-probs, entropies
+    token_kl_exact, token_log_ratio = torch.empty(2, int(n.thought.sum()), device=device)
+    old_logprobs, entropies = torch.empty(2, int(n_completion.sum()), device=device)
     solution_logprobs = torch.empty(int(n.solution.sum()), device=device)
-    thought_at, completion_at, solution_at = (m.cumsum(0) - m for m in (n.thought, n_completion, n.solution))
+    thought_start, completion_start, solution_start = (
+        lengths.cumsum(0) - lengths for lengths in (n.thought, n_completion, n.solution))
 
     width = torch.maximum(n.teacher_prompt + n_completion, n.student_prompt + n.thought + n.bridge + n.solution)
     for b in micro_batches(width.tolist(), micro_batch_tokens):
-        thought, policy, end, solution = _score_micro_batch(
+        thought, end, solution = _score_micro_batch(
             teacher, student, head_t, head_s, [rows[i] for i in b], temperature, head_chunk, impl)
-        thought_stats[:, ranges(device, thought_at[b], n.thought[b])] = thought
-        policy_stats[:, ranges(device, completion_at[b], n.thought[b])] = policy
-        policy_stats[:, ranges(device, completion_at[b] + n.thought[b], n.teacher_end[b])] = end
-        solution_logprobs[ranges(device, solution_at[b], n.solution[b])] = solution
+        at = ranges(device, thought_start[b], n.thought[b])
+        token_kl_exact[at] = thought.kl.float()
+        token_log_ratio[at] = (thought.teacher_logprob - thought.student_logprob).float()
+        at = ranges(device, completion_start[b], n.thought[b])
+        old_logprobs[at], entropies[at] = thought.teacher_logprob.float(), thought.teacher_entropy.float()
+        at = ranges(device, completion_start[b] + n.thought[b], n.teacher_end[b])
+        old_logprobs[at], entropies[at] = end
+        solution_logprobs[ranges(device, solution_start[b], n.solution[b])] = solution
 
-    token_kl = thought_stats[0 if kl == "exact" else 1]
+    token_kl = token_kl_exact if kl == "exact" else token_log_ratio
     n_counted = n.thought.clamp(min=1)  # an empty thought counts as one token of kl 1
     counted_kl = torch.ones(int(n_counted.sum()), device=device)
     counted_kl[ranges(device, n_counted.cumsum(0) - n_counted, n.thought)] = token_kl
     reward = rlt_reward(solution_logprobs, n.solution, counted_kl, n_counted, lam=lam, alpha=alpha, impl=impl)
-    return Scored(reward, token_kl, *policy_stats, solution_logprobs, n.thought.tolist(), n_completion.tolist(),
-                  n.solution.tolist(), *thought_stats)
+    return Scored(reward, token_kl, old_logprobs, entropies, solution_logprobs, n.thought.tolist(),
+                  n_completion.tolist(), n.solution.tolist(), token_kl_exact, token_log_ratio)
 
 
 def _score_micro_batch(teacher, student, head_t, head_s, rows, temperature, head_chunk, impl):
-    """Packed numbers of some rows, on the teacher's device: thoughts (2, N): exact kl and log-ratio; the teacher's
-    log-probs and entropies of thoughts (2, N) and of ends (2, M); the student's log-probs of solutions (S,)."""
+    """Packed numbers of some rows, on the teacher's device: TokenStats of the thoughts' tokens, the teacher's log-probs
+    and entropies (2, M) of the ends' tokens, the student's log-probs (S,) of the solutions' tokens."""
     n = row_lengths(rows)
     device = head_t[0].device
 
@@ -475,16 +480,14 @@ def _score_micro_batch(teacher, student, head_t, head_s, rows, temperature, head
         logits_s = compute_logits(states_s[c], head_s, buffer_s).to(device)
         chunks.append(token_stats(logits_t, logits_s, ids[c], teacher_temperature=temperature,
                                   student_temperature=temperature, impl=impl))
-    token_kl, teacher_logprob, student_logprob, teacher_entropy = map(torch.cat, zip(*chunks, strict=True))
+    thought = TokenStats(*map(torch.cat, zip(*chunks, strict=True)))
 
     # 3. the teacher's end tokens, the student's solutions
     ids_end = flat_ids([r.teacher_end for r in rows], head_t)
     end = head_logprobs(states_end, head_t, ids_end, temperature, buffer_t, impl)
     ids_solution = flat_ids([r.solution for r in rows], head_s)
     solution, _ = head_logprobs(states_solution, head_s, ids_solution, temperature, buffer_s, impl)
-    return (torch.stack((token_kl, teacher_logprob - student_logprob)).float(),
-            torch.stack((teacher_logprob, teacher_entropy)).float(), torch.stack(end).float(),
-            solution.to(device).float())
+    return thought, torch.stack(end).float(), solution.to(device).float()
 
 
 def row_lengths(rows):

@@ -23,8 +23,9 @@ from rlt.distributed import all_reduce_mean, all_reduce_sum, init_distributed
 from rlt.dry_run import dry_run_rl
 from rlt.grading import TASKS, answer_of, gradable, grade_all
 from rlt.grpo import LOSSES, group_advantages, grpo_loss, guided_loss, step_denominator, tis_weights
-from rlt.logprobs import completion_logprobs
+from rlt.logprobs import batched_logprobs, completion_logprobs, regroup
 from rlt.lora import update_mode
+from rlt.memory import MicroBatched
 from rlt.prompts import Prompts, show_rows
 from rlt.rollout import make_engine
 from rlt.rows import load_rows
@@ -108,7 +109,7 @@ policy = models.load_lora(args.model, bits=args.bits, device=device, seed=args.s
                           checkpointing=args.gradient_checkpointing)
 parameters = models.adapter_parameters(policy)
 optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
-updates = Updates(run, optimizer, parameters, tokenizer)
+updates, micro_batched = Updates(run, optimizer, parameters, tokenizer), MicroBatched(args.micro_batch_tokens)
 if run.checkpoint:
     models.restore(policy, run.checkpoint)
     models.restore_optimizer(optimizer, run.checkpoint)
@@ -117,6 +118,9 @@ engine = make_engine(args.engine, policy, tokenizer, base=models.base_of(args.mo
 run.start(base_hash=models.fingerprint(policy), rows_hash=digest(rows), device=str(device), rows=len(rows))
 print(f"{run.folder}: {sum(p.numel() for p in parameters):,} trained parameters, {len(rows)} rows, {device}, "
       f"log-probs by {implementation('auto', device.type)}", flush=True)
+
+
+logprob_options = dict(vocab=vocab, temperature=args.temperature)
 
 
 def save(folder):
@@ -156,42 +160,41 @@ def sample_failed_groups_with_hints(batch, completions, rewards, right, texts):
     return hinted, sampled_from, sum(len(c.ids) for c in new), new_right.float().mean().item()
 
 
-def policy_logprobs(indices, prompt_ids, completion_ids):
-    """Packed log-probs and entropies, by the active adapter, of the completions with these indices."""
-    return completion_logprobs(policy, [prompt_ids[i] for i in indices], [completion_ids[i] for i in indices],
-                               vocab=vocab, temperature=args.temperature)
-
-
-def split_into_batches(kept, hinted, prompt_ids, sampled_from, completion_ids):
-    """Micro-batches of the completions in kept, hinted and plain ones apart: their losses differ."""
-    widths = [max(len(prompt_ids[i]), len(sampled_from[i])) + len(completion_ids[i]) for i in kept]
-    for rows_of_batch in micro_batches(widths, args.micro_batch_tokens):
+def split_into_batches(widths, hinted, micro_batch_tokens):
+    """Micro-batches of completions, hinted and plain ones apart: their losses differ."""
+    for batch in micro_batches(widths, micro_batch_tokens):
         for is_hinted in (False, True):
-            if indices := [kept[j] for j in rows_of_batch if hinted[kept[j]] == is_hinted]:
+            if indices := [i for i in batch if hinted[i] == is_hinted]:
                 yield indices
 
 
-def update_policy(batch, batches, prompt_ids, completion_ids, old_logprobs, token_weights, advantages, hinted):
-    """Optimizer steps on one batch, in micro-batches that add up to one loss.
+def update_policy(batch, prompt_ids, sampled_from, completion_ids, old_logprobs, token_weights, advantages, hinted):
+    """Optimizer steps on completions, in micro-batches that add up to one loss.
 
-    old_logprobs, token_weights (or None): of each micro-batch; advantages, hinted (B,) -> the last step's loss and
-    gradient norm, and the losses' stats, summed over tokens.
+    old_logprobs, token_weights (or None): packed; advantages, hinted (B,) -> the last step's loss and gradient norm,
+    and the losses' stats, summed over tokens.
     """
-    lengths = torch.tensor([len(ids) for ids in completion_ids])
-    kept = [i for indices in batches for i in indices]
-    sequences, tokens = all_reduce_sum(len(kept), int(lengths[kept].sum()))
+    lengths = torch.tensor([len(ids) for ids in completion_ids], dtype=torch.long)
+    widths = [max(len(plain), len(other)) + len(ids)
+              for plain, other, ids in zip(prompt_ids, sampled_from, completion_ids, strict=True)]
+    sequences, tokens = all_reduce_sum(len(lengths), int(lengths.sum()))
     if not sequences:  # on no rank
         return 0.0, 0.0, Counter()
     denominator = step_denominator(args.loss, sequences=sequences, tokens=tokens, max_new_tokens=args.max_new_tokens)
-    ref_logprobs = [None] * len(batches)
+    ref_logprobs = None
     if args.beta > 0:
         with models.use_adapter(policy, "reference"):
-            ref_logprobs = [policy_logprobs(indices, prompt_ids, completion_ids)[0] for indices in batches]
-    update_mode(policy)
-    for _ in range(args.updates_per_batch):
+            ref_logprobs, _ = micro_batched(batched_logprobs, policy, prompt_ids, completion_ids, **logprob_options)
+
+    def compute_gradients(micro_batch_tokens):
+        updates.zero_grad()
         step_loss, stats = 0.0, Counter()
-        for indices, old, weights, ref in zip(batches, old_logprobs, token_weights, ref_logprobs, strict=True):
-            logprobs, _ = policy_logprobs(indices, prompt_ids, completion_ids)
+        batches = list(split_into_batches(widths, hinted, micro_batch_tokens))
+        per_token = [regroup(packed, lengths.tolist(), batches)
+                     for packed in (old_logprobs, ref_logprobs, token_weights)]
+        for indices, old, ref, weights in zip(batches, *per_token, strict=True):
+            logprobs, _ = completion_logprobs(
+                policy, [prompt_ids[i] for i in indices], [completion_ids[i] for i in indices], **logprob_options)
             common = dict(denominator=denominator, beta=args.beta, loss=args.loss, token_weights=weights)
             if hinted[indices[0]]:
                 loss, token_stats = guided_loss(logprobs, old, ref, advantages[indices], lengths[indices], **common)
@@ -201,6 +204,11 @@ def update_policy(batch, batches, prompt_ids, completion_ids, old_logprobs, toke
             updates.backward(loss, [(batch[i], completion_ids[i]) for i in indices])
             step_loss += loss.item()
             stats.update({key: value.item() for key, value in token_stats.items()})
+        return step_loss, stats
+
+    update_mode(policy)
+    for _ in range(args.updates_per_batch):
+        step_loss, stats = micro_batched(compute_gradients)
         grad_norm = updates.step(step_loss)
     policy.eval()
     names = ("kl_ref", "clip_fraction", "guided_log_ratio")
@@ -241,31 +249,24 @@ for step in run.steps(progress, save):
     signal = (groups != groups[:, :1]).any(1)
     kept = (signal.repeat_interleave(args.group_size) | args.keep_zero_groups).nonzero().flatten().tolist()
 
-    # 4. old log-probs and entropies, of the policy and the prompt that were sampled from
-    batches = list(split_into_batches(kept, hinted, prompt_ids, sampled_from, completion_ids))
-    empty = torch.empty(0, device=device)  # a rank may have nothing to learn from
-    with torch.no_grad():
-        measured = [policy_logprobs(indices, sampled_from, completion_ids) for indices in batches]
-        old_logprobs = [logprobs for logprobs, _ in measured]
-        entropies = torch.cat([empty, *(entropy for _, entropy in measured)])
-        sampler_logprobs = torch.tensor([p for indices in batches for i in indices for p in completions[i].logprobs],
-                                        device=device)
-        all_old = torch.cat([empty, *old_logprobs])
-        logprob_diff = check_logprob_diff(sampler_logprobs, all_old, args.max_logprob_diff)
-        token_weights, tis = [None] * len(batches), {}
-        if args.engine == "vllm" and args.tis_cap:
-            weights, tis = tis_weights(all_old, sampler_logprobs, args.tis_cap)
-            tis = {key: all_reduce_mean(value, len(weights)) for key, value in tis.items()}
-            token_weights = weights.split([len(old) for old in old_logprobs])
-        if args.hint_ratio == "naive":
-            old_logprobs = [policy_logprobs(indices, prompt_ids, completion_ids)[0] for indices in batches]
+    # 4. old log-probs and entropies of what is learned from, by the policy and the prompt that it was sampled from
+    learned = [[values[i] for i in kept] for values in (batch, prompt_ids, sampled_from, completion_ids)]
+    _, learned_prompts, learned_from, learned_ids = learned
+    old_logprobs, entropies = micro_batched(batched_logprobs, policy, learned_from, learned_ids, **logprob_options)
+    sampler_logprobs = torch.tensor([p for i in kept for p in completions[i].logprobs], device=device)
+    logprob_diff = check_logprob_diff(sampler_logprobs, old_logprobs, args.max_logprob_diff)
+    token_weights, tis = None, {}
+    if args.engine == "vllm" and args.tis_cap:
+        token_weights, tis = tis_weights(old_logprobs, sampler_logprobs, args.tis_cap)
+        tis = {key: all_reduce_mean(value, len(token_weights)) for key, value in tis.items()}
+    if args.hint_ratio == "naive":
+        old_logprobs, _ = micro_batched(batched_logprobs, policy, learned_prompts, learned_ids, **logprob_options)
     timer.end("score")
 
     # 5. the policy update
     for group in optimizer.param_groups:
         group["lr"] = args.lr * lr_fraction(step, run.lr_steps, args.warmup_steps, args.final_lr_fraction)
-    loss, grad_norm, stats = update_policy(batch, batches, prompt_ids, completion_ids, old_logprobs, token_weights,
-                                          advantages, hinted)
+    loss, grad_norm, stats = update_policy(*learned, old_logprobs, token_weights, advantages[kept], hinted[kept])
     engine.load_adapter(policy)
     if args.beta > 0 and args.sync_ref_every and (step + 1) % args.sync_ref_every == 0:
         models.sync_reference(policy, args.sync_ref_mix)

@@ -20,9 +20,10 @@ from rlt.distributed import all_reduce_sum, init_distributed
 from rlt.dry_run import ModelFootprint, dry_run
 from rlt.errors import UserError
 from rlt.logprobs import completion_logprobs
+from rlt.memory import MicroBatched
 from rlt.prompts import Prompts, show_rows
 from rlt.rows import load_rows, map_rows
-from rlt.runs import Run, StepTimer, batch_indices, digest, lr_fraction
+from rlt.runs import Run, StepTimer, batch_indices, digest, lr_fraction, seed_for
 from rlt.updates import Updates
 
 import torch
@@ -119,7 +120,7 @@ else:
                              checkpointing=args.gradient_checkpointing)
     parameters = models.adapter_parameters(model)
 optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
-updates = Updates(run, optimizer, parameters, tokenizer)
+updates, micro_batched = Updates(run, optimizer, parameters, tokenizer), MicroBatched(args.micro_batch_tokens)
 base_hash = models.fingerprint(model)
 if run.checkpoint:
     models.restore(model, run.checkpoint)
@@ -134,12 +135,28 @@ def save(folder):
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
 
 
-def losses(batch):
+def losses(batch, micro_batch_tokens):
     """One micro-batch after the other: its examples, and minus the sum of log-probs of supervised tokens, nats."""
-    for indices in micro_batches([len(x.before) + len(x.supervised) for x in batch], args.micro_batch_tokens):
+    for indices in micro_batches([len(x.before) + len(x.supervised) for x in batch], micro_batch_tokens):
         micro_batch = [batch[i] for i in indices]
         _, before, supervised = zip(*micro_batch, strict=True)
         yield micro_batch, -completion_logprobs(model, before, supervised, vocab=vocab)[0].sum()
+
+
+def compute_gradients(batch, tokens, micro_batch_tokens):
+    """The gradients of this rank's share of a loss, a mean over `tokens` -> that share."""
+    updates.zero_grad()
+    torch.manual_seed(seed_for(args.seed, "dropout", step, rank))  # a resumed run draws what the first would have
+    loss = 0.0
+    for micro_batch, micro_loss in losses(batch, micro_batch_tokens):
+        updates.backward(micro_loss / tokens, [(x.row, x.supervised) for x in micro_batch])
+        loss += micro_loss.item() / tokens
+    return loss
+
+
+@torch.no_grad()
+def sum_of_losses(batch, micro_batch_tokens):
+    return sum(micro_loss.item() for _, micro_loss in losses(batch, micro_batch_tokens))
 
 
 progress = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, unit="step", dynamic_ncols=True,
@@ -153,10 +170,7 @@ for step in run.steps(progress, save):
 
     # 1. forward and backward on this rank's share, an optimizer step on all
     model.train()
-    loss = 0.0
-    for micro_batch, micro_loss in losses(batch[rank::world]):
-        updates.backward(micro_loss / tokens, [(x.row, x.supervised) for x in micro_batch])
-        loss += micro_loss.item() / tokens
+    loss = micro_batched(compute_gradients, batch[rank::world], tokens)
     grad_norm = updates.step(loss)
     (loss,) = all_reduce_sum(loss)
     model.eval()
@@ -165,9 +179,8 @@ for step in run.steps(progress, save):
     # 2. validation loss, log; run.steps saves
     val_loss = None
     if validation and args.eval_every and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
-        with torch.no_grad():
-            (val_loss,) = all_reduce_sum(sum(micro_loss.item() for _, micro_loss in losses(validation[rank::world])))
-            val_loss /= sum(len(x.supervised) for x in validation)
+        (val_loss,) = all_reduce_sum(micro_batched(sum_of_losses, validation[rank::world]))
+        val_loss /= sum(len(x.supervised) for x in validation)
     line = run.log({"step": step, "loss": loss, "val_loss": val_loss, "lr": optimizer.param_groups[0]["lr"],
                     "grad_norm": grad_norm, **timer.numbers, "tokens_per_s": tokens / timer.seconds})
     progress.set_postfix_str(f"loss {loss:.4g}")

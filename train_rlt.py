@@ -22,8 +22,9 @@ from rlt.distributed import all_reduce_mean, all_reduce_sum, init_distributed
 from rlt.dry_run import dry_run_rl
 from rlt.grpo import LOSSES, group_advantages, group_scale, grpo_loss, pathwise_kl_loss, step_denominator, tis_weights
 from rlt.inspection import token_numbers
-from rlt.logprobs import completion_logprobs, completion_logprobs_and_kl, regroup
+from rlt.logprobs import batched_logprobs, completion_logprobs, completion_logprobs_and_kl, regroup
 from rlt.lora import update_mode
+from rlt.memory import MicroBatched
 from rlt.prompts import Prompts, show_rows
 from rlt.rollout import make_engine
 from rlt.rows import leaks, load_rows
@@ -107,7 +108,7 @@ if args.offload_student:
     student.to("cpu")
 parameters = models.adapter_parameters(policy)
 optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
-updates = Updates(run, optimizer, parameters, tokenizer)
+updates, micro_batched = Updates(run, optimizer, parameters, tokenizer), MicroBatched(args.micro_batch_tokens)
 if run.checkpoint:
     models.restore(policy, run.checkpoint)
     models.restore_optimizer(optimizer, run.checkpoint)
@@ -135,42 +136,41 @@ def compute_rewards(batch, completions):
     explanations = [prompts.split_completion(c.ids, c.finished) for c in completions]
     scoring_rows = [prompts.scoring_row(row, e) for row, e in zip(batch, explanations, strict=True)]
     with models.on_device(device, student):
-        scored = score_explanations(policy, student, scoring_rows, lam=args.lam, alpha=args.alpha, kl=args.kl,
-                                    temperature=args.temperature, vocab=vocab,
-                                    micro_batch_tokens=args.micro_batch_tokens)
+        scored = micro_batched(score_explanations, policy, student, scoring_rows, lam=args.lam, alpha=args.alpha,
+                               kl=args.kl, temperature=args.temperature, vocab=vocab)
     unclosed = torch.tensor([not (e.closed and e.thought) for e in explanations], device=device)
     return scored.reward.reward - args.unclosed_penalty * unclosed, explanations, scoring_rows, scored
 
 
-def policy_logprobs(indices, prompt_ids, completion_ids):
-    """Packed log-probs and entropies, by the active adapter, of the completions with these indices."""
-    return completion_logprobs(policy, [prompt_ids[i] for i in indices], [completion_ids[i] for i in indices],
-                               vocab=vocab, temperature=args.temperature)
-
-
-def update_policy(batch, batches, prompt_ids, completion_ids, old_logprobs, token_weights, advantages, scales,
-                  scoring_rows):
+def update_policy(batch, prompt_ids, completion_ids, scoring_rows, old_logprobs, token_weights, advantages, scales):
     """Optimizer steps on one batch, in micro-batches that add up to one loss.
 
-    old_logprobs, token_weights (or None): of each micro-batch; advantages, scales (B,) -> the last step's loss and
-    gradient norm, and grpo_loss's stats, means over tokens.
+    old_logprobs, token_weights (or None): packed; advantages, scales (B,) -> the last step's loss and gradient norm,
+    and grpo_loss's stats, means over tokens.
     """
     lengths = torch.tensor([len(ids) for ids in completion_ids])
+    widths = [len(prompt) + len(completion) for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
     sequences, tokens = all_reduce_sum(len(lengths), int(lengths.sum()))
     denominator = step_denominator(args.loss, sequences=sequences, tokens=tokens, max_new_tokens=args.max_new_tokens)
-    ref_logprobs = [None] * len(batches)
+    options = dict(vocab=vocab, temperature=args.temperature)
+    ref_logprobs = None
     if args.beta > 0:
         with models.use_adapter(policy, "reference"):
-            ref_logprobs = [policy_logprobs(indices, prompt_ids, completion_ids)[0] for indices in batches]
-    update_mode(policy)
-    for _ in range(args.updates_per_batch):
+            ref_logprobs, _ = micro_batched(batched_logprobs, policy, prompt_ids, completion_ids, **options)
+
+    def compute_gradients(micro_batch_tokens):
+        updates.zero_grad()
         step_loss, stats = 0.0, Counter()
-        for indices, old, weights, ref in zip(batches, old_logprobs, token_weights, ref_logprobs, strict=True):
+        batches = list(micro_batches(widths, micro_batch_tokens))
+        per_token = [regroup(packed, lengths.tolist(), batches)
+                     for packed in (old_logprobs, ref_logprobs, token_weights)]
+        for indices, old, ref, weights in zip(batches, *per_token, strict=True):
             if args.kl_gradient:
                 logprobs, token_kl = completion_logprobs_and_kl(
-                    policy, student, [scoring_rows[i] for i in indices], vocab=vocab, temperature=args.temperature)
+                    policy, student, [scoring_rows[i] for i in indices], **options)
             else:
-                logprobs, _ = policy_logprobs(indices, prompt_ids, completion_ids)
+                logprobs, _ = completion_logprobs(
+                    policy, [prompt_ids[i] for i in indices], [completion_ids[i] for i in indices], **options)
             loss, token_stats = grpo_loss(logprobs, old, ref, advantages[indices], lengths[indices],
                                           denominator=denominator, epsilon_low=args.epsilon_low,
                                           epsilon_high=args.epsilon_high, beta=args.beta, loss=args.loss,
@@ -182,6 +182,11 @@ def update_policy(batch, batches, prompt_ids, completion_ids, old_logprobs, toke
             updates.backward(loss, [(batch[i], completion_ids[i]) for i in indices])
             step_loss += loss.item()
             stats.update({key: value.item() for key, value in token_stats.items()})
+        return step_loss, stats
+
+    update_mode(policy)
+    for _ in range(args.updates_per_batch):
+        step_loss, stats = micro_batched(compute_gradients)
         grad_norm = updates.step(step_loss)
     policy.eval()
     step_loss, *values = all_reduce_sum(step_loss, *stats.values())
@@ -241,18 +246,15 @@ for step in run.steps(progress, save):
     advantages = group_advantages(groups, scale=args.advantage_scale).flatten()
     scales = group_scale(groups, scale=args.advantage_scale).repeat_interleave(args.group_size)
 
-    # 4. the policy update, in micro-batches; a sampling engine that is not quite the policy is corrected for
-    widths = [len(prompt) + len(completion) for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
-    batches = list(micro_batches(widths, args.micro_batch_tokens))
+    # 4. the policy update; a sampling engine that is not quite the policy is corrected for
     token_weights, tis = None, {}
     if args.engine == "vllm" and args.tis_cap:
         token_weights, tis = tis_weights(scored.old_logprobs, sampler_logprobs, args.tis_cap)
         tis = {key: all_reduce_mean(value, len(token_weights)) for key, value in tis.items()}
     for group in optimizer.param_groups:
         group["lr"] = args.lr * lr_fraction(step, run.lr_steps, args.warmup_steps, args.final_lr_fraction)
-    loss, grad_norm, stats = update_policy(
-        batch, batches, prompt_ids, completion_ids, regroup(scored.old_logprobs, scored.completion_lengths, batches),
-        regroup(token_weights, scored.completion_lengths, batches), advantages, scales, scoring_rows)
+    loss, grad_norm, stats = update_policy(batch, prompt_ids, completion_ids, scoring_rows, scored.old_logprobs,
+                                           token_weights, advantages, scales)
     engine.load_adapter(policy)
     if args.beta > 0 and args.sync_ref_every and (step + 1) % args.sync_ref_every == 0:
         models.sync_reference(policy, args.sync_ref_mix)

@@ -2,17 +2,18 @@
 """
 Break things on purpose, many times, and count what was lost.
 
-    python bench/faults.py --kills 25 --folders 100 --inputs 60 --fuzz-minutes 60 --soak 2000     hours
-    python bench/faults.py --kills 3 --folders 20 --inputs 10 --fuzz-minutes 0.2 --soak 20        minutes
+    python bench/faults.py --kills 25 --folders 100 --inputs 60 --fuzz 60 --soak 2000     hours
+    python bench/faults.py --kills 3 --folders 20 --inputs 10 --fuzz 0.2 --soak 20        minutes
 
 Parts    kills     every script, ended by kill -9, SIGTERM and Ctrl-C at random moments and resumed, until it has ended:
-                   its metrics and results against those of a run that nobody touched
+                   its metrics and results against those of a run that nobody touched (evaluate.py begins again)
          folders   a run folder with random damage: refused in one line, or resumed where it was
          inputs    rows and flags that nobody should pass: one line and exit code 2
          fuzz      random texts into the tag parser, the answer parser and the row loader: a value or a UserError
          soak      one long run of the toy: memory, open files and seconds a step of its last quarter and its second
 
-Each part prints its counts and appends them to --log as a line of JSON. The exit code is 1 if anything was lost.
+Each part prints its counts and appends them to --log as lines of JSON, one a script in kills. The exit code
+is 1 if anything was lost.
 """
 
 import argparse
@@ -33,8 +34,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from rlt import answers, checkpoints, models, prompts, rows, runs  # noqa: E402
+from rlt import checkpoints, runs  # noqa: E402
 from rlt.errors import UserError  # noqa: E402
+
+from fuzz import fuzz  # noqa: E402
+from measure import Log, machine  # noqa: E402
 
 RL = ["--limit", "80", "--prompts-per-step", "2", "--group-size", "4", "--max-new-tokens", "12", "--eval-rows", "4"]
 SCRIPTS = {  # script: flags that make it small
@@ -42,6 +46,7 @@ SCRIPTS = {  # script: flags that make it small
     "rl_student.py": [*RL, "--steps", "6", "--save-every", "2", "--rewards", "0", "0.1", "1"],
     "sft_student.py": ["--data", "toy", "--limit", "80", "--val-rows", "8", "--steps", "12", "--save-every", "3"],
     "distill.py": ["--model", "toy-teacher", "--limit", "64", "--batch-size", "8", "--max-new-tokens", "12"],
+    "evaluate.py": ["--model", "toy", "toy-teacher", "--limit", "64", "--batch-size", "8", "--max-new-tokens", "24"],
 }
 STOPS = {  # exit codes, of a process that has ended before the signal came, too
     signal.SIGKILL: (-9, 0),
@@ -60,54 +65,62 @@ def ended_badly(process):
 
 
 def result_of(out):
-    """What a run has left, without its times: {name: bytes or entries}. peft writes a config's names in any order."""
+    """What a script has left, without its times: {name: bytes or entries}. peft writes a config's names in any order.
+    Files of an evaluation are read as they are needed: half of one would raise."""
     if out.suffix == ".jsonl":
         return {"rows": out.read_bytes()}
+    if not (out / "metrics.jsonl").exists():
+        return {str(path.relative_to(out)): runs.read_jsonl(path) for path in sorted(out.glob("*/*.jsonl"))} | {
+            str(path.relative_to(out)): {key: value for key, value in json.loads(path.read_text()).items()
+                                         if key not in ("flags", "command")} for path in sorted(out.glob("*/*.json"))}
     entries = [{key: value for key, value in entry.items() if not key.startswith("t_") and key != "tokens_per_s"}
                for entry in runs.read_jsonl(out / "metrics.jsonl")]
     return {"metrics": entries} | {path.name: path.read_bytes() for path in (out / "final").glob("*.safetensors")}
 
 
 def progress_of(out):
-    path = out if out.suffix == ".jsonl" else out / "metrics.jsonl"
-    return path.stat().st_size if path.exists() else 0
+    """A number that grows while a script works."""
+    files = [out] if out.suffix == ".jsonl" else [out / "metrics.jsonl", *out.glob("*/eval_*")]
+    return sum(path.stat().st_size for path in files if path.exists())
 
 
 def kills(folder, n, draw):
-    """n interruptions of each script -> counts."""
-    counts = {}
+    """n interruptions of each script -> an entry of counts for each."""
     for script, flags in SCRIPTS.items():
         suffix = ".jsonl" if script == "distill.py" else ""
-        straight = folder / f"straight-{script}{suffix}"
+        straight, began = folder / f"straight-{script}{suffix}", time.monotonic()
         process = start(folder, script, *flags, "--out", straight)
         if process.wait():
             raise SystemExit(ended_badly(process))
-        counts[script] = tally = {"kills": 0, "runs": 0, "identical": 0, "other_exit_codes": 0}
-        while tally["kills"] < n:
-            out = folder / f"killed-{script}-{tally['runs']}{suffix}"
+        resume = [] if script == "evaluate.py" else ["--resume"]
+        loading = 0.6 * (time.monotonic() - began) if script == "evaluate.py" else 1e9  # it writes at its end alone
+        counts = {"script": script, "kills": 0, "runs": 0, "identical": 0, "other_exit_codes": 0}
+        while counts["kills"] < n:
+            out = folder / f"killed-{script}-{counts['runs']}{suffix}"
             while True:
-                before, number = progress_of(out), draw.choice(list(STOPS))
-                process = start(folder, script, *flags, "--out", out, "--resume")
-                while process.poll() is None and progress_of(out) == before:  # loading, then the first step
-                    time.sleep(0.02)
-                time.sleep(draw.random() * 0.5)
-                if process.poll() is None and tally["kills"] < n:
+                before, number, began = progress_of(out), draw.choice(list(STOPS)), time.monotonic()
+                process = start(folder, script, *flags, "--out", out, *resume)
+                while process.poll() is None and progress_of(out) == before and time.monotonic() < began + loading:
+                    time.sleep(0.02)  # loading, then the first step
+                time.sleep(draw.random() * min(loading, 0.5 if resume else loading))
+                if process.poll() is None and counts["kills"] < n:
                     process.send_signal(number)
-                    tally["kills"] += 1
-                    tally["other_exit_codes"] += process.wait() not in STOPS[number]
+                    counts["kills"] += 1
+                    counts["other_exit_codes"] += process.wait() not in STOPS[number]
                 elif process.wait():  # it ended by itself, or was left to
                     raise SystemExit(ended_badly(process))
                 if process.returncode == 0:
                     break
-            tally["runs"] += 1
-            tally["identical"] += result_of(out) == result_of(straight)
-        print(script, tally, flush=True)
-    return {"scripts": counts,
-            "failures": sum(t["runs"] - t["identical"] + t["other_exit_codes"] for t in counts.values())}
+            counts["runs"] += 1
+            counts["identical"] += result_of(out) == result_of(straight)
+        yield counts | {"failures": counts["runs"] - counts["identical"] + counts["other_exit_codes"]}
 
 
 def folders(folder, n, draw):
-    """n damaged copies of a run -> counts. In a copy the newest checkpoint is named if it is damaged, never read."""
+    """n damaged copies of a run -> one entry of counts.
+
+    In a copy the newest checkpoint is named if it is damaged, never read.
+    """
     whole = folder / "whole"
     process = start(folder, "train_rlt.py", *SCRIPTS["train_rlt.py"], "--out", whole)
     if process.wait():
@@ -141,11 +154,11 @@ def folders(folder, n, draw):
             outcome = "failures"
             print(f"{path.relative_to(copy)} {how}: {type(error).__name__}: {error}")
         counts[outcome] += 1
-    return counts
+    yield counts
 
 
 def inputs(folder, n, draw):
-    """n files and flags that are wrong -> counts. One line on stderr, exit code 2, nothing written."""
+    """n files and flags that are wrong -> one entry of counts. One line on stderr, exit code 2, nothing written."""
     good = (folder / "runs/toy/train.jsonl").read_bytes().splitlines()[:5]
     row = json.loads(good[0])
     junk = [None, 7, -0.0, [], {}, [[]], "", " ", "\ud800", "\0", "9" * 5000, "[" * 3000, {"question": {}}, True]
@@ -177,55 +190,7 @@ def inputs(folder, n, draw):
         else:
             counts["failures"] += 1
             print(f"{chosen}: exit code {process.returncode}: {stderr[-500:]}")
-    return counts
-
-
-def fuzz(folder, minutes, draw):
-    """Random texts, made of pieces that mean something, for some minutes -> counts."""
-    tokenizer = models.load_tokenizer(str(folder / "runs/toy"))
-    words = prompts.Prompts(tokenizer)
-    specials = [str(token) for token in tokenizer.added_tokens_decoder.values()]
-    pieces = [*prompts.THOUGHT, *prompts.SOLUTION, *prompts.EXPLANATION, *specials, "\\boxed{", "}", "{", "\n\n", "\0",
-              "(" * 50, "é", "\u202e", "😀", "1/0", "**", "9" * 400, "\\frac", "a = ", "question", "\ud83d"]
-    counts, end = {"texts": 0, "user_errors": 0, "failures": 0, "slowest_s": 0.0}, time.monotonic() + 60 * minutes
-
-    def text():
-        return "".join(draw.choice(pieces) if draw.random() < 0.6 else chr(draw.randrange(1, 0xD000))
-                       for _ in range(draw.randrange(40)))
-
-    def split():
-        ids = [draw.randrange(len(tokenizer)) for _ in range(draw.randrange(60))]
-        words.split_completion(ids, draw.random() < 0.5)
-
-    def explain():
-        row = {"question": text(), "solution": text(), "explanation": text(), "where": "fuzz"}
-        words.sft_row(row, draw.choice(["student", "teacher"]))
-
-    def load():
-        path = folder / "fuzz.jsonl"
-        row = {draw.choice(["question", "prompt", "problem", text()]): text(), "solution": text(), "messages": [text()]}
-        path.write_text(json.dumps(row) + "\n" + text().encode(errors="replace").decode() + "\n")
-        rows.load_rows(str(path), skip_bad=draw.random() < 0.5)
-
-    def answer():
-        answers.answer_of(draw.choice(["math500", "toy", "gpqa", "countdown"]), text())
-
-    while time.monotonic() < end:
-        function, began = draw.choice([split, explain, load, answer]), time.monotonic()
-        state = draw.getstate()
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                function()
-        except UserError:
-            counts["user_errors"] += 1
-        except Exception as error:
-            counts["failures"] += 1
-            draw.setstate(state)
-            print(f"{function.__name__}: {type(error).__name__}: {error}"[:300])
-            draw.random()
-        counts["texts"] += 1
-        counts["slowest_s"] = max(counts["slowest_s"], time.monotonic() - began)
-    return counts
+    yield counts
 
 
 def soak(folder, steps, draw):
@@ -248,23 +213,25 @@ def soak(folder, steps, draw):
                           "open_files": max(s[2] for s in part),
                           "seconds": round(statistics.median(seconds[low:high] or [0.0]), 3)}
     kept = len(checkpoints.checkpoints(out))
-    return {"steps": len(seconds), **quarters, "checkpoints": kept, "failures": int(process.returncode != 0)}
+    yield {"steps": len(seconds), **quarters, "checkpoints": kept, "failures": int(process.returncode != 0)}
 
 
-PARTS = {"kills": kills, "folders": folders, "inputs": inputs, "fuzz_minutes": fuzz, "soak": soak}
+PARTS = {"kills": kills, "folders": folders, "inputs": inputs, "fuzz": fuzz, "soak": soak}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, what in (("kills", "interruptions a script"), ("folders", "damaged run folders"),
-                       ("inputs", "wrong inputs"), ("fuzz-minutes", "minutes of random texts"),
+                       ("inputs", "wrong inputs"), ("fuzz", "minutes of fuzzing"),
                        ("soak", "steps of one run")):
-        parser.add_argument(f"--{name}", type=float if "minutes" in name else int, default=0, metavar="N",
+        parser.add_argument(f"--{name}", type=float if name == "fuzz" else int, default=0, metavar="N",
                             help=f"{what}; 0: leave the part out")
     parser.add_argument("--seed", type=int, default=0, help="of what is broken, and when")
     parser.add_argument("--log", type=Path, default=ROOT / "figures/logs/faults.jsonl", metavar="FILE")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and theirs, ignore Ctrl-C
+    log = Log(args.log, command=" ".join(["python bench/faults.py", *sys.argv[1:]]), **machine("peft"))
     failures = 0
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -274,16 +241,10 @@ def main():
         if warm_up.wait():
             raise SystemExit(ended_badly(warm_up))
         for name, part in PARTS.items():
-            if size := getattr(args, name):
-                began = time.monotonic()
-                counts = part(folder, size, random.Random(args.seed))
-                entry = {"part": name, "size": size, "seed": args.seed, **counts,
-                         "seconds": round(time.monotonic() - began)}
-                print(json.dumps(entry), flush=True)
-                args.log.parent.mkdir(parents=True, exist_ok=True)
-                with args.log.open("a") as file:
-                    file.write(json.dumps(entry) + "\n")
-                failures += counts["failures"]
+            began = time.monotonic()
+            for counts in part(folder, getattr(args, name), random.Random(args.seed)) if getattr(args, name) else []:
+                log(part=name, seed=args.seed, **counts, seconds=round(time.monotonic() - began))
+                began, failures = time.monotonic(), failures + counts["failures"]
     sys.exit(bool(failures))
 
 

@@ -55,10 +55,10 @@ def check_same_settings(path, args, questions_hash):
 
 
 def write_evaluation(path, summary, samples):
-    """The two files of an evaluation: `path` and, in the same folder, its samples."""
+    """The two files of an evaluation: its samples, then `path`, in the same folder. A kill leaves none without them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(summary, indent=2) + "\n")
     write_atomically(path.with_name(f"{path.stem}_samples.jsonl"), "".join(json.dumps(line) + "\n" for line in samples))
+    write_atomically(path, json.dumps(summary, indent=2) + "\n")
 
 
 def read_evaluations(paths):

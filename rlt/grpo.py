@@ -90,7 +90,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, lengths, *, deno
     if not 0 <= epsilon_low < 1 or epsilon_high < 0:
         raise ValueError(f"epsilon_low {epsilon_low}, epsilon_high {epsilon_high}: expected 0 <= epsilon_low "
                          "< 1 and epsilon_high >= 0, to keep ratios in [1 - epsilon_low, 1 + epsilon_high].")
-    lengths = _checked(logprobs, old_logprobs, ref_logprobs, lengths, beta, loss)
+    lengths = _checked_lengths(lengths, loss, logprobs, old_logprobs)
     log_ratio = logprobs - old_logprobs                                                             # (N,)
     if loss == "gspo":
         log_ratio = torch.segment_reduce(log_ratio, "mean", lengths=lengths).repeat_interleave(lengths)
@@ -103,7 +103,8 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, lengths, *, deno
     token_loss = -advantages * clamped.exp()
     if token_weights is not None:
         token_loss = token_loss * token_weights
-    return _add_up(token_loss, logprobs, ref_logprobs, lengths, denominator, beta, loss, stats)
+    token_loss = _add_reference_kl(token_loss, logprobs, ref_logprobs, beta, stats)
+    return _sum(token_loss, lengths, loss) / denominator, stats
 
 
 def guided_loss(logprobs, hinted_logprobs, ref_logprobs, advantages, lengths, *, denominator,
@@ -120,7 +121,7 @@ def guided_loss(logprobs, hinted_logprobs, ref_logprobs, advantages, lengths, *,
     """
     if loss == "gspo":
         raise ValueError("loss 'gspo' for guided rows: their ratio is per token. Use grpo, dapo or dr_grpo.")
-    lengths = _checked(logprobs, hinted_logprobs, ref_logprobs, lengths, beta, loss)
+    lengths = _checked_lengths(lengths, loss, logprobs, hinted_logprobs)
     log_ratio = logprobs - hinted_logprobs                                                          # (N,)
     if quantile is None:
         weight = log_ratio.exp()
@@ -134,7 +135,8 @@ def guided_loss(logprobs, hinted_logprobs, ref_logprobs, advantages, lengths, *,
     if token_weights is not None:
         token_loss = token_loss * token_weights
     stats = {"guided_log_ratio": log_ratio.detach().sum()}
-    return _add_up(token_loss, logprobs, ref_logprobs, lengths, denominator, beta, loss, stats)
+    token_loss = _add_reference_kl(token_loss, logprobs, ref_logprobs, beta, stats)
+    return _sum(token_loss, lengths, loss) / denominator, stats
 
 
 def pathwise_kl_loss(token_kl, thought_lengths, lengths, scales, *, lam, alpha, denominator, loss="grpo"):
@@ -155,26 +157,29 @@ def pathwise_kl_loss(token_kl, thought_lengths, lengths, scales, *, lam, alpha, 
                for weight, part in zip(per_sequence, parts, strict=True) if len(part))
 
 
-def _checked(logprobs, old_logprobs, ref_logprobs, lengths, beta, loss):
-    """The lengths, on the log-probs' device."""
+def _checked_lengths(lengths, loss, *packed):
+    """The lengths (B,), on the device of the packed tensors (N,)."""
     if loss not in LOSSES:
         raise ValueError(f"loss {loss!r}: expected one of {', '.join(LOSSES)}.")
-    if beta != 0 and ref_logprobs is None:
-        raise ValueError(f"beta is {beta} but ref_logprobs is None: pass the reference's, or beta=0.")
     assert lengths.min() > 0, "a completion of no tokens: even an empty one has its end token"
-    tokens = int(lengths.sum())
-    assert logprobs.shape == old_logprobs.shape == (tokens,), "the log-probs are not packed by these lengths"
-    return lengths.to(logprobs.device)
+    assert all(x.shape == (int(lengths.sum()),) for x in packed), "the log-probs are not packed by these lengths"
+    return lengths.to(packed[0].device)
 
 
-def _add_up(token_loss, logprobs, ref_logprobs, lengths, denominator, beta, loss, stats):
-    """Token losses (N,) plus the KL to the reference, summed over tokens and sequences as `loss` has it."""
-    if ref_logprobs is not None:
-        gap = ref_logprobs - logprobs
-        k3 = torch.expm1(gap) - gap
-        stats["kl_ref"] = k3.detach().sum()
-    if beta != 0:
-        token_loss = token_loss + beta * k3
+def _add_reference_kl(token_loss, logprobs, ref_logprobs, beta, stats):
+    """token_loss + beta * k3, all (N,); the sum of k3 goes into stats."""
+    if ref_logprobs is None:
+        if beta != 0:
+            raise ValueError(f"beta is {beta} but ref_logprobs is None: pass the reference's, or beta=0.")
+        return token_loss
+    log_ratio = ref_logprobs - logprobs
+    k3 = torch.expm1(log_ratio) - log_ratio
+    stats["kl_ref"] = k3.detach().sum()
+    return token_loss + beta * k3 if beta else token_loss
+
+
+def _sum(token_loss, lengths, loss):
+    """Token losses (N,) summed over tokens and sequences as `loss` has it -> ()."""
     if loss in ("grpo", "gspo"):
         token_loss = token_loss / lengths.repeat_interleave(lengths)
-    return token_loss.sum() / denominator, stats
+    return token_loss.sum()

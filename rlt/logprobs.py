@@ -18,6 +18,7 @@ from rewards import (
     head_logprobs,
     hidden_states,
     logits_buffer,
+    micro_batches,
     output_head,
     row_lengths,
     token_stats,
@@ -58,6 +59,20 @@ def completion_logprobs_and_kl(teacher, student, rows, *, temperature=1.0, vocab
     ids = flat_ids([r.thought + r.teacher_end for r in rows], head_t)
     logprobs, _ = _HeadLogprobs.apply(states_completion, *head_t, ids, temperature, head_chunk, impl)
     return logprobs, _HeadKL.apply(states_thought, *head_t, states_s, *head_s, temperature, head_chunk, impl)
+
+
+@torch.no_grad()
+def batched_logprobs(model, prompts, completions, *, micro_batch_tokens, **options):
+    """completion_logprobs of any number of completions, in their order: without gradient, and in micro-batches."""
+    lengths = [len(ids) for ids in completions]
+    widths = [len(prompt) + length for prompt, length in zip(prompts, lengths, strict=True)]
+    parts = {}
+    for indices in micro_batches(widths, micro_batch_tokens):
+        packed = completion_logprobs(model, [prompts[i] for i in indices], [completions[i] for i in indices], **options)
+        split = [values.split([lengths[i] for i in indices]) for values in packed]
+        parts |= dict(zip(indices, zip(*split, strict=True), strict=True))
+    empty = torch.empty(0, device=output_head(model)[0].device)
+    return tuple(torch.cat([empty, *(parts[i][kind] for i in range(len(parts)))]) for kind in (0, 1))
 
 
 def regroup(values, lengths, batches):

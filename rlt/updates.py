@@ -21,9 +21,10 @@ class Updates:
     def __init__(self, run, optimizer, parameters, tokenizer):
         self.run, self.optimizer, self.parameters, self.tokenizer = run, optimizer, parameters, tokenizer
         self.bad_in_a_row = 0
-        self._start()
+        self.zero_grad()
 
-    def _start(self):
+    def zero_grad(self):
+        """Before the first micro-batch of an update, and where it begins again."""
         self.optimizer.zero_grad()
         self.rows, self.bad_rows = [], []
 
@@ -52,7 +53,7 @@ class Updates:
             self.bad_in_a_row = 0
         else:
             self._skip(loss, grad_norm)
-        self._start()
+        self.zero_grad()
         return grad_norm
 
     def _skip(self, loss, grad_norm):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -84,6 +85,13 @@ def tiny_model():
     return make
 
 
+def documented_metrics():
+    """The keys of metrics.jsonl that rlt/README.md explains."""
+    table = (ROOT / "rlt/README.md").read_text().partition("## metrics.jsonl")[2]
+    return {key for line in table.splitlines() if line.startswith("| `")
+            for key in re.findall(r"`(\w+)`", line.split("|")[1])}
+
+
 def call(folder, script, *flags):
     """Run a script in this process, in `folder`, as `python script flags`; returns its globals. No import twice."""
     before = sys.argv, os.getcwd(), sys.excepthook
@@ -113,9 +121,11 @@ def ended(folder, script, *flags):
         except SystemExit as error:
             code = error.code or 0
         except Exception as error:
-            code, sys.argv = 2 if isinstance(error, errors.UserError) else 1, [script]
-            with contextlib.suppress(SystemExit):  # what make_parser has put in the place of a traceback
+            code, sys.argv = 1, [script]
+            try:  # what make_parser has put in the place of a traceback
                 errors._excepthook(type(error), error, error.__traceback__)
+            except SystemExit as exit:
+                code = exit.code
         else:
             raise AssertionError(f"{script} {flags} ran to its end")
         finally:

@@ -354,6 +354,71 @@ def test_weights_that_are_not_finite_are_never_saved(tiny_model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+# -- out of memory
+
+
+@pytest.fixture
+def little_memory(monkeypatch):
+    """little_memory(place, times): these calls of it, counted from 1, run out of memory in the middle of their work."""
+    from rlt import logprobs
+
+    import rewards
+
+    calls, plain = [0], {"score": rewards._score_micro_batch, "logprobs": logprobs.completion_logprobs}
+    out_of_memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    def starts_with(place, times):
+        def fails():
+            calls[0] += 1
+            return calls[0] in times
+
+        def score(*args, **options):
+            if place == "score" and fails():
+                raise out_of_memory
+            return plain["score"](*args, **options)
+
+        def completion_logprobs(model, *args, **options):
+            grad = torch.is_grad_enabled()
+            if place == "old log-probs" and not grad and fails():
+                raise out_of_memory
+            values = plain["logprobs"](model, *args, **options)
+            if place == "update" and grad and fails():  # in the backward pass: some gradients are added up by then
+                first = next(p for p in model.parameters() if p.requires_grad)
+
+                def fail(_):
+                    handle.remove()
+                    raise out_of_memory
+
+                handle = first.register_hook(fail)
+            return values
+
+        calls[0] = 0
+        monkeypatch.setattr(rewards, "_score_micro_batch", score)
+        monkeypatch.setattr(logprobs, "completion_logprobs", completion_logprobs)
+
+    return starts_with
+
+
+@pytest.mark.parametrize(("script", "place"), [
+    pytest.param("train_rlt.py", "score", marks=pytest.mark.slow), ("train_rlt.py", "update"),
+    pytest.param("rl_student.py", "old log-probs", marks=pytest.mark.slow), ("rl_student.py", "update"),
+    ("sft_student.py", "update")])
+def test_out_of_memory_halves_the_micro_batch(workshop, tmp_path, little_memory, capsys, script, place):
+    """To the bit: the second micro-batch fails, and the run is the one that had the smaller ones from the start."""
+    flags = ("--steps", 2, *SMALL[script], "--eval-every", 0, "--micro-batch-tokens")
+    call(workshop, script, *flags, 300, "--out", tmp_path / "half")
+    little_memory(place, {2})
+    call(workshop, script, *flags, 600, "--out", tmp_path / "halved")
+    assert "out of memory: --micro-batch-tokens is 300 from here on, half of 600." in capsys.readouterr().out
+    assert metrics(tmp_path / "halved") == metrics(tmp_path / "half")
+    weights = [(tmp_path / name / "final/adapter_model.safetensors").read_bytes() for name in ("half", "halved")]
+    assert weights[0] == weights[1]
+    little_memory(place, {2, 3})
+    _, stderr, code = ended(workshop, script, *flags, 600, "--out", tmp_path / "too little")
+    assert code == 2 and len(stderr.splitlines()) == 1 and "a smaller --micro-batch-tokens" in stderr, stderr
+    assert not (tmp_path / "too little/final").exists()
+
+
 # -- checkpoints
 
 

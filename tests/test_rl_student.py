@@ -10,7 +10,7 @@ from rlt.grading import answer_of, grade
 
 import pytest
 import torch
-from conftest import call, ended
+from conftest import call, documented_metrics, ended
 from test_scripts import options
 
 TINY = ("--steps", 2, "--limit", 60, "--prompts-per-step", 3, "--group-size", 4, "--max-new-tokens", 10,
@@ -38,6 +38,7 @@ def test_rewards_are_the_graders_verdict(toy, tmp_path):
     assert entries[0]["grad_norm"] == 0 and entries[0]["loss"] == 0, "groups without signal teach nothing"
     assert set(entries[0]) >= {"solved", "zero_groups", "usable_groups", "sampled_tokens", "hinted", "reward_std",
                                "length_p10", "length_p50", "length_p90", "eval_solved", "eval_solved_before"}
+    assert set(entries[0]) <= documented_metrics()
     assert entries[0]["eval_solved_before"] == 0.0 and entries[1]["eval_solved_before"] is None
 
 

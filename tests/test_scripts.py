@@ -15,7 +15,7 @@ from rlt.flags import _Parser
 
 import pytest
 import torch
-from conftest import ROOT, call, data_file, ended, run_script
+from conftest import ROOT, call, data_file, documented_metrics, ended, run_script
 
 import rewards
 
@@ -65,6 +65,8 @@ def test_the_readmes_commands(workshop, capsys):
         call(workshop, script, *flags, *small[script])
         shown.append(capsys.readouterr().out)
     assert (workshop / "runs/teacher/final/adapter_model.safetensors").exists()
+    for run in ("teacher", "student"):
+        assert set(runs.read_jsonl(workshop / f"runs/{run}/metrics.jsonl")[0]) <= documented_metrics()
     for output, following in zip(shown, ("distill.py", "sft_student.py", "evaluate.py"), strict=False):
         assert f"Next: python {following}" in output
     assert "16" in shown[-1] and "runs/student" in shown[-1] and "±" in shown[-1]

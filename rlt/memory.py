@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: MIT
+"""Out of memory on a GPU: the same once more, in smaller micro-batches."""
+
+import gc
+
+import torch
+
+
+class MicroBatched:
+    """Calls functions that take `micro_batch_tokens`: --micro-batch-tokens, halved where a GPU runs out of memory.
+
+    Results do not depend on it, since a loss is divided by what the whole step has.
+    """
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def __call__(self, function, *arguments, **options):
+        """function(..., micro_batch_tokens=...). Where that runs out of memory it is called again, with half as many
+        from here on: it must be a function that can begin anew. Raises torch.OutOfMemoryError if it does so again,
+        which ends a script in one line (rlt/errors.py).
+        """
+        try:
+            return function(*arguments, micro_batch_tokens=self.tokens, **options)
+        except torch.OutOfMemoryError:
+            before, self.tokens = self.tokens, max(1, self.tokens // 2)
+        # not in the except block: there the exception would keep the tensors of the call that failed
+        gc.collect()
+        torch.cuda.empty_cache()
+        print(f"out of memory: --micro-batch-tokens is {self.tokens} from here on, half of {before}. The results stay "
+              "the same.", flush=True)
+        return function(*arguments, micro_batch_tokens=self.tokens, **options)
