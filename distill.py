@@ -19,6 +19,7 @@ import math
 import sys
 
 from rlt import flags, models
+from rlt.console import progress_bar
 from rlt.distributed import all_gather_object, init_distributed
 from rlt.dry_run import ModelFootprint, dry_run
 from rlt.grading import TASKS, gradable, grade_all
@@ -31,7 +32,6 @@ from rlt.rows_file import RowsFile
 from rlt.runs import digest, read_jsonl, write_atomically
 
 import torch
-from tqdm import tqdm
 
 from rewards import score_explanations
 
@@ -135,7 +135,7 @@ def explain(rows, batch):
     scoring_rows = [prompts.scoring_row(*pair) for pair in zip(rows, explanations, strict=True)]
     scored = micro_batched(score_explanations, teacher, student, scoring_rows, lam=args.lam, alpha=args.alpha,
                            kl=args.kl, temperature=args.temperature, vocab=vocab)
-    unclosed = torch.tensor([not (e.closed and e.thought) for e in explanations], device=device)
+    unclosed = torch.tensor([not e.complete for e in explanations], device=device)
     rewards = (scored.reward.reward - args.unclosed_penalty * unclosed).tolist()
     scores, kls = scored.reward.score.tolist(), scored.reward.kl.tolist()
     inspected = ROWS - batch * rows_per_batch * args.samples  # rows of this batch that keep their tokens
@@ -180,8 +180,7 @@ def lines_of(batch):
     return [line for group in groups for line in group]
 
 
-with tqdm(initial=output.first_batch, total=len(batches), unit="batch", dynamic_ncols=True,
-          disable=None if rank == 0 else True) as progress:
+with progress_bar(initial=output.first_batch, total=len(batches), unit="batch") as progress:
     for first in range(output.first_batch, len(batches), world):  # one batch a rank, and the same file by any number
         parts = all_gather_object(lines_of(first + rank) if first + rank < len(batches) else [])
         output.append([line for part in parts for line in part])

@@ -16,14 +16,15 @@ ratio is the new policy's, which doesn't see it, over the old one's, which did; 
 """
 
 import sys
-from collections import Counter
 
 from rlt import flags, models
+from rlt.console import progress_bar
 from rlt.distributed import all_reduce_mean, all_reduce_sum, init_distributed
 from rlt.dry_run import dry_run_rl
+from rlt.episodes import Episode, completion_lengths, pack, split_into_micro_batches, unpack
 from rlt.grading import TASKS, answer_of, gradable, grade_all
 from rlt.grpo import LOSSES, group_advantages, grpo_loss, guided_loss, step_denominator, tis_weights
-from rlt.logprobs import batched_logprobs, completion_logprobs, regroup
+from rlt.logprobs import batched_logprobs, completion_logprobs
 from rlt.lora import update_mode
 from rlt.memory import MicroBatched
 from rlt.prompts import Prompts, show_rows
@@ -42,9 +43,10 @@ from rlt.runs import (
 from rlt.updates import Updates
 
 import torch
-from tqdm import tqdm
 
-from rewards import implementation, micro_batches
+from rewards import implementation
+
+STATS = ("clip_fraction", "guided_log_ratio", "kl_ref")  # of grpo_loss and guided_loss
 
 # ---------------------------------------------------------------------------------------------------------
 parser = flags.make_parser(__doc__)
@@ -109,7 +111,8 @@ policy = models.load_lora(args.model, bits=args.bits, device=device, seed=args.s
                           checkpointing=args.gradient_checkpointing)
 parameters = models.adapter_parameters(policy)
 optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
-updates, micro_batched = Updates(run, optimizer, parameters, tokenizer), MicroBatched(args.micro_batch_tokens)
+updates = Updates(run, optimizer, parameters, tokenizer, STATS)
+micro_batched = MicroBatched(args.micro_batch_tokens)
 if run.checkpoint:
     models.restore(policy, run.checkpoint)
     models.restore_optimizer(optimizer, run.checkpoint)
@@ -119,8 +122,7 @@ run.start(base_hash=models.fingerprint(policy), rows_hash=digest(rows), device=s
 print(f"{run.folder}: {sum(p.numel() for p in parameters):,} trained parameters, {len(rows)} rows, {device}, "
       f"log-probs by {implementation('auto', device.type)}", flush=True)
 
-
-logprob_options = dict(vocab=vocab, temperature=args.temperature)
+distribution = dict(temperature=args.temperature, vocab=vocab)  # what is sampled from, and learned
 
 
 def save(folder):
@@ -143,77 +145,62 @@ def compute_rewards(batch, completions):
     return torch.where(right, good, torch.where(answered, wrong, none)), right, texts
 
 
-def sample_failed_groups_with_hints(batch, completions, rewards, right, texts):
+def sample_failed_groups(batch, completions, rewards, right, texts, *key):
     """Guide-GRPO: groups whose answers all fail are sampled again with the hint, in place.
 
-    -> which answers are hinted (B,), the prompts that the answers were sampled from, tokens sampled, share right.
+    -> for each answer the hinted prompt that it was sampled after, or None; tokens sampled, share right.
     """
-    hinted = ~right.view(-1, args.group_size).any(1).repeat_interleave(args.group_size) & args.hints
-    failed = hinted.nonzero().flatten().tolist()
-    sampled_from = [prompts.question_prompt(row) for row in batch]
+    hinted_prompts = [None] * len(batch)
+    solved = right.view(-1, args.group_size).any(1).repeat_interleave(args.group_size)
+    failed = (~solved).nonzero().flatten().tolist() if args.hints else []
     if not failed:
-        return hinted, sampled_from, 0, None
-    new = sample([prompts.hinted_prompt(batch[i]) for i in failed], "hinted", step, rank)
+        return hinted_prompts, 0, None
+    for i in failed:
+        hinted_prompts[i] = prompts.hinted_prompt(batch[i])
+    new = sample([hinted_prompts[i] for i in failed], "hinted", *key)
     rewards[failed], new_right, new_texts = compute_rewards([batch[i] for i in failed], new)
     for i, completion, text in zip(failed, new, new_texts, strict=True):
-        sampled_from[i], completions[i], texts[i] = prompts.hinted_prompt(batch[i]), completion, text
-    return hinted, sampled_from, sum(len(c.ids) for c in new), new_right.float().mean().item()
+        completions[i], texts[i] = completion, text
+    return hinted_prompts, sum(len(c.ids) for c in new), new_right.float().mean().item()
 
 
-def split_into_batches(widths, hinted, micro_batch_tokens):
-    """Micro-batches of completions, hinted and plain ones apart: their losses differ."""
-    for batch in micro_batches(widths, micro_batch_tokens):
-        for is_hinted in (False, True):
-            if indices := [i for i in batch if hinted[i] == is_hinted]:
-                yield indices
+def update_policy(episodes):
+    """Optimizer steps on one batch, in micro-batches that add up to one loss.
 
-
-def update_policy(batch, prompt_ids, sampled_from, completion_ids, old_logprobs, token_weights, advantages, hinted):
-    """Optimizer steps on completions, in micro-batches that add up to one loss.
-
-    old_logprobs, token_weights (or None): packed; advantages, hinted (B,) -> the last step's loss and gradient norm,
-    and the losses' stats, summed over tokens.
+    -> the last step's loss and gradient norm, and the losses' stats, summed over tokens.
     """
-    lengths = torch.tensor([len(ids) for ids in completion_ids], dtype=torch.long)
-    widths = [max(len(plain), len(other)) + len(ids)
-              for plain, other, ids in zip(prompt_ids, sampled_from, completion_ids, strict=True)]
-    sequences, tokens = all_reduce_sum(len(lengths), int(lengths.sum()))
+    prompt_ids, completion_ids = [e.prompt for e in episodes], [e.completion for e in episodes]
+    sequences, tokens = all_reduce_sum(len(episodes), sum(map(len, completion_ids)))
     if not sequences:  # on no rank
-        return 0.0, 0.0, Counter()
+        return 0.0, 0.0, dict.fromkeys(STATS, 0.0)
     denominator = step_denominator(args.loss, sequences=sequences, tokens=tokens, max_new_tokens=args.max_new_tokens)
-    ref_logprobs = None
     if args.beta > 0:
         with models.use_adapter(policy, "reference"):
-            ref_logprobs, _ = micro_batched(batched_logprobs, policy, prompt_ids, completion_ids, **logprob_options)
+            ref_logprobs, _ = micro_batched(batched_logprobs, policy, prompt_ids, completion_ids, **distribution)
+        unpack(episodes, "ref_logprobs", ref_logprobs)
 
     def compute_gradients(micro_batch_tokens):
         updates.zero_grad()
-        step_loss, stats = 0.0, Counter()
-        batches = list(split_into_batches(widths, hinted, micro_batch_tokens))
-        per_token = [regroup(packed, lengths.tolist(), batches)
-                     for packed in (old_logprobs, ref_logprobs, token_weights)]
-        for indices, old, ref, weights in zip(batches, *per_token, strict=True):
+        for batch in split_into_micro_batches(episodes, micro_batch_tokens):
             logprobs, _ = completion_logprobs(
-                policy, [prompt_ids[i] for i in indices], [completion_ids[i] for i in indices], **logprob_options)
-            common = dict(denominator=denominator, beta=args.beta, loss=args.loss, token_weights=weights)
-            if hinted[indices[0]]:
-                loss, token_stats = guided_loss(logprobs, old, ref, advantages[indices], lengths[indices], **common)
+                policy, [e.prompt for e in batch], [e.completion for e in batch], **distribution)
+            packed = (logprobs, pack(batch, "old_logprobs"), pack(batch, "ref_logprobs"), pack(batch, "advantage"),
+                      completion_lengths(batch))
+            options = dict(denominator=denominator, beta=args.beta, loss=args.loss,
+                           token_weights=pack(batch, "tis_weights"))
+            if batch[0].hinted_prompt:
+                loss, stats = guided_loss(*packed, **options)
             else:
-                loss, token_stats = grpo_loss(logprobs, old, ref, advantages[indices], lengths[indices],
-                                              epsilon_low=args.epsilon_low, epsilon_high=args.epsilon_high, **common)
-            updates.backward(loss, [(batch[i], completion_ids[i]) for i in indices])
-            step_loss += loss.item()
-            stats.update({key: value.item() for key, value in token_stats.items()})
-        return step_loss, stats
+                loss, stats = grpo_loss(*packed, epsilon_low=args.epsilon_low, epsilon_high=args.epsilon_high,
+                                        **options)
+            updates.backward(loss, [(e.row, e.completion) for e in batch], stats)
 
     update_mode(policy)
     for _ in range(args.updates_per_batch):
-        step_loss, stats = micro_batched(compute_gradients)
-        grad_norm = updates.step(step_loss)
+        micro_batched(compute_gradients)
+        loss, grad_norm, stats = updates.step()
     policy.eval()
-    names = ("kl_ref", "clip_fraction", "guided_log_ratio")
-    step_loss, *values = all_reduce_sum(step_loss, *(stats[name] for name in names))
-    return step_loss, grad_norm, dict(zip(names, values, strict=True))
+    return loss, grad_norm, stats
 
 
 def held_out_success(*key):
@@ -222,8 +209,7 @@ def held_out_success(*key):
     return compute_rewards(held_out, completions)[1].float().mean().item()
 
 
-progress = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, unit="step", dynamic_ncols=True,
-                disable=None if rank == 0 else True)
+progress = progress_bar(range(run.step, args.steps), initial=run.step, total=args.steps, unit="step")
 for step in run.steps(progress, save):
     eval_solved_before = held_out_success("before") if step == 0 and held_out and rank == 0 else None
     timer = StepTimer(device)
@@ -238,9 +224,8 @@ for step in run.steps(progress, save):
     # 2. rewards (B,); where all answers to a question fail, new ones with the hint
     rewards, right, texts = compute_rewards(batch, completions)
     solved = right.float().mean().item()
-    hinted, sampled_from, hinted_tokens, hinted_solved = sample_failed_groups_with_hints(
-        batch, completions, rewards, right, texts)
-    completion_ids = [c.ids for c in completions]
+    hinted_prompts, hinted_tokens, hinted_solved = sample_failed_groups(
+        batch, completions, rewards, right, texts, step, rank)
     timer.end("rollout")
 
     # 3. advantages (B,): how much better each answer is than the others to its question; equal groups are dropped
@@ -250,23 +235,27 @@ for step in run.steps(progress, save):
     kept = (signal.repeat_interleave(args.group_size) | args.keep_zero_groups).nonzero().flatten().tolist()
 
     # 4. old log-probs and entropies of what is learned from, by the policy and the prompt that it was sampled from
-    learned = [[values[i] for i in kept] for values in (batch, prompt_ids, sampled_from, completion_ids)]
-    _, learned_prompts, learned_from, learned_ids = learned
-    old_logprobs, entropies = micro_batched(batched_logprobs, policy, learned_from, learned_ids, **logprob_options)
+    episodes = [Episode(batch[i], prompt_ids[i], completions[i].ids, advantages[i], hinted_prompts[i]) for i in kept]
+    completion_ids = [e.completion for e in episodes]
+    old_logprobs, entropies = micro_batched(
+        batched_logprobs, policy, [e.hinted_prompt or e.prompt for e in episodes], completion_ids, **distribution)
     sampler_logprobs = torch.tensor([p for i in kept for p in completions[i].logprobs], device=device)
     logprob_diff = check_logprob_diff(sampler_logprobs, old_logprobs, args.max_logprob_diff)
-    token_weights, tis = None, {}
+    tis = {}
     if args.engine == "vllm" and args.tis_cap:
         token_weights, tis = tis_weights(old_logprobs, sampler_logprobs, args.tis_cap)
+        unpack(episodes, "tis_weights", token_weights)
         tis = {key: all_reduce_mean(value, len(token_weights)) for key, value in tis.items()}
     if args.hint_ratio == "naive":
-        old_logprobs, _ = micro_batched(batched_logprobs, policy, learned_prompts, learned_ids, **logprob_options)
+        old_logprobs, _ = micro_batched(
+            batched_logprobs, policy, [e.prompt for e in episodes], completion_ids, **distribution)
+    unpack(episodes, "old_logprobs", old_logprobs)
     timer.end("score")
 
     # 5. the policy update
     for group in optimizer.param_groups:
         group["lr"] = args.lr * lr_fraction(step, run.lr_steps, args.warmup_steps, args.final_lr_fraction)
-    loss, grad_norm, stats = update_policy(*learned, old_logprobs, token_weights, advantages[kept], hinted[kept])
+    loss, grad_norm, stats = update_policy(episodes)
     engine.load_adapter(policy)
     if args.beta > 0 and args.sync_ref_every and (step + 1) % args.sync_ref_every == 0:
         models.sync_reference(policy, args.sync_ref_mix)
@@ -274,20 +263,21 @@ for step in run.steps(progress, save):
 
     # 6. measure on held-out rows, log; run.steps saves
     eval_solved = None
-    if held_out and rank == 0 and (step % args.eval_every == 0 or step + 1 == args.steps):
+    if held_out and rank == 0 and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
         eval_solved = held_out_success(step, rank)
-    B, n_hinted = len(batch), int(hinted.sum())
+    B, n_hinted = len(batch), sum(prompt is not None for prompt in hinted_prompts)
+    lengths = [len(c.ids) for c in completions]
     plain, guided, usable, tokens = all_reduce_sum(
-        sum(len(completion_ids[i]) for i in kept if not hinted[i]),
-        sum(len(completion_ids[i]) for i in kept if hinted[i]), int(signal.sum()), sampled_tokens + hinted_tokens)
+        sum(len(e.completion) for e in episodes if not e.hinted_prompt),
+        sum(len(e.completion) for e in episodes if e.hinted_prompt), int(signal.sum()), sampled_tokens + hinted_tokens)
     entry = {
         "step": step, "reward": all_reduce_mean(rewards.mean().item(), B),
         "reward_std": all_reduce_mean(groups.std(1).mean().item(), B), "solved": all_reduce_mean(solved, B),
         "hinted": all_reduce_mean(n_hinted / B, B) if args.hints else None,
         "hinted_solved": all_reduce_mean(hinted_solved, n_hinted),
         "zero_groups": all_reduce_mean((~signal).float().mean().item(), B), "usable_groups": usable,
-        "sampled_tokens": tokens, "length": all_reduce_mean(sum(map(len, completion_ids)) / B, B),
-        **quantiles("length", map(len, completion_ids)),
+        "sampled_tokens": tokens, "length": all_reduce_mean(sum(lengths) / B, B),
+        **quantiles("length", lengths),
         "kl_ref": stats["kl_ref"] / (plain + guided) if args.beta > 0 and plain + guided else None,
         "entropy": all_reduce_mean(entropies.mean().item(), len(entropies)),
         "clip_fraction": stats["clip_fraction"] / plain if plain else None,
@@ -296,11 +286,11 @@ for step in run.steps(progress, save):
         "grad_norm": grad_norm, "eval_solved": eval_solved, "eval_solved_before": eval_solved_before,
         **timer.numbers, "tokens_per_s": tokens / timer.seconds,
     }
-    progress.write(run.log(entry))
+    run.log(entry, progress)
     if step % 10 == 0 or step + 1 == args.steps:
         run.log_samples([{
             "step": step, "question": batch[i]["question"], "solution": batch[i]["solution"], "answer": texts[i],
-            "hinted": bool(hinted[i]), "reward": rewards[i].item(),
+            "hinted": hinted_prompts[i] is not None, "reward": rewards[i].item(),
         } for i in sorted({0, int(rewards.argmax())})])
 
 final = run.finish(lambda folder: models.save_model(policy, tokenizer, folder))

@@ -16,6 +16,7 @@ import sys
 from typing import NamedTuple
 
 from rlt import flags, models
+from rlt.console import progress_bar
 from rlt.distributed import all_reduce_sum, init_distributed
 from rlt.dry_run import ModelFootprint, dry_run
 from rlt.errors import UserError
@@ -27,7 +28,6 @@ from rlt.runs import Run, StepTimer, batch_indices, digest, lr_fraction, seed_fo
 from rlt.updates import Updates
 
 import torch
-from tqdm import tqdm
 
 from rewards import micro_batches
 
@@ -144,14 +144,11 @@ def losses(batch, micro_batch_tokens):
 
 
 def compute_gradients(batch, tokens, micro_batch_tokens):
-    """The gradients of this rank's share of a loss, a mean over `tokens` -> that share."""
+    """The gradients of this rank's share of a loss, a mean over the `tokens` of all ranks."""
     updates.zero_grad()
     torch.manual_seed(seed_for(args.seed, "dropout", step, rank))  # a resumed run draws what the first would have
-    loss = 0.0
     for micro_batch, micro_loss in losses(batch, micro_batch_tokens):
-        updates.backward(micro_loss / tokens, [(x.row, x.supervised) for x in micro_batch])
-        loss += micro_loss.item() / tokens
-    return loss
+        updates.backward(micro_loss.double() / tokens, [(x.row, x.supervised) for x in micro_batch])
 
 
 @torch.no_grad()
@@ -159,8 +156,7 @@ def sum_of_losses(batch, micro_batch_tokens):
     return sum(micro_loss.item() for _, micro_loss in losses(batch, micro_batch_tokens))
 
 
-progress = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, unit="step", dynamic_ncols=True,
-                disable=None if rank == 0 else True)
+progress = progress_bar(range(run.step, args.steps), initial=run.step, total=args.steps, unit="step")
 for step in run.steps(progress, save):
     timer = StepTimer(device)
     batch = [examples[i] for i in batch_indices(len(examples), args.batch_size, step, args.seed)]
@@ -170,9 +166,8 @@ for step in run.steps(progress, save):
 
     # 1. forward and backward on this rank's share, an optimizer step on all
     model.train()
-    loss = micro_batched(compute_gradients, batch[rank::world], tokens)
-    grad_norm = updates.step(loss)
-    (loss,) = all_reduce_sum(loss)
+    micro_batched(compute_gradients, batch[rank::world], tokens)
+    loss, grad_norm, _ = updates.step()
     model.eval()
     timer.end("update")
 
@@ -181,11 +176,10 @@ for step in run.steps(progress, save):
     if validation and args.eval_every and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
         (val_loss,) = all_reduce_sum(micro_batched(sum_of_losses, validation[rank::world]))
         val_loss /= sum(len(x.supervised) for x in validation)
-    line = run.log({"step": step, "loss": loss, "val_loss": val_loss, "lr": optimizer.param_groups[0]["lr"],
-                    "grad_norm": grad_norm, **timer.numbers, "tokens_per_s": tokens / timer.seconds})
+    run.log({"step": step, "loss": loss, "val_loss": val_loss, "lr": optimizer.param_groups[0]["lr"],
+             "grad_norm": grad_norm, **timer.numbers, "tokens_per_s": tokens / timer.seconds},
+            progress if val_loss is not None else None)
     progress.set_postfix_str(f"loss {loss:.4g}")
-    if val_loss is not None:
-        progress.write(line)
 
 final = run.finish(lambda folder: models.save_model(model, tokenizer, folder))
 if args.format == "teacher":

@@ -15,14 +15,15 @@ explanation, and says how likely the solution now is:
 """
 
 import sys
-from collections import Counter
 
 from rlt import flags, models
+from rlt.console import progress_bar
 from rlt.distributed import all_reduce_mean, all_reduce_sum, init_distributed
 from rlt.dry_run import dry_run_rl
+from rlt.episodes import Episode, completion_lengths, pack, split_into_micro_batches, unpack
 from rlt.grpo import LOSSES, group_advantages, group_scale, grpo_loss, pathwise_kl_loss, step_denominator, tis_weights
 from rlt.inspection import token_numbers
-from rlt.logprobs import batched_logprobs, completion_logprobs, completion_logprobs_and_kl, regroup
+from rlt.logprobs import batched_logprobs, completion_logprobs, completion_logprobs_and_kl
 from rlt.lora import update_mode
 from rlt.memory import MicroBatched
 from rlt.prompts import Prompts, show_rows
@@ -42,9 +43,10 @@ from rlt.runs import (
 from rlt.updates import Updates
 
 import torch
-from tqdm import tqdm
 
-from rewards import implementation, micro_batches, score_explanations
+from rewards import implementation, score_explanations
+
+STATS = ("clip_fraction", "kl_ref")  # of grpo_loss
 
 # ---------------------------------------------------------------------------------------------------------
 parser = flags.make_parser(__doc__)
@@ -108,7 +110,8 @@ if args.offload_student:
     student.to("cpu")
 parameters = models.adapter_parameters(policy)
 optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
-updates, micro_batched = Updates(run, optimizer, parameters, tokenizer), MicroBatched(args.micro_batch_tokens)
+updates = Updates(run, optimizer, parameters, tokenizer, STATS)
+micro_batched = MicroBatched(args.micro_batch_tokens)
 if run.checkpoint:
     models.restore(policy, run.checkpoint)
     models.restore_optimizer(optimizer, run.checkpoint)
@@ -118,6 +121,8 @@ run.start(base_hash=models.fingerprint(policy), student_hash=student_hash, stude
           rows_hash=digest(rows), device=str(device), rows=len(rows))
 print(f"{run.folder}: {sum(p.numel() for p in parameters):,} trained parameters, {len(rows)} rows, {device}, "
       f"log-probs by {implementation('auto', device.type)}", flush=True)
+
+distribution = dict(temperature=args.temperature, vocab=vocab)  # what is sampled from, and scored
 
 
 def save(folder):
@@ -137,71 +142,60 @@ def compute_rewards(batch, completions):
     scoring_rows = [prompts.scoring_row(row, e) for row, e in zip(batch, explanations, strict=True)]
     with models.on_device(device, student):
         scored = micro_batched(score_explanations, policy, student, scoring_rows, lam=args.lam, alpha=args.alpha,
-                               kl=args.kl, temperature=args.temperature, vocab=vocab)
-    unclosed = torch.tensor([not (e.closed and e.thought) for e in explanations], device=device)
+                               kl=args.kl, **distribution)
+    unclosed = torch.tensor([not e.complete for e in explanations], device=device)
     return scored.reward.reward - args.unclosed_penalty * unclosed, explanations, scoring_rows, scored
 
 
-def update_policy(batch, prompt_ids, completion_ids, scoring_rows, old_logprobs, token_weights, advantages, scales):
+def update_policy(episodes):
     """Optimizer steps on one batch, in micro-batches that add up to one loss.
 
-    old_logprobs, token_weights (or None): packed; advantages, scales (B,) -> the last step's loss and gradient norm,
-    and grpo_loss's stats, means over tokens.
+    -> the last step's loss and gradient norm, and grpo_loss's stats, means over tokens.
     """
-    lengths = torch.tensor([len(ids) for ids in completion_ids])
-    widths = [len(prompt) + len(completion) for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
-    sequences, tokens = all_reduce_sum(len(lengths), int(lengths.sum()))
+    prompt_ids, completion_ids = [e.prompt for e in episodes], [e.completion for e in episodes]
+    sequences, tokens = all_reduce_sum(len(episodes), sum(map(len, completion_ids)))
     denominator = step_denominator(args.loss, sequences=sequences, tokens=tokens, max_new_tokens=args.max_new_tokens)
-    options = dict(vocab=vocab, temperature=args.temperature)
-    ref_logprobs = None
     if args.beta > 0:
         with models.use_adapter(policy, "reference"):
-            ref_logprobs, _ = micro_batched(batched_logprobs, policy, prompt_ids, completion_ids, **options)
+            ref_logprobs, _ = micro_batched(batched_logprobs, policy, prompt_ids, completion_ids, **distribution)
+        unpack(episodes, "ref_logprobs", ref_logprobs)
 
     def compute_gradients(micro_batch_tokens):
         updates.zero_grad()
-        step_loss, stats = 0.0, Counter()
-        batches = list(micro_batches(widths, micro_batch_tokens))
-        per_token = [regroup(packed, lengths.tolist(), batches)
-                     for packed in (old_logprobs, ref_logprobs, token_weights)]
-        for indices, old, ref, weights in zip(batches, *per_token, strict=True):
+        for batch in split_into_micro_batches(episodes, micro_batch_tokens):
+            lengths = completion_lengths(batch)
             if args.kl_gradient:
-                logprobs, token_kl = completion_logprobs_and_kl(
-                    policy, student, [scoring_rows[i] for i in indices], **options)
+                scoring_rows = [e.scoring_row for e in batch]
+                logprobs, token_kl = completion_logprobs_and_kl(policy, student, scoring_rows, **distribution)
             else:
                 logprobs, _ = completion_logprobs(
-                    policy, [prompt_ids[i] for i in indices], [completion_ids[i] for i in indices], **options)
-            loss, token_stats = grpo_loss(logprobs, old, ref, advantages[indices], lengths[indices],
-                                          denominator=denominator, epsilon_low=args.epsilon_low,
-                                          epsilon_high=args.epsilon_high, beta=args.beta, loss=args.loss,
-                                          token_weights=weights)
+                    policy, [e.prompt for e in batch], [e.completion for e in batch], **distribution)
+            packed = (logprobs, pack(batch, "old_logprobs"), pack(batch, "ref_logprobs"), pack(batch, "advantage"))
+            loss, stats = grpo_loss(*packed, lengths, denominator=denominator, beta=args.beta, loss=args.loss,
+                                    token_weights=pack(batch, "tis_weights"), epsilon_low=args.epsilon_low,
+                                    epsilon_high=args.epsilon_high)
             if args.kl_gradient:
-                thought_lengths = torch.tensor([len(scoring_rows[i].thought) for i in indices])
-                loss = loss + pathwise_kl_loss(token_kl, thought_lengths, lengths[indices], scales[indices],
-                                               lam=args.lam, alpha=args.alpha, denominator=denominator, loss=args.loss)
-            updates.backward(loss, [(batch[i], completion_ids[i]) for i in indices])
-            step_loss += loss.item()
-            stats.update({key: value.item() for key, value in token_stats.items()})
-        return step_loss, stats
+                thought_lengths = torch.tensor([len(row.thought) for row in scoring_rows])
+                loss = loss + pathwise_kl_loss(token_kl, thought_lengths, lengths, pack(batch, "scale"), lam=args.lam,
+                                               alpha=args.alpha, denominator=denominator, loss=args.loss)
+            updates.backward(loss, [(e.row, e.completion) for e in batch], stats)
 
     update_mode(policy)
     for _ in range(args.updates_per_batch):
-        step_loss, stats = micro_batched(compute_gradients)
-        grad_norm = updates.step(step_loss)
+        micro_batched(compute_gradients)
+        loss, grad_norm, stats = updates.step()
     policy.eval()
-    step_loss, *values = all_reduce_sum(step_loss, *stats.values())
-    return step_loss, grad_norm, {key: value / tokens for key, value in zip(stats, values, strict=True)}
+    return loss, grad_norm, {key: value / tokens for key, value in stats.items()}
 
 
 def summarize(batch, explanations, scored, rewards):
     """What metrics.jsonl says of a step's explanations: means over those of all ranks."""
-    B, reward = len(batch), scored.reward
-    groups = rewards.view(-1, args.group_size)
+    B, groups = len(batch), rewards.view(-1, args.group_size)
     means = {
         "reward": rewards.mean().item(),
         "reward_std": groups.std(1).mean().item(),
         "zero_groups": (groups == groups[:, :1]).all(1).float().mean().item(),
-        **{key: getattr(reward, key).mean().item() for key in ("score", "kl", "score_min", "kl_max")},
+        **{key: getattr(scored.reward, key).mean().item() for key in ("score", "kl", "score_min", "kl_max")},
         "closed": sum(e.closed for e in explanations) / B,
         "empty": sum(not e.thought for e in explanations) / B,
         "foreign_tags": sum(e.foreign_tags for e in explanations) / B,
@@ -221,8 +215,7 @@ def held_out_reward(*key):
     return compute_rewards(held_out, completions)[0].mean().item()
 
 
-progress = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, unit="step", dynamic_ncols=True,
-                disable=None if rank == 0 else True)
+progress = progress_bar(range(run.step, args.steps), initial=run.step, total=args.steps, unit="step")
 for step in run.steps(progress, save):
     eval_reward_before = held_out_reward("before") if step == 0 and held_out and rank == 0 else None
     timer = StepTimer(device)
@@ -247,14 +240,21 @@ for step in run.steps(progress, save):
     scales = group_scale(groups, scale=args.advantage_scale).repeat_interleave(args.group_size)
 
     # 4. the policy update; a sampling engine that is not quite the policy is corrected for
-    token_weights, tis = None, {}
+    episodes = [Episode(row, prompt, ids, advantage, scale=scale, scoring_row=scoring_row)
+                for row, prompt, ids, advantage, scale, scoring_row
+                in zip(batch, prompt_ids, completion_ids, advantages, scales, scoring_rows, strict=True)]
+    # The old log-probs of a batch's only update are its own: no rounding in the ratio. A CPU keeps the scoring pass's,
+    # which differ in the last bits of float32, so that results stay those of the figures.
+    if device.type != "cuda" or args.updates_per_batch > 1:
+        unpack(episodes, "old_logprobs", scored.old_logprobs)
+    tis = {}
     if args.engine == "vllm" and args.tis_cap:
         token_weights, tis = tis_weights(scored.old_logprobs, sampler_logprobs, args.tis_cap)
+        unpack(episodes, "tis_weights", token_weights)
         tis = {key: all_reduce_mean(value, len(token_weights)) for key, value in tis.items()}
     for group in optimizer.param_groups:
         group["lr"] = args.lr * lr_fraction(step, run.lr_steps, args.warmup_steps, args.final_lr_fraction)
-    loss, grad_norm, stats = update_policy(batch, prompt_ids, completion_ids, scoring_rows, scored.old_logprobs,
-                                           token_weights, advantages, scales)
+    loss, grad_norm, stats = update_policy(episodes)
     engine.load_adapter(policy)
     if args.beta > 0 and args.sync_ref_every and (step + 1) % args.sync_ref_every == 0:
         models.sync_reference(policy, args.sync_ref_mix)
@@ -262,16 +262,17 @@ for step in run.steps(progress, save):
 
     # 5. measure on held-out rows, log; run.steps saves
     eval_reward = None
-    if held_out and rank == 0 and (step % args.eval_every == 0 or step + 1 == args.steps):
+    if held_out and rank == 0 and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
         eval_reward = held_out_reward(step, rank)
     tokens = all_reduce_sum(sum(scored.completion_lengths))[0]
     entry = {
-        "step": step, **summarize(batch, explanations, scored, rewards), "kl_ref": stats.get("kl_ref"),
-        "clip_fraction": stats["clip_fraction"], "sampler_logprob_diff": logprob_diff, **tis, "loss": loss,
-        "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm, "eval_reward": eval_reward,
-        "eval_reward_before": eval_reward_before, **timer.numbers, "tokens_per_s": tokens / timer.seconds,
+        "step": step, **summarize(batch, explanations, scored, rewards),
+        "kl_ref": stats["kl_ref"] if args.beta > 0 else None, "clip_fraction": stats["clip_fraction"],
+        "sampler_logprob_diff": logprob_diff, **tis, "loss": loss, "lr": optimizer.param_groups[0]["lr"],
+        "grad_norm": grad_norm, "eval_reward": eval_reward, "eval_reward_before": eval_reward_before,
+        **timer.numbers, "tokens_per_s": tokens / timer.seconds,
     }
-    progress.write(run.log(entry))
+    run.log(entry, progress)
     if warning := reward_is_dropping(run.metrics):
         progress.write(f"warning: {warning} Lower --lr or raise --beta.")
     if step % 10 == 0 or step + 1 == args.steps:

@@ -22,6 +22,8 @@ import math
 
 import torch
 
+from rewards import to_device
+
 LOSSES = ("grpo", "dapo", "dr_grpo", "gspo")
 
 
@@ -80,8 +82,9 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, lengths, *, deno
     """The clipped loss of a micro-batch: B sequences with N completion tokens in all -> (loss (), stats).
 
     logprobs, old_logprobs, ref_logprobs: (N,) nats of the sampled tokens under the policy (with gradient),
-      the policy that sampled, and the reference (or None where beta is 0: then no KL is logged).
-    advantages: (B,). lengths: (B,) tokens of each sequence. denominator: from step_denominator.
+      the policy that sampled, and the reference (or None where beta is 0: then no KL is logged). old_logprobs None
+      are the policy's own, without gradient: right in the first update of a batch, and free of rounding.
+    advantages: (B,). lengths: (B,) tokens of each sequence, on the host. denominator: from step_denominator.
     token_weights: (N,) factors of the clipped term, from tis_weights; None: 1.
     stats: sums over tokens; added over micro-batches and divided by the step's tokens they are
       clip_fraction, tokens without gradient because the ratio (in gspo their sequence's) left its range, and
@@ -90,11 +93,13 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, lengths, *, deno
     if not 0 <= epsilon_low < 1 or epsilon_high < 0:
         raise ValueError(f"epsilon_low {epsilon_low}, epsilon_high {epsilon_high}: expected 0 <= epsilon_low "
                          "< 1 and epsilon_high >= 0, to keep ratios in [1 - epsilon_low, 1 + epsilon_high].")
+    old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
     lengths = _checked_lengths(lengths, loss, logprobs, old_logprobs)
     log_ratio = logprobs - old_logprobs                                                             # (N,)
     if loss == "gspo":
-        log_ratio = torch.segment_reduce(log_ratio, "mean", lengths=lengths).repeat_interleave(lengths)
-    advantages = advantages.repeat_interleave(lengths)                                              # (N,)
+        means = torch.segment_reduce(log_ratio, "mean", lengths=lengths, unsafe=True)  # not checked again
+        log_ratio = _per_token(means, lengths, logprobs)
+    advantages = _per_token(advantages, lengths, logprobs)                                          # (N,)
     # min(r A, clip(r) A) is A min(r, 1 + high) where A > 0 and A max(r, 1 - low) where A < 0. Clamped before
     # exp(), so that a clipped token's gradient is 0 even where exp() would overflow and make it 0 * inf.
     clamped = torch.where(advantages >= 0, log_ratio.clamp(max=math.log1p(epsilon_high)),
@@ -121,17 +126,17 @@ def guided_loss(logprobs, hinted_logprobs, ref_logprobs, advantages, lengths, *,
     """
     if loss == "gspo":
         raise ValueError("loss 'gspo' for guided rows: their ratio is per token. Use grpo, dapo or dr_grpo.")
-    lengths = _checked_lengths(lengths, loss, logprobs, hinted_logprobs)
+    on_host, lengths = lengths.tolist(), _checked_lengths(lengths, loss, logprobs, hinted_logprobs)
     log_ratio = logprobs - hinted_logprobs                                                          # (N,)
     if quantile is None:
         weight = log_ratio.exp()
     else:
         # log gamma, with the sequence's largest r divided out before exp(), so that nothing overflows
-        rows = [(row, row.max()) for row in log_ratio.detach().split(lengths.tolist())]
+        rows = [(row, row.max()) for row in log_ratio.detach().split(on_host)]
         log_gamma = torch.stack([(row - top).exp().quantile(quantile).log() + top for row, top in rows])
-        log_gamma = log_gamma.clamp(min=math.log(1e-4)).repeat_interleave(lengths)                  # (N,)
+        log_gamma = _per_token(log_gamma.clamp(min=math.log(1e-4)), lengths, logprobs)              # (N,)
         weight = torch.sigmoid(log_ratio - log_gamma)                            # this is r / (r + gamma)
-    token_loss = -advantages.repeat_interleave(lengths) * weight
+    token_loss = -_per_token(advantages, lengths, logprobs) * weight
     if token_weights is not None:
         token_loss = token_loss * token_weights
     stats = {"guided_log_ratio": log_ratio.detach().sum()}
@@ -151,19 +156,24 @@ def pathwise_kl_loss(token_kl, thought_lengths, lengths, scales, *, lam, alpha, 
     """
     per_sequence = lam * scales / denominator
     if loss in ("grpo", "gspo"):
-        per_sequence = per_sequence / lengths.to(scales.device)
+        per_sequence = per_sequence / to_device(scales.device, lengths)
     parts = token_kl.split(thought_lengths.tolist())
     return sum(weight * (part.mean() + alpha * part.max())
                for weight, part in zip(per_sequence, parts, strict=True) if len(part))
 
 
 def _checked_lengths(lengths, loss, *packed):
-    """The lengths (B,), on the device of the packed tensors (N,)."""
+    """The lengths (B,), which are on the host, on the device of the packed tensors (N,). Nothing waits for it."""
     if loss not in LOSSES:
         raise ValueError(f"loss {loss!r}: expected one of {', '.join(LOSSES)}.")
     assert lengths.min() > 0, "a completion of no tokens: even an empty one has its end token"
     assert all(x.shape == (int(lengths.sum()),) for x in packed), "the log-probs are not packed by these lengths"
-    return lengths.to(packed[0].device)
+    return to_device(packed[0].device, lengths)
+
+
+def _per_token(values, lengths, logprobs):
+    """values (B,) of sequences -> (N,), one of each token. Without the output's size it would wait for the device."""
+    return values.repeat_interleave(lengths, output_size=len(logprobs))
 
 
 def _add_reference_kl(token_loss, logprobs, ref_logprobs, beta, stats):
@@ -181,5 +191,5 @@ def _add_reference_kl(token_loss, logprobs, ref_logprobs, beta, stats):
 def _sum(token_loss, lengths, loss):
     """Token losses (N,) summed over tokens and sequences as `loss` has it -> ()."""
     if loss in ("grpo", "gspo"):
-        token_loss = token_loss / lengths.repeat_interleave(lengths)
+        token_loss = token_loss / _per_token(lengths, lengths, token_loss)
     return token_loss.sum()

@@ -75,14 +75,6 @@ def batched_logprobs(model, prompts, completions, *, micro_batch_tokens, **optio
     return tuple(torch.cat([empty, *(parts[i][kind] for i in range(len(parts)))]) for kind in (0, 1))
 
 
-def regroup(values, lengths, batches):
-    """Packed values (N,) of sequences of these lengths, packed anew for each list of indices. None stays None."""
-    if values is None:
-        return [None] * len(batches)
-    parts = values.split(lengths)
-    return [torch.cat([parts[i] for i in indices]) for indices in batches]
-
-
 class _HeadLogprobs(torch.autograd.Function):
     """states (N, H) -> log p[ids] and entropy, (N,) each, of states @ weight.T + bias, a chunk at a time.
 

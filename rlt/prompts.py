@@ -58,6 +58,11 @@ class Explanation(NamedTuple):
     closed: bool  # it ended properly: closing tag, then the end of the turn, and no foreign tags before
     foreign_tags: bool  # the text has special tokens or tags: it could forge a solution block
 
+    @property
+    def complete(self):
+        """Closed, and with a thought: the reward of any other has the penalty."""
+        return bool(self.closed and self.thought)
+
 
 class Prompts:
     """One tokenizer's prompts and training rows.

@@ -422,7 +422,8 @@ def test_a_killed_run_is_planned_too(workshop, tmp_path):
     flags = ["--data", "toy", "--limit", 100, "--val-rows", 8, "--batch-size", 8, "--out", tmp_path / "run"]
     call(workshop, "sft_student.py", *flags, "--steps", 1)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    status, printed = dry(workshop, "sft_student.py", *flags, "--steps", 2, "--resume", "--dry-run")
+    status, printed = dry(workshop, "sft_student.py", *flags, "--steps", 2, "--lr-steps", 2, "--resume",
+                          "--dry-run")
     assert status == 0 and "fits" in printed
     with pytest.raises(UserError, match="was started with lr"):
         call(workshop, "sft_student.py", *flags, "--lr", 1, "--resume", "--dry-run")

@@ -276,7 +276,7 @@ def test_an_update_that_is_not_finite_is_skipped(tmp_path, bad):
         for step in range(3):
             updates.backward(weights.square().sum() / 2, rows("file:1"))
             updates.backward(weights.sum() / 2, rows("file:2", "file:3"))
-            updates.step(1.0)
+            updates.step()
             if name == "met" and step == 1:
                 before = weights.detach().clone()
                 updates.backward(weights.sum(), rows("file:4"))
@@ -288,7 +288,7 @@ def test_an_update_that_is_not_finite_is_skipped(tmp_path, bad):
                 if "gradient" in bad:
                     handle.remove()
                 updates.backward(weights.sum(), rows("file:7"))
-                updates.step(loss.item())
+                updates.step()
                 assert torch.equal(weights, before)
                 report = json.loads((run.folder / "bad_step.json").read_text())
                 assert [row["where"] for row in report["rows"]] == ["file:5", "file:6"]
@@ -302,12 +302,64 @@ def test_bad_updates_in_a_row_stop_the_run(tmp_path):
 
     def take(factor):
         updates.backward(weights.sum() * factor, rows("file:1"))
-        updates.step(factor)
+        updates.step()
 
     for factor in (float("nan"), 1.0, float("nan")):  # not in a row
         take(factor)
-    with pytest.raises(UserError, match="step 1: loss inf, gradient norm inf: not finite for 2 updates in a row"):
+    with pytest.raises(UserError, match="step 0: loss inf, gradient norm inf: not finite for 2 updates in a row"):
         take(float("inf"))
+
+
+class OnDevice(torch.Tensor):
+    """A tensor whose content is noted as soon as the program asks for it, and that of all that comes of it."""
+
+    events = []
+    reads = {getattr(torch.Tensor, name) for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__",
+                                                      "__int__", "__format__", "nonzero")}
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function in cls.reads:
+            cls.events.append("read")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+UPDATES = [("train_rlt.py", ""), ("train_rlt.py", "--kl exact --kl-gradient"), ("rl_student.py", ""),
+           ("rl_student.py", "--hints"), ("sft_student.py", "")]
+
+
+@pytest.mark.parametrize(("script", "flags"), UPDATES)
+def test_the_host_reads_nothing_between_micro_batches(workshop, tmp_path, monkeypatch, script, flags):
+    """Log-probs, losses and the gradient's norm are read once all micro-batches of an update are done: on a GPU each
+    read waits until the GPU has nothing left to do."""
+    from rlt import logprobs
+
+    def on_device(function):
+        def wrapped(*args, **options):
+            values = function(*args, **options)  # of an update: those before it are read
+            return [x.as_subclass(OnDevice) for x in values] if torch.is_grad_enabled() else values
+        return wrapped
+
+    def backward(updates, *args, plain=Updates.backward):
+        OnDevice.events.append("micro-batch")
+        plain(updates, *args)
+
+    def step(updates, *args, plain=Updates.step):
+        OnDevice.events.append("step")
+        return plain(updates, *args)
+
+    norm = torch.nn.utils.get_total_norm
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda grads: norm(grads).as_subclass(OnDevice))
+    for name in ("completion_logprobs", "completion_logprobs_and_kl"):
+        monkeypatch.setattr(logprobs, name, on_device(getattr(logprobs, name)))
+    monkeypatch.setattr(Updates, "backward", backward)
+    monkeypatch.setattr(Updates, "step", step)
+    monkeypatch.setattr(OnDevice, "events", [])
+    call(workshop, script, *SMALL[script], *flags.split(), "--steps", 1, "--micro-batch-tokens", 64, "--eval-every", 0,
+         "--out", tmp_path / "run")
+    loop, _, after = " ".join(OnDevice.events).partition(" step")
+    assert loop.count("micro-batch") > 2 and loop.count("read") >= 1, "the test must see the reads before the step"
+    assert loop.rfind("micro-batch") < loop.find("read"), loop
 
 
 @pytest.mark.parametrize("script", TRAINERS)

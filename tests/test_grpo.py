@@ -8,7 +8,15 @@ import json
 import math
 from pathlib import Path
 
-from rlt.grpo import LOSSES, group_advantages, grpo_loss, guided_loss, step_denominator, tis_weights
+from rlt.grpo import (
+    LOSSES,
+    group_advantages,
+    grpo_loss,
+    guided_loss,
+    pathwise_kl_loss,
+    step_denominator,
+    tis_weights,
+)
 
 import pytest
 import torch
@@ -349,3 +357,40 @@ def test_guided_weight_stays_finite():
     new = torch.tensor([-90.0, 0.0, 90.0, -500.0], requires_grad=True)
     loss, _ = guided_loss(new, torch.zeros(4), None, torch.ones(2), torch.tensor([3, 1]), denominator=1)
     assert loss.isfinite() and torch.autograd.grad(loss, new)[0].isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# what a GPU would wait for
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("function", [grpo_loss, guided_loss, pathwise_kl_loss])
+def test_no_loss_waits_for_the_device(function, loss):
+    """On the meta device, where tensors have no content: reading a number, or a size that depends on it, fails."""
+    if function is guided_loss and loss == "gspo":
+        return  # refused, see above
+    lengths = torch.tensor([3, 1, 4])
+
+    def tensor(n):
+        return torch.empty(n, device="meta", requires_grad=True)
+
+    if function is pathwise_kl_loss:
+        value = pathwise_kl_loss(tensor(6), torch.tensor([2, 0, 4]), lengths, tensor(3), lam=3.0, alpha=0.01,
+                                 denominator=3, loss=loss)
+    else:
+        value, stats = function(tensor(8), tensor(8), tensor(8), tensor(3), lengths, denominator=3, beta=0.1, loss=loss,
+                                token_weights=tensor(8))
+        assert all(number.is_meta for number in stats.values())
+    value.backward()
+    with pytest.raises(RuntimeError):
+        value.item()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_without_old_logprobs_they_are_the_policys_own(loss):
+    new, _, ref, advantages, lengths = batch()
+    common = dict(denominator=denominator(loss, lengths), beta=0.1, loss=loss)
+    (ours, stats), (given, _) = (grpo_loss(new, old, ref, advantages, lengths, **common)
+                                 for old in (None, new.detach()))
+    assert torch.equal(ours, given) and stats["clip_fraction"] == 0
+    assert torch.equal(*(torch.autograd.grad(value, new)[0] for value in (ours, given)))

@@ -5,6 +5,7 @@ import shutil
 import zlib
 
 from rlt import runs
+from rlt.episodes import pack
 from rlt.errors import UserError
 from rlt.grading import answer_of, grade
 
@@ -75,21 +76,18 @@ def test_hinted_groups_replace_the_failed_ones(toy, tmp_path, monkeypatch):
 
     monkeypatch.setattr(GRADER, once_hinted)
     scope, [entry] = train(toy, tmp_path / "run", *GUIDE, "--steps", 1, "--eval-every", 0)
-    prompts, B = scope["prompts"], len(scope["batch"])
-    assert calls == [B, B] and scope["hinted"].all()
-    assert scope["sampled_from"] == [prompts.hinted_prompt(row) for row in scope["batch"]]
-    assert scope["prompt_ids"] == [prompts.question_prompt(row) for row in scope["batch"]] != scope["sampled_from"]
+    prompts, episodes = scope["prompts"], scope["episodes"]
+    assert calls == 2 * [len(episodes)] == 2 * [len(scope["batch"])]
+    for e in episodes:
+        assert e.hinted_prompt == prompts.hinted_prompt(e.row) != e.prompt == prompts.question_prompt(e.row)
     assert entry["hinted"] == 1.0 and entry["solved"] == 0.0 and entry["hinted_solved"] == 0.5
     assert entry["sampled_tokens"] > sum(len(c.ids) for c in scope["completions"])
     assert entry["sampler_logprob_diff"] < 1e-4, "measured where the answers were sampled: with the hint"
     # the ratio: new policy without the hint over old policy with it
-    old = torch.cat(scope["old_logprobs"])
-    with torch.no_grad():
-        order = [i for batch in scope["batches"] for i in batch]
-        hinted = torch.cat([torch.tensor(scope["completions"][i].logprobs) for i in order])
-    assert torch.allclose(old, hinted, atol=1e-4)
+    for e, i in zip(episodes, scope["kept"], strict=True):
+        assert torch.allclose(e.old_logprobs, torch.tensor(scope["completions"][i].logprobs), atol=1e-4)
     naive, _ = train(toy, tmp_path / "naive", *GUIDE, "--steps", 1, "--eval-every", 0, "--hint-ratio", "naive")
-    assert not torch.allclose(torch.cat(naive["old_logprobs"]), old, atol=1e-3)
+    assert not torch.allclose(pack(naive["episodes"], "old_logprobs"), pack(episodes, "old_logprobs"), atol=1e-3)
 
 
 def test_a_group_that_fails_with_the_hint_too_is_dropped(toy, tmp_path):
@@ -112,7 +110,8 @@ def test_a_resumed_run_is_the_same(toy, tmp_path, lenient):
     train(toy, tmp_path / "cut", *flags)
     for name in ("final", "step_000004"):
         shutil.rmtree(tmp_path / "cut" / name)
-    _, cut = train(toy, tmp_path / "cut", *flags, "--resume")
+    call(toy, "rl_student.py", "--resume", "--out", tmp_path / "cut")
+    cut = runs.read_jsonl(tmp_path / "cut/metrics.jsonl")
     for entries in (straight, cut):
         for entry in entries:
             for key in [key for key in entry if key.startswith("t_") or key == "tokens_per_s"]:

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: MIT
+"""One completion and all that the policy update needs of it: micro-batches are lists of these."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rewards import Row, micro_batches
+
+
+@dataclass
+class Episode:
+    """A completion of T tokens. Tensors (T,) have one number for each of them; log-probs are in nats."""
+
+    row: dict  # its question, solution, ...
+    prompt: list[int]  # what the policy learns to continue
+    completion: list[int]
+    advantage: Tensor  # ()
+    hinted_prompt: list[int] | None = None  # Guide-GRPO: it was sampled after this prompt, not after `prompt`
+    old_logprobs: Tensor | None = None  # (T,) of the policy that sampled it; None: see grpo_loss
+    ref_logprobs: Tensor | None = None  # (T,) of the reference; None where there is no KL to it
+    tis_weights: Tensor | None = None  # (T,) for an engine that is not quite the policy
+    scoring_row: Row | None = None  # for the gradient of the reward's KL: what was scored,
+    scale: Tensor | None = None  # () and what its distance to the group's mean reward was multiplied by
+
+    @property
+    def width(self):
+        return max(len(self.prompt), len(self.hinted_prompt or [])) + len(self.completion)
+
+
+def split_into_micro_batches(episodes, tokens):
+    """Lists of episodes of at most `tokens` tokens, or of one. Hinted ones are apart: their loss is another."""
+    batches = []
+    for indices in micro_batches([e.width for e in episodes], tokens):
+        batch = [episodes[i] for i in indices]
+        plain, hinted = [e for e in batch if not e.hinted_prompt], [e for e in batch if e.hinted_prompt]
+        batches += [part for part in (plain, hinted) if part]
+    return batches
+
+
+def completion_lengths(episodes):
+    """(B,) tokens of each completion, on the host."""
+    return torch.tensor([len(e.completion) for e in episodes], dtype=torch.long)
+
+
+def pack(episodes, name):
+    """The episodes' tensors of this name end to end, (N,); numbers as a tensor (B,). None where they have none."""
+    values = [getattr(e, name) for e in episodes]
+    if not values or values[0] is None:
+        return None
+    return torch.cat(values) if values[0].ndim else torch.stack(values)
+
+
+def unpack(episodes, name, packed):
+    """The inverse of pack, for a tensor of all tokens (N,) or None: it becomes the episodes' attribute."""
+    lengths = completion_lengths(episodes).tolist()
+    values = [None] * len(episodes) if packed is None else packed.split(lengths)
+    for e, value in zip(episodes, values, strict=True):
+        setattr(e, name, value)
