@@ -63,7 +63,8 @@ group = parser.add_argument_group("system")
 flags.add_micro_batches(group)
 flags.add_system(group)
 group.add_argument("--out", type=flags.path, default="runs/distilled.jsonl", metavar="FILE", help="file to write")
-group.add_argument("--resume", action="store_true", help="continue where a killed run stopped, or start")
+group.add_argument("--resume", action="store_true", help="continue where a killed run stopped, or start; "
+                   "flags that are not given are those that it was started with")
 args = parser.parse_args()
 if args.score_file and (args.samples > 1 or args.solver):
     parser.error("--score-file reads explanations, --samples and --solver make them: pass one or the other")

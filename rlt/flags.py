@@ -297,7 +297,8 @@ def add_system(group):
 def add_run_folder(group, out, *, save_every, eval_every, eval_what, eval_flag="--eval-rows", eval_rows=64):
     """Where a training run writes. eval_what: what is measured on the held-out rows."""
     group.add_argument("--out", type=path, default=out, metavar="FOLDER", help="run folder")
-    group.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --out, or start")
+    group.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --out, or "
+                       "start; flags that are not given are those that it was started with")
     group.add_argument("--report", choices=REPORTS, metavar="NAME", help="also log the numbers of metrics.jsonl to: "
                        "tensorboard (files in the run folder), wandb")
     group.add_argument("--save-every", type=number(int, 0), default=save_every, metavar="N",

@@ -48,7 +48,7 @@ def _wandb(folder, config, first_step):
         run = wandb.init(project="rlt", name=folder.name, dir=str(folder), config=config["flags"],
                          id=config["report_id"], resume="allow")
     except wandb.Error as error:
-        raise UserError(f"--report wandb: {error}. Log in by `wandb login`, or set WANDB_MODE=offline.") from None
+        raise UserError(f"--report wandb: {error} Or set WANDB_MODE=offline.") from None
     return lambda step, numbers: run.log(numbers, step=step)
 
 

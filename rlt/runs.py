@@ -355,11 +355,11 @@ class Run:
         self._lock()
         if self._has_files() and not self.existed:
             raise UserError(f"{self.folder} was made by another process since this one started. Pass another --out.")
+        if vars(self.args).get("report"):  # first: it may refuse
+            self.report = open_report(self.args.report, self.folder, self.config, self.step)
         for log in (self.metrics, self.samples):
             self._cut_back(log)
         write_atomically(self.folder / "config.json", json.dumps(self.config, indent=2) + "\n")
-        if vars(self.args).get("report"):
-            self.report = open_report(self.args.report, self.folder, self.config, self.step)
 
     def _cut_back(self, log):
         """Drop what the log says of steps after the checkpoint. What can't be read is kept, and said."""
