@@ -60,7 +60,7 @@ class _Parser(argparse.ArgumentParser):
         before, taken = flags_of_run(parsed.out, self.prog), []
         for action in self._actions:
             name, flag = action.dest, action.option_strings[0]
-            if name in before and name not in given | {"resume", "show_rows", "dry_run", "out"}:
+            if name in before and name not in given | {"resume", "show_rows", "dry_run", "quiet", "out"}:
                 value = before[name]
                 if value != getattr(parsed, name):
                     words = value if isinstance(value, list) else [] if value is True else [value]

@@ -439,6 +439,8 @@ ELSEWHERE = {  # flag: the test that shows what it does
     "--micro-batch-tokens": "test_nothing_depends",
     "--device": "test_bad_values",
     "--dry-run": "test_dry_run.py",
+    "--quiet": "test_console.py",
+    "--report": "test_console.py",
     "--show-rows": "test_rows_as_the_models_see_them",
     "--keep-checkpoints": "test_faults.py",
     "--max-bad-steps": "test_faults.py",
