@@ -35,7 +35,7 @@ from rlt import models  # noqa: E402
 from rlt.dry_run import ModelFootprint, phases  # noqa: E402
 from rlt.grpo import grpo_loss  # noqa: E402
 from rlt.logprobs import completion_logprobs  # noqa: E402
-from rlt.rollout import generate  # noqa: E402
+from rlt.rollout import can_batch, generate  # noqa: E402
 from rlt.runs import describe  # noqa: E402
 
 import torch  # noqa: E402
@@ -150,6 +150,7 @@ def decode(teacher, size, batch, context, matmul):
         times.clear()
         generate(teacher, EndlessTokenizer(size), prompts, max_new_tokens=DECODED, temperature=0.7, seed=0)
 
+    can_batch(teacher, EndlessTokenizer(size).pad_token_id)  # measured once for a model, by generate as it is
     hook = teacher.get_input_embeddings().register_forward_pre_hook(lambda *_: times.append(time.perf_counter()))
     try:
         with mock.patch.object(teacher, "generate", prefilled):
