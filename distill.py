@@ -19,9 +19,11 @@ import math
 import sys
 
 from rlt import flags, models
+from rlt.console import progress_bar
 from rlt.distributed import all_gather_object, init_distributed
 from rlt.dry_run import ModelFootprint, dry_run
 from rlt.grading import TASKS, gradable, grade_all
+from rlt.inspection import ROWS, token_numbers
 from rlt.memory import MicroBatched
 from rlt.prompts import THOUGHT, Prompts, show_rows
 from rlt.rollout import make_engine
@@ -30,7 +32,6 @@ from rlt.rows_file import RowsFile
 from rlt.runs import digest, read_jsonl, write_atomically
 
 import torch
-from tqdm import tqdm
 
 from rewards import score_explanations
 
@@ -62,7 +63,8 @@ group = parser.add_argument_group("system")
 flags.add_micro_batches(group)
 flags.add_system(group)
 group.add_argument("--out", type=flags.path, default="runs/distilled.jsonl", metavar="FILE", help="file to write")
-group.add_argument("--resume", action="store_true", help="continue where a killed run stopped, or start")
+group.add_argument("--resume", action="store_true", help="continue where a killed run stopped, or start; "
+                   "flags that are not given are those that it was started with")
 args = parser.parse_args()
 if args.score_file and (args.samples > 1 or args.solver):
     parser.error("--score-file reads explanations, --samples and --solver make them: pass one or the other")
@@ -133,16 +135,18 @@ def explain(rows, batch):
     explanations = [prompts.split_completion(ids, finished) for ids, finished in completions]
     scoring_rows = [prompts.scoring_row(*pair) for pair in zip(rows, explanations, strict=True)]
     scored = micro_batched(score_explanations, teacher, student, scoring_rows, lam=args.lam, alpha=args.alpha,
-                           kl=args.kl, temperature=args.temperature, vocab=vocab).reward
+                           kl=args.kl, temperature=args.temperature, vocab=vocab)
     unclosed = torch.tensor([not e.complete for e in explanations], device=device)
-    rewards = (scored.reward - args.unclosed_penalty * unclosed).tolist()
-    scores, kls = scored.score.tolist(), scored.kl.tolist()
+    rewards = (scored.reward.reward - args.unclosed_penalty * unclosed).tolist()
+    scores, kls = scored.reward.score.tolist(), scored.reward.kl.tolist()
+    inspected = ROWS - batch * rows_per_batch * args.samples  # rows of this batch that keep their tokens
     return [{
         "batch": batch, "question": row["question"], "solution": row["solution"], "explanation": explanations[i].text,
         "reward": rewards[i], "score": scores[i], "kl": kls[i], "closed": explanations[i].closed,
         "foreign_tags": explanations[i].foreign_tags, "length": len(completions[i][0]),
         "leak": leaks(explanations[i].text, row["solution"]),
         "messages": prompts.chat_messages(row, explanations[i].text),
+        **({"tokens": token_numbers(prompts, scoring_rows[i], scored, i)} if i < inspected else {}),
     } for i, row in enumerate(rows)]
 
 
@@ -177,8 +181,7 @@ def lines_of(batch):
     return [line for group in groups for line in group]
 
 
-with tqdm(initial=output.first_batch, total=len(batches), unit="batch", dynamic_ncols=True,
-          disable=None if rank == 0 else True) as progress:
+with progress_bar(initial=output.first_batch, total=len(batches), unit="batch") as progress:
     for first in range(output.first_batch, len(batches), world):  # one batch a rank, and the same file by any number
         parts = all_gather_object(lines_of(first + rank) if first + rank < len(batches) else [])
         output.append([line for part in parts for line in part])

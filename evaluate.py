@@ -26,6 +26,7 @@ from pathlib import Path
 
 from rlt import flags
 from rlt.checkpoints import check_writable
+from rlt.console import progress_bar
 from rlt.distributed import WORLD, all_gather_object, init_distributed
 from rlt.errors import UserError
 from rlt.evaluations import (
@@ -55,8 +56,6 @@ from rlt.grading import (
 )
 from rlt.rows import load_rows, map_rows
 from rlt.runs import describe, write_atomically
-
-from tqdm import tqdm
 
 __all__ = ["grade", "pass_at_k"]  # for `from evaluate import grade`, which needs no torch: main() imports it
 LONG = 30_720  # tokens: Qwen2.5's context of 32,768, less 2,048 for the question
@@ -157,7 +156,7 @@ def sample(name, engine, prompt_ids, args, rank, world):
 
     draw(0, prompt_ids[:1], max_new_tokens=1, temperature=0.0)  # a GPU could not go on after sampling from a NaN
     starts, drawn = range(0, len(prompt_ids), args.batch_size), []
-    for at in tqdm(starts[rank::world], desc=name, unit="batch", dynamic_ncols=True, disable=True if rank else None):
+    for at in progress_bar(starts[rank::world], desc=name, unit="batch"):
         drawn.append(draw(at, prompt_ids[at : at + args.batch_size], max_new_tokens=args.max_new_tokens,
                           temperature=args.temperature))
     drawn = all_gather_object(drawn)

@@ -349,8 +349,9 @@ def meta_parameters(itemsize, num_warps=8, rows=2):
 def segment_stats(values, lengths, *, impl="auto"):
     """values (N,) of B packed sequences, lengths (B,) on the host -> SegmentStats, each (B,).
 
-    argmin and argmax are the first position of the extreme in its own sequence: the argmin of a solution's
-    log-probs is its hardest leap. An empty sequence raises ValueError. On a GPU nothing is sent to the host.
+    argmin and argmax are the first position of the extreme in its own sequence: the argmax of a thought's KL is its
+    hardest leap, the argmin of a solution's log-probs its least understood token. An empty sequence raises ValueError.
+    On a GPU nothing is sent to the host.
     """
     lengths = _lengths("values", values, lengths)
     if implementation(impl, values.device.type) == "torch":

@@ -18,6 +18,7 @@ ratio is the new policy's, which doesn't see it, over the old one's, which did; 
 import sys
 
 from rlt import flags, models
+from rlt.console import progress_bar
 from rlt.distributed import all_reduce_mean, all_reduce_sum, init_distributed
 from rlt.dry_run import dry_run_rl
 from rlt.episodes import Episode, completion_lengths, pack, split_into_micro_batches, unpack
@@ -42,7 +43,6 @@ from rlt.runs import (
 from rlt.updates import Updates
 
 import torch
-from tqdm import tqdm
 
 from rewards import implementation
 
@@ -209,8 +209,7 @@ def held_out_success(*key):
     return compute_rewards(held_out, completions)[1].float().mean().item()
 
 
-progress = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, unit="step", dynamic_ncols=True,
-                disable=None if rank == 0 else True)
+progress = progress_bar(range(run.step, args.steps), initial=run.step, total=args.steps, unit="step")
 for step in run.steps(progress, save):
     eval_solved_before = held_out_success("before") if step == 0 and held_out and rank == 0 else None
     timer = StepTimer(device)
@@ -287,7 +286,7 @@ for step in run.steps(progress, save):
         "grad_norm": grad_norm, "eval_solved": eval_solved, "eval_solved_before": eval_solved_before,
         **timer.numbers, "tokens_per_s": tokens / timer.seconds,
     }
-    progress.write(run.log(entry))
+    run.log(entry, progress)
     if step % 10 == 0 or step + 1 == args.steps:
         run.log_samples([{
             "step": step, "question": batch[i]["question"], "solution": batch[i]["solution"], "answer": texts[i],

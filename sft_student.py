@@ -16,6 +16,7 @@ import sys
 from typing import NamedTuple
 
 from rlt import flags, models
+from rlt.console import progress_bar
 from rlt.distributed import all_reduce_sum, init_distributed
 from rlt.dry_run import ModelFootprint, dry_run
 from rlt.errors import UserError
@@ -27,7 +28,6 @@ from rlt.runs import Run, StepTimer, batch_indices, digest, lr_fraction, seed_fo
 from rlt.updates import Updates
 
 import torch
-from tqdm import tqdm
 
 from rewards import micro_batches
 
@@ -156,8 +156,7 @@ def sum_of_losses(batch, micro_batch_tokens):
     return sum(micro_loss.item() for _, micro_loss in losses(batch, micro_batch_tokens))
 
 
-progress = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, unit="step", dynamic_ncols=True,
-                disable=None if rank == 0 else True)
+progress = progress_bar(range(run.step, args.steps), initial=run.step, total=args.steps, unit="step")
 for step in run.steps(progress, save):
     timer = StepTimer(device)
     batch = [examples[i] for i in batch_indices(len(examples), args.batch_size, step, args.seed)]
@@ -177,11 +176,10 @@ for step in run.steps(progress, save):
     if validation and args.eval_every and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
         (val_loss,) = all_reduce_sum(micro_batched(sum_of_losses, validation[rank::world]))
         val_loss /= sum(len(x.supervised) for x in validation)
-    line = run.log({"step": step, "loss": loss, "val_loss": val_loss, "lr": optimizer.param_groups[0]["lr"],
-                    "grad_norm": grad_norm, **timer.numbers, "tokens_per_s": tokens / timer.seconds})
+    run.log({"step": step, "loss": loss, "val_loss": val_loss, "lr": optimizer.param_groups[0]["lr"],
+             "grad_norm": grad_norm, **timer.numbers, "tokens_per_s": tokens / timer.seconds},
+            progress if val_loss is not None else None)
     progress.set_postfix_str(f"loss {loss:.4g}")
-    if val_loss is not None:
-        progress.write(line)
 
 final = run.finish(lambda folder: models.save_model(model, tokenizer, folder))
 if args.format == "teacher":

@@ -17,10 +17,12 @@ explanation, and says how likely the solution now is:
 import sys
 
 from rlt import flags, models
+from rlt.console import progress_bar
 from rlt.distributed import all_reduce_mean, all_reduce_sum, init_distributed
 from rlt.dry_run import dry_run_rl
 from rlt.episodes import Episode, completion_lengths, pack, split_into_micro_batches, unpack
 from rlt.grpo import LOSSES, group_advantages, group_scale, grpo_loss, pathwise_kl_loss, step_denominator, tis_weights
+from rlt.inspection import token_numbers
 from rlt.logprobs import batched_logprobs, completion_logprobs, completion_logprobs_and_kl
 from rlt.lora import update_mode
 from rlt.memory import MicroBatched
@@ -41,7 +43,6 @@ from rlt.runs import (
 from rlt.updates import Updates
 
 import torch
-from tqdm import tqdm
 
 from rewards import implementation, score_explanations
 
@@ -214,8 +215,7 @@ def held_out_reward(*key):
     return compute_rewards(held_out, completions)[0].mean().item()
 
 
-progress = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, unit="step", dynamic_ncols=True,
-                disable=None if rank == 0 else True)
+progress = progress_bar(range(run.step, args.steps), initial=run.step, total=args.steps, unit="step")
 for step in run.steps(progress, save):
     eval_reward_before = held_out_reward("before") if step == 0 and held_out and rank == 0 else None
     timer = StepTimer(device)
@@ -272,15 +272,18 @@ for step in run.steps(progress, save):
         "grad_norm": grad_norm, "eval_reward": eval_reward, "eval_reward_before": eval_reward_before,
         **timer.numbers, "tokens_per_s": tokens / timer.seconds,
     }
-    progress.write(run.log(entry))
+    run.log(entry, progress)
     if warning := reward_is_dropping(run.metrics):
         progress.write(f"warning: {warning} Lower --lr or raise --beta.")
     if step % 10 == 0 or step + 1 == args.steps:
-        best = int(rewards[: args.group_size].argmax())
+        first_group = rewards[: args.group_size]
         run.log_samples([{
             "step": step, "question": batch[i]["question"], "solution": batch[i]["solution"],
             "explanation": explanations[i].text, "closed": explanations[i].closed, "reward": rewards[i].item(),
-        } for i in sorted({0, best})])
+            "score": scored.reward.score[i].item(), "kl": scored.reward.kl[i].item(),
+            "leak": leaks(explanations[i].text, batch[i]["solution"]),
+            "tokens": token_numbers(prompts, scoring_rows[i], scored, i),
+        } for i in sorted({0, int(first_group.argmin()), int(first_group.argmax())})])
 
 final = run.finish(lambda folder: models.save_model(policy, tokenizer, folder))
 following = flags.carry(parser, args, "student", "teacher_bits", "student_bits", "data", "question_column",

@@ -161,10 +161,10 @@ def is_full_chain(question, explanation):
     return f" {chain(question)} " in f" {' '.join(explanation.split())} "
 
 
-def gives_away(question, explanation):
+def leaks(question, explanation):
     """Whether the explanation leaks: it states the solution outside of its correct steps.
 
-    This is exact. rlt.rows.leaks works for any task, and estimates it from the solution's place in the text.
+    This is exact. rlt.rows.leaks works for any task, and goes by the solution's place in the text.
     """
     text = f" {' '.join(explanation.split())} "
     for step in steps(question):
@@ -344,10 +344,10 @@ def pack(documents, width):
 
 def pretrain(model, tokenizer, documents, n_steps):
     """Train the model in place on n_steps batches of 64 documents (rows)."""
+    from rlt.console import progress_bar
     from rlt.prompts import Prompts
 
     import torch
-    from tqdm import tqdm
 
     prompts = Prompts(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True)
@@ -355,7 +355,7 @@ def pretrain(model, tokenizer, documents, n_steps):
         optimizer, lambda step: min((step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * step / max(1, n_steps)))
     )
     model.train()
-    with tqdm(range(n_steps), desc="base model", unit="step") as bar:
+    with progress_bar(range(n_steps), desc="base model", unit="step") as bar:
         for _ in bar:
             batch = [prompts.sft_row(next(documents), "student") for _ in range(64)]
             input_ids, position_ids, labels = pack(batch, width=max(64, *(len(ids) for ids, _ in batch)))

@@ -216,7 +216,7 @@ def right_steps(row, text):
     return sum(step in written for step in _steps(row)) / len(row["steps"])
 
 
-def gives_away(row, text):
+def leaks(row, text):
     """Whether an explanation states the answer other than in one of the row's right steps.
 
     Never where the answer is a number of the question, too: there the two can't be told apart.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import benchmarks
 import machines
+import reward_picture
 import study_tables
 import toy_map
 import toy_results
@@ -39,7 +40,7 @@ def replace_block(pages, name, text):
 
 
 if __name__ == "__main__":
-    for draw in (*toy_results.FIGURES, *toy_map.FIGURES, *benchmarks.FIGURES):
+    for draw in (*toy_results.FIGURES, *toy_map.FIGURES, *benchmarks.FIGURES, *reward_picture.FIGURES):
         draw()
     for name, write in TABLES.items():
         replace_block(PAGES, name, write())

@@ -29,7 +29,7 @@ STUDENT = ("--steps", 100, "--batch-size", 8, "--lr", 1e-3, "--val-rows", 32, "-
 QUESTIONS = 832  # 800 to learn from and 32 to validate
 QUESTIONS_OF = {"val": 100, "test": 400}
 CURVE = ("step", "reward", "score", "kl", "closed", "length", "entropy", "kl_ref", "eval_reward")
-MEASURES = ("is_right_chain", "right_steps", "gives_away")  # of data/word_problems.py
+MEASURES = {"is_right_chain": "is_right_chain", "right_steps": "right_steps", "leak": "leaks"}  # data/word_problems.py
 
 
 def word_problems():
@@ -87,7 +87,8 @@ class WordProblemJob(Job):
         pairs = [(problems[row["question"]], row["explanation"]) for row in rows]
         self.facts["explanations"] = {
             **mean_of(rows, ("reward", "score", "kl", "closed", "length")), "count": len(rows),
-            **{name: statistics.fmean(getattr(word_problems(), name)(*pair) for pair in pairs) for name in MEASURES},
+            **{key: statistics.fmean(getattr(word_problems(), function)(*pair) for pair in pairs)
+               for key, function in MEASURES.items()},
         }
         return data
 

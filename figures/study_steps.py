@@ -126,8 +126,8 @@ class Job:
         rows = self.read(data)
         self.facts["explanations"] = {
             **mean_of(rows, ("reward", "score", "kl", "length", "closed")),
-            # exact; the leak of the training log is an estimate, by the place of the solution in the text
-            "leak": statistics.fmean(toy().gives_away(row["question"], row["explanation"]) for row in rows),
+            # exact; the leak of the training log is rlt.rows.leaks, by the place of the solution in the text
+            "leak": statistics.fmean(toy().leaks(row["question"], row["explanation"]) for row in rows),
             "full_chain": share_of_full_chains(rows),
             "count": len(rows),
         }

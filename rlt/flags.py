@@ -5,14 +5,17 @@ Command-line flags that several scripts have, in groups. A script passes its own
 
 import argparse
 import difflib
+import json
 import math
 import os
 import shlex
 import shutil
 import sys
+from pathlib import Path
 
 from rlt.distributed import RANK
 from rlt.errors import UserError, print_user_errors
+from rlt.report import REPORTS
 
 RENAMED = {  # old flag: what it is now. Config files of old runs are read with these, too
     "max_sampler_gap": "max_logprob_diff",
@@ -34,13 +37,37 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """No abbreviations, and a hint for a flag that is not known."""
+    """No abbreviations, a hint for a flag that is not known, and a resumed run's own flags."""
 
     def parse_args(self, args=None, namespace=None):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.error(self._explain_unknown(unknown[0]))
+        if vars(parsed).get("resume"):
+            self._take_flags_of_run(parsed, self._given(args))
+        if vars(parsed).get("quiet"):
+            os.environ["TQDM_DISABLE"] = "1"  # for scripts that this one starts, too
         return parsed
+
+    def _given(self, args):
+        """The names of the flags that are on the command line."""
+        unset = object()
+        marked = argparse.Namespace(**{action.dest: unset for action in self._actions})
+        return {name for name, value in vars(self.parse_known_args(args, marked)[0]).items() if value is not unset}
+
+    def _take_flags_of_run(self, parsed, given):
+        """--resume: flags that are not given are those that --out was started with, if this script has written it."""
+        before, taken = flags_of_run(parsed.out, self.prog), []
+        for action in self._actions:
+            name, flag = action.dest, action.option_strings[0]
+            if name in before and name not in given | {"resume", "show_rows", "dry_run", "quiet", "out"}:
+                value = before[name]
+                if value != getattr(parsed, name):
+                    words = value if isinstance(value, list) else [] if value is True else [value]
+                    taken += [flag, *map(str, words)]
+                setattr(parsed, name, value)
+        if taken:
+            print(f"{parsed.out} goes on with the flags it was started with: {shlex.join(taken)}")
 
     def _explain_unknown(self, argument):
         flag = argument.partition("=")[0]
@@ -55,10 +82,28 @@ class _Parser(argparse.ArgumentParser):
 def make_parser(doc):
     """A script's parser: its docstring, examples and all, is the start of --help. User errors become one line."""
     print_user_errors()
+    if not sys.stderr.isatty():  # no progress bars in files, of other packages and in scripts that this one starts
+        os.environ.setdefault("TQDM_DISABLE", "1")
     if RANK:
         sys.stdout = open(os.devnull, "w")  # rank 0 prints for all
     return _Parser(description=doc.strip("\n"), usage="%(prog)s [flags]", formatter_class=_HelpFormatter,
                    allow_abbrev=False)
+
+
+def flags_of_run(out, script):
+    """{flag: value} that a run folder, or a file by distill.py, was started with; {} if this script did not do it."""
+    path = Path(out or "") / "config.json" if os.path.isdir(out or "") else Path(f"{out}.config.json")
+    try:
+        config = json.loads(path.read_text())
+        return renamed(config["flags"]) if config["command"].split()[0] == script else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return {}  # rlt/runs.py says what is wrong with it
+
+
+def renamed(flags):
+    """The flags of an old config file under the names and values of today."""
+    flags = {RENAMED.get(flag, flag): value for flag, value in flags.items()}
+    return flags | ({"engine": "transformers"} if flags.get("engine") == "batch" else {})
 
 
 def number(kind, low=None, high=None, above=None):
@@ -246,12 +291,16 @@ def add_system(group):
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 or auto")
     group.add_argument("--dry-run", nargs="?", metavar="GB", const=0.0, type=number(float, above=0),
                        help="check flags, rows and disk, estimate the memory, and stop; GB: memory of the GPU meant")
+    group.add_argument("--quiet", action="store_true", help="no progress bar, and no line a step")
 
 
 def add_run_folder(group, out, *, save_every, eval_every, eval_what, eval_flag="--eval-rows", eval_rows=64):
     """Where a training run writes. eval_what: what is measured on the held-out rows."""
     group.add_argument("--out", type=path, default=out, metavar="FOLDER", help="run folder")
-    group.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --out, or start")
+    group.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --out, or "
+                       "start; flags that are not given are those that it was started with")
+    group.add_argument("--report", choices=REPORTS, metavar="NAME", help="also log the numbers of metrics.jsonl to: "
+                       "tensorboard (files in the run folder), wandb")
     group.add_argument("--save-every", type=number(int, 0), default=save_every, metavar="N",
                        help="steps between checkpoints; 0: at the end only")
     group.add_argument("--keep-checkpoints", type=number(int, 0), default=3, metavar="N",

@@ -21,6 +21,7 @@ The tags are those of Bespoke-Stratos and of the released RLT code (custom_data/
 No model is touched here.
 """
 
+import codecs
 import re
 from typing import NamedTuple
 
@@ -140,6 +141,11 @@ class Prompts:
         """The text of ids within a turn, its leading blank included."""
         before = self.tokenizer.decode(self._anchor) if self._anchor else ""
         return self.tokenizer.decode([*self._anchor, *ids])[len(before) :]
+
+    def token_texts(self, ids):
+        """The text of each id. A character that several tokens share is the text of the last of them."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        return [decoder.decode(self._bytes(i), final=n == len(ids)) for n, i in enumerate(ids, 1)]
 
     # prompts
 

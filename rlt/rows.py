@@ -279,24 +279,32 @@ def _json(text, column):
 
 
 def leaks(explanation, solution):
-    """Whether the explanation gives the solution away instead of arriving at it.
+    """Whether the explanation gives the solution away instead of arriving at it: `leak` in logs, tables and figures.
 
     It does where one of these stands before its middle, or with next to nothing around it:
       - the solution, word for word
       - a statement of the answer: "the answer is 144", "\\boxed{144}", "#### 144". The answer is what the solution's
         last box holds, or a solution of few words itself
+    And where it is a boxed solution's answer alone, with at most three words before it: "144", "It is 144."
     """
     text = f" {' '.join(explanation.split())} "
     wanted = f" {' '.join(solution.split())} "
     found = [(text.find(wanted), len(wanted.split()))] if wanted in text else []
-    answer = answer_of("math500", solution) or (wanted.strip() if len(wanted.split()) <= 5 else "")
-    if statement := answer and _statement(" ".join(answer.split())).search(text):
+    boxed = " ".join((answer_of("math500", solution) or "").split())
+    answer = boxed or (wanted.strip() if len(wanted.split()) <= 5 else "")
+    if answer and (statement := _statement(answer).search(text)):
         found.append((statement.start(), len(statement[0].split())))
-    return any(at < len(text) / 2 or len(text.split()) < 2 * words for at, words in found)
+    alone = boxed and re.fullmatch(rf"\W*(?:[A-Za-z]+\W+){{0,3}}{_either(boxed)}\W*", text)
+    return bool(alone) or any(at < len(text) / 2 or len(text.split()) < 2 * words for at, words in found)
 
 
 def _statement(answer):
-    """The pattern of sentences that state an answer."""
-    stated = r"(?:\b(?i:answer|result|solution)(?: is| equals|:| =)|####|(?=\\boxed))[\s:*_$(\[]*(?:\\boxed\s?\{\s?)?"
-    either = "|".join(re.escape(text) for text in {answer, answer.replace(",", "")})
-    return re.compile(rf"{stated}(?:{either})(?!\w|[.,]\d)")
+    """The pattern of sentences that state an answer. Possessive (++): linear in the text."""
+    stated = (r"(?:\b(?i:answer|result|solution)(?i:[\s*_]*(?:is|equals|must be|would be|will be|therefore|thus|then"
+              r"|:|=|,))++|####|(?=\\boxed))[\s:*_$(\[]*(?:\\boxed\s?\{\s?)?")
+    return re.compile(rf"{stated}{_either(answer)}(?!\w|[.,]\d)")
+
+
+def _either(answer):
+    """A pattern of the answer, as it is and without the commas of its thousands."""
+    return f"(?:{'|'.join(re.escape(text) for text in {answer, answer.replace(',', '')})})"

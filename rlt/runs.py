@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import random
+import secrets
 import shlex
 import statistics
 import subprocess
@@ -27,15 +28,17 @@ from pathlib import Path
 from rlt.checkpoints import check_writable, disk_full, is_disk_full, keep_last, last_checkpoint, write_folder
 from rlt.distributed import RANK, WORLD, all_gather_object, all_reduce_mean, barrier
 from rlt.errors import UserError
-from rlt.flags import RENAMED
+from rlt.flags import renamed
 from rlt.interrupts import StopSignals, exit_code
 from rlt.locks import hold_lock
+from rlt.report import check_installed, open_report
 
 ROOT = Path(__file__).resolve().parent.parent
 # what a resumed run, and every rank, must find unchanged
 HASHES = ("base_hash", "adapter_hash", "student_hash", "rows_hash")
 RESUME_OVERRIDABLE = {"resume", "show_rows", "steps", "lr_steps", "save_every", "keep_checkpoints", "max_bad_steps",
-                      "device", "dry_run", "offload_student", "micro_batch_tokens", "gradient_checkpointing", "out"}
+                      "device", "dry_run", "offload_student", "micro_batch_tokens", "gradient_checkpointing", "out",
+                      "quiet", "report"}
 LOCK = ".lock"  # in a run folder; alone it does not make one
 LOGGED = ("reward", "score", "kl", "solved", "hinted", "closed", "leak", "kl_ref", "length", "eval_reward_before",
           "eval_reward", "eval_solved_before", "eval_solved", "loss", "val_loss")  # what the console shows of a step
@@ -258,9 +261,7 @@ def config_of(path, out, script):
 def check_same_flags(out, before, now):
     """A resumed run continues with the flags it was started with. before, now: flags as dicts; all differences are
     named at once. Flags that have been renamed since are compared under their new names, paths as what they mean."""
-    before = {RENAMED.get(flag, flag): value for flag, value in before.items()}
-    if before.get("engine") == "batch":
-        before["engine"] = "transformers"
+    before = renamed(before)
     different = []
     for flag in sorted(set(now) - RESUME_OVERRIDABLE):
         if flag in before and _spelled_out(before[flag]) != _spelled_out(now[flag]):
@@ -303,6 +304,8 @@ class Run:
         self.metrics, self.samples = self.folder / "metrics.jsonl", self.folder / "samples.jsonl"
         self.step, self.checkpoint, self.config_before = 0, None, {}
         self.lr_steps = args.lr_steps or args.steps
+        self.report = None
+        check_installed(args)
         self.weights_changed = False  # since this step began: it can't be abandoned any more
         if os.path.isfile(self.folder):
             raise UserError(f"--out {self.folder} is a file, expected a folder. Pass another --out.")
@@ -344,13 +347,16 @@ class Run:
             raise UserError(
                 f"the ranks of {self.folder} have found different checkpoints, weights or rows: give all of them the "
                 "same files, on several machines in a folder that they share.")
-        self.config |= facts | {"ranks": WORLD, "lr_steps": self.lr_steps}
+        report_id = self.config_before.get("report_id") or secrets.token_hex(4)
+        self.config |= facts | {"ranks": WORLD, "lr_steps": self.lr_steps, "report_id": report_id}
         if RANK:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock()
         if self._has_files() and not self.existed:
             raise UserError(f"{self.folder} was made by another process since this one started. Pass another --out.")
+        if vars(self.args).get("report"):  # first: it may refuse
+            self.report = open_report(self.args.report, self.folder, self.config, self.step)
         for log in (self.metrics, self.samples):
             self._cut_back(log)
         write_atomically(self.folder / "config.json", json.dumps(self.config, indent=2) + "\n")
@@ -367,12 +373,17 @@ class Run:
         kept = [line for line, entry in lines if entry is None or entry.get("step", 0) < self.step]
         write_atomically(log, "".join(line + "\n" for line in kept))
 
-    def log(self, entry):
-        """Append one step to metrics.jsonl -> the line for the console."""
+    def log(self, entry, progress=None):
+        """Append one step to metrics.jsonl, and print it above the progress bar, if one is given -> the line."""
         append_jsonl(self.metrics, [entry])
+        if self.report:
+            self.report(entry["step"], entry)
         shown = [f"{key} {entry[key]:.4g}" for key in LOGGED if entry.get(key) is not None]
         seconds = sum(value for key, value in entry.items() if key.startswith("t_"))
-        return " | ".join([f"step {entry['step'] + 1}", *shown, f"{seconds:.1f}s"])
+        line = " | ".join([f"step {entry['step']}", *shown, f"{seconds:.1f}s"])
+        if progress is not None and not self.args.quiet:
+            progress.write(line)
+        return line
 
     def log_samples(self, entries):
         append_jsonl(self.samples, entries)

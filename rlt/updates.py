@@ -64,7 +64,7 @@ class Updates:
         step, path = self.run.step, self.run.folder / "bad_step.json"
         found = all_gather_object([self._described(rows) for rows in self._rows_and_bad_rows()])
         everything, bad = ([row for rows in part for row in rows] for part in zip(*found, strict=True))
-        what = f"step {step + 1}: loss {loss:.4g}, gradient norm {grad_norm:.4g}"
+        what = f"step {step}: loss {loss:.4g}, gradient norm {grad_norm:.4g}"
         if RANK == 0:
             report = {"step": step, "loss": str(loss), "grad_norm": str(grad_norm), "rows": bad or everything}
             write_atomically(path, json.dumps(report, indent=2) + "\n")

@@ -1,6 +1,7 @@
 """Flags, and errors that a user can fix.   python -m pytest tests/test_flags.py"""
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -115,6 +116,60 @@ def test_prompts_are_shared_evenly():
     for prompts, world, fits in ((3, 2, 4), (16, 3, 18), (1, 8, 8)):
         with pytest.raises(UserError, match=f"--prompts-per-step {prompts} .* by {world} ranks: pass {fits}"):
             flags.check_prompts_per_rank(argparse.Namespace(prompts_per_step=prompts), world)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# A resumed run
+
+
+def resumable():
+    made = parser("--lambda", "--final-lr-fraction")
+    made.prog = "train_rlt.py"
+    made.add_argument("--rewards", nargs=2, type=float, default=[0.0, 1.0])
+    made.add_argument("--limit", type=int)
+    made.add_argument("--engine", choices=flags.ENGINES, default="transformers")
+    made.add_argument("--hints", action="store_true")
+    made.add_argument("--dry-run", type=float)
+    made.add_argument("--quiet", action="store_true")
+    made.add_argument("--resume", action="store_true")
+    made.add_argument("--out", default="runs/default")
+    return made
+
+
+def write_config(path, command="train_rlt.py --lambda 5", **given):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"command": command, "flags": given}))
+
+
+@pytest.mark.parametrize("config", ["run/config.json", "run.config.json"])
+def test_a_resumed_run_takes_its_own_flags(tmp_path, capsys, config):
+    """Of a run folder and of a file by distill.py: what is not given, under the names of today; never how it began."""
+    if "/" not in config:
+        (tmp_path / "run").touch()
+    write_config(tmp_path / config, **{"lambda": 5.0}, final_lr=0.5, rewards=[2.0, 3.0], limit=7, engine="batch",
+                 hints=True, head_chunk=9, dry_run=80.0, quiet=True, resume=False, out="elsewhere")
+    out = str(tmp_path / "run")
+    args = vars(resumable().parse_args(["--resume", "--out", out, "--limit", "8"]))
+    assert args == {"lambda": 5.0, "final_lr_fraction": 0.5, "rewards": [2.0, 3.0], "limit": 8, "hints": True,
+                    "engine": "transformers", "dry_run": None, "quiet": False, "resume": True,
+                    "out": out}
+    assert capsys.readouterr().out == (f"{out} goes on with the flags it was started with: --lambda 5.0 "
+                                       "--final-lr-fraction 0.5 --rewards 2.0 3.0 --hints\n")
+    args = vars(resumable().parse_args(["--resume", "--out", out, "--lambda", "1"]))
+    assert args["lambda"] == 1.0, "given, although it is the default: it is compared with the run's, not replaced"
+    assert vars(resumable().parse_args(["--out", out]))["limit"] is None, "without --resume nothing is taken"
+
+
+@pytest.mark.parametrize("text", [
+    None, "{", "[]", "{}", '{"flags": {"limit": 7}}', '{"flags": [], "command": "train_rlt.py"}',
+    '{"flags": {"limit": 7}, "command": ""}', '{"flags": {"limit": 7}, "command": "distill.py --limit 7"}'])
+def test_flags_of_another_script_or_a_broken_config_are_not_taken(tmp_path, text, capsys):
+    """rlt/runs.py refuses those, in one line."""
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    assert resumable().parse_args(["--resume", "--out", str(tmp_path)]).limit is None
+    assert resumable().parse_args(["--resume", "--out", str(tmp_path / "nowhere")]).limit is None
+    assert capsys.readouterr().out == ""
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -351,6 +351,16 @@ TEXT = "We have $12^2 = 144$.\n\nSo it is \\boxed{144}."
         ("The answer is 144.5. " + LONG, TEXT, False),
         ("The answer is 144,000. " + LONG, TEXT, False),
         ("144 is a number. " + LONG, TEXT, False),  # it may be the question's
+        ("144", TEXT, True),
+        ("$144$.", TEXT, True),
+        ("It is **144**.", TEXT, True),
+        ("12*12 = 144", TEXT, False),  # it arrives
+        ("Twelve dozens are exactly 144 things", TEXT, False),
+        ("The answer is therefore 144. " + LONG, TEXT, True),
+        ("**Answer**: 144\n" + LONG, TEXT, True),
+        ("The answer must be $144$. " + LONG, TEXT, True),
+        ("The answer is not 144. " + LONG, TEXT, False),
+        ("The answer is:" + ":" * 50_000 + " no", TEXT, False),  # in linear time
         ("We want 12 * 12. " + LONG, TEXT, False),
         ("", TEXT, False),
         ("The answer is 1024. " + LONG, "It is \\boxed{1,024}.", True),

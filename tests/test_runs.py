@@ -282,7 +282,7 @@ def test_the_console_line_has_what_there_is(tmp_path):
     run.start()
     entry = {"step": 4, "reward": -1.23456, "kl": None, "eval_reward": 0.5, "secret": 3, "t_a": 1.0, "t_b": 0.26}
     line = run.log(entry)
-    assert line == "step 5 | reward -1.235 | eval_reward 0.5 | 1.3s"
+    assert line == "step 4 | reward -1.235 | eval_reward 0.5 | 1.3s"
     assert runs.read_jsonl(run.metrics) == [entry]
 
 

@@ -135,7 +135,7 @@ def test_a_killed_run_resumes_bit_for_bit(workshop, tmp_path):
     for folder in ("final", "step_000004"):
         shutil.rmtree(killed / folder)
     (killed / "metrics.jsonl").open("a").write('{"step": 4, "rew')
-    call(workshop, "train_rlt.py", *flags, "--out", killed, "--resume")
+    call(workshop, "train_rlt.py", "--out", killed, "--resume")
     assert metrics(killed) == metrics(straight) and len(metrics(killed)) == 4
     for place in ("final", "step_000004", "step_000004/reference"):
         assert equal(adapter(killed / place), adapter(straight / place)), place
@@ -153,7 +153,7 @@ def test_a_killed_distillation_loses_and_repeats_nothing(workshop, tmp_path):
         killed.write_text(straight[:cut])
         config = (tmp_path / "straight.jsonl.config.json").read_text().replace("straight.jsonl", "killed.jsonl")
         (tmp_path / "killed.jsonl.config.json").write_text(config)
-        call(workshop, "distill.py", *flags, "--out", killed, "--resume")
+        call(workshop, "distill.py", "--out", killed, "--resume")
         assert killed.read_text() == straight
     with pytest.raises(UserError, match="killed.jsonl already exists. Pass --resume"):
         call(workshop, "distill.py", *flags, "--out", killed)
@@ -200,7 +200,7 @@ def test_a_resumed_student_is_the_same(workshop, tmp_path):
             shutil.rmtree(killed / folder)
         config = (killed / "config.json").read_text().replace("straight", "killed")
         (killed / "config.json").write_text(config)
-        call(workshop, "sft_student.py", *flags, "--out", killed, "--resume")
+        call(workshop, "sft_student.py", "--out", killed, "--resume")
         assert metrics(straight) == metrics(killed) and len(metrics(killed)) == 4
         name = "adapter_model.safetensors" if rank else "model.safetensors"
         assert (straight / "final" / name).read_bytes() == (killed / "final" / name).read_bytes()
@@ -439,6 +439,8 @@ ELSEWHERE = {  # flag: the test that shows what it does
     "--micro-batch-tokens": "test_nothing_depends",
     "--device": "test_bad_values",
     "--dry-run": "test_dry_run.py",
+    "--quiet": "test_console.py",
+    "--report": "test_console.py",
     "--show-rows": "test_rows_as_the_models_see_them",
     "--keep-checkpoints": "test_faults.py",
     "--max-bad-steps": "test_faults.py",

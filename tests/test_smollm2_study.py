@@ -84,5 +84,5 @@ def test_every_input_of_a_command_has_been_written_before():
 def test_an_arm_says_what_its_explanations_are_like():
     facts = commands_of("RLT", False).facts
     assert facts["explanations"] == {"reward": 1, "score": 1, "kl": 1, "closed": 1, "length": 1, "count": 1,
-                                     "is_right_chain": 1, "right_steps": 1, "gives_away": 0}
+                                     "is_right_chain": 1, "right_steps": 1, "leak": 0}
     assert facts["curve"] == [dict.fromkeys(smollm2_study.CURVE, 1)]

@@ -83,7 +83,7 @@ def test_full_chains_and_giving_away():
         (CHAIN.replace("s2", "so s2"), False, False),
         ("", False, False),
     ]:
-        assert (game.is_full_chain(QUESTION, text), game.gives_away(QUESTION, text)) == (full, given), text
+        assert (game.is_full_chain(QUESTION, text), game.leaks(QUESTION, text)) == (full, given), text
 
 
 # -- the authors
@@ -160,16 +160,16 @@ def test_authors_in_rooms_do_as_they_are_called():
     for _ in range(400):
         question = game.draw_question(rng, 5, ("room",))
         careful, sloppy, skipping, leaking, rambling = (game.explain(question, author, rng) for author in game.AUTHORS)
-        assert careful == game.chain(question) and not game.gives_away(question, careful)
+        assert careful == game.chain(question) and not game.leaks(question, careful)
         slipped += sloppy != careful
         room = question.split()[1]
         wrong = 0
         for door, after in zip(sloppy.split()[1::3], sloppy.split()[2::3], strict=True):
             wrong, room = wrong + (game.DOORS[door][room] != after), after  # who slips goes on from there
         assert (wrong > 0) == (sloppy != careful)
-        assert not game.gives_away(question, skipping) and set(skipping.split()) <= set(careful.split())
-        assert leaking.startswith(f"ans {game.solution(question)}") and game.gives_away(question, leaking)
-        assert not {*rambling.split()} - {*game.FILLER, *game.DOORS} and not game.gives_away(question, rambling)
+        assert not game.leaks(question, skipping) and set(skipping.split()) <= set(careful.split())
+        assert leaking.startswith(f"ans {game.solution(question)}") and game.leaks(question, leaking)
+        assert not {*rambling.split()} - {*game.FILLER, *game.DOORS} and not game.leaks(question, rambling)
     rate = 1 - (1 - 0.25 * 11 / 12) ** 5  # a slip leads anywhere, to the right room too
     assert abs(slipped / 400 - rate) < 4 * (rate * (1 - rate) / 400) ** 0.5
 

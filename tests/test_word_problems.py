@@ -52,7 +52,7 @@ def test_every_chain_is_right_by_pythons_own_arithmetic(splits):
             total = int(right)
         assert str(total) == row["answer"] and row["solution"] == f"\\boxed{{{total}}}"
         assert problems.is_right_chain(row, row["explanation"]) and problems.right_steps(row, row["explanation"]) == 1
-        assert not problems.gives_away(row, row["explanation"])
+        assert not problems.leaks(row, row["explanation"])
 
 
 def test_counts_stay_in_their_range(splits):
@@ -112,10 +112,10 @@ def test_the_share_of_right_steps():
 
 
 def test_what_gives_the_answer_away():
-    assert problems.gives_away(ROW, "The answer is 19.")
-    assert problems.gives_away(ROW, CHAIN.replace("16+3", "15+4"))
-    assert not problems.gives_away(ROW, CHAIN) and not problems.gives_away(ROW, "14+7=21, so 190 it is")
-    assert not problems.gives_away(ROW | {"answer": "14"}, "She has 14.")  # in the question, too
+    assert problems.leaks(ROW, "The answer is 19.")
+    assert problems.leaks(ROW, CHAIN.replace("16+3", "15+4"))
+    assert not problems.leaks(ROW, CHAIN) and not problems.leaks(ROW, "14+7=21, so 190 it is")
+    assert not problems.leaks(ROW | {"answer": "14"}, "She has 14.")  # in the question, too
 
 
 def test_gsm8k_rows():
