@@ -149,14 +149,15 @@ def explain(rows, batch):
 def solve(rows, batch):
     """One line for each of these rows: what the student writes when it sees the question alone, and its grade."""
     completions = sample([prompts.question_prompt(row) for row in rows], batch)
-    texts = [tokenizer.decode(c.ids[:-1] if c.finished else c.ids) for c in completions]
+    texts = [prompts.turn_text(completion) for completion in completions]
+    answers = [text.removeprefix(prompts.opened_thought) for text in texts]  # what the prompt has not opened itself
     grades = grade_all(args.task, texts, rows)
     return [{
         "batch": batch, "question": row["question"], "solution": row["solution"],
         "explanation": (between(text, *THOUGHT) or "").lstrip("\n"), "right": bool(right), "closed": c.finished,
-        "foreign_tags": prompts.has_special_tokens(text), "length": len(c.ids),
-        "messages": [*prompts.chat_messages(row, "")[:-1], {"role": "assistant", "content": text}],
-    } for row, text, c, right in zip(rows, texts, completions, grades, strict=True)]
+        "foreign_tags": prompts.has_special_tokens(answer), "length": len(c.ids),
+        "messages": [*prompts.chat_messages(row, "")[:-1], {"role": "assistant", "content": answer}],
+    } for row, text, answer, c, right in zip(rows, texts, answers, completions, grades, strict=True)]
 
 
 def keep(line):

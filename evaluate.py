@@ -47,7 +47,6 @@ from rlt.grading import (
     gradable,
     grade,
     grade_all,
-    opened_thought,
     over_questions,
     pass_at_k,
     pass_curve,
@@ -239,15 +238,13 @@ def main():
     results = []
     for name, engine in make_engines(args, longest, tokenizers, device):
         # 1. sample
-        tokenizer = tokenizers[name]
         completions = sample(name, engine, prompt_ids[name], args, rank, world)
         del engine  # before the next model is loaded
         if rank:
             continue
 
-        # 2. grade; a thought that the prompt has opened belongs to the output
-        opened = opened_thought(tokenizer.decode(prompt_ids[name][0]))
-        outputs = [opened + tokenizer.decode(c.ids[:-1] if c.finished else c.ids) for c in completions]
+        # 2. grade
+        outputs = [prompts[name].turn_text(completion) for completion in completions]
         summary, lines = summarise(name, rows, completions, outputs, args)
         prompt_hash = hashlib.sha256(repr(prompts[name].question_prompt({"question": ""})).encode()).hexdigest()[:8]
         results.append(summary | {"prompt_hash": prompt_hash, "questions_hash": questions_hash})

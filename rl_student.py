@@ -136,7 +136,7 @@ def sample(prompt_ids, *key):
 
 def compute_rewards(batch, completions):
     """Rewards (B,) of B completions, which are right (B,), and their texts."""
-    texts = [tokenizer.decode(c.ids[:-1] if c.finished else c.ids) for c in completions]
+    texts = [prompts.turn_text(completion) for completion in completions]
     right = torch.tensor([bool(verdict) for verdict in grade_all(args.task, texts, batch)], device=device)
     answered = torch.tensor([answer_of(args.task, text) is not None for text in texts], device=device)
     none, wrong, good = args.rewards

@@ -24,6 +24,7 @@ No model is touched here.
 import re
 from typing import NamedTuple
 
+from rlt.answers import opened_thought
 from rlt.chat_template import ChatTemplate, turn_ends
 from rlt.errors import UserError, printable
 from rlt.rows import map_rows
@@ -74,6 +75,7 @@ class Prompts:
     def __init__(self, tokenizer, solution_in="assistant"):
         self.tokenizer, self.solution_in = tokenizer, solution_in
         self.template, self.end_of_turn = ChatTemplate(tokenizer), turn_ends(tokenizer)[0]
+        self.opened_thought = opened_thought(self.template.start)
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         special |= {*tokenizer.all_special_tokens, *self.template.markup}
         special = {token for token in special if len(token.strip()) > 2}  # some models pad with "!"
@@ -176,7 +178,12 @@ class Prompts:
             raise UserError(f'has "{found[0]}" in its {column}, which a model would take for its own tag: take it out')
         return text
 
-    # explanations
+    # what a model wrote
+
+    def turn_text(self, completion):
+        """A rollout.Completion as a grader reads it: without the end of the turn, and with the opening tag of a
+        thought that the prompt has opened. Else one that is cut off would not show that it is still thinking."""
+        return self.opened_thought + self.tokenizer.decode(completion.ids[: -1 if completion.finished else None])
 
     def encode_explanation(self, row):
         """(ids, finished): the row's `explanation` as a teacher would have sampled it.

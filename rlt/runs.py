@@ -221,7 +221,7 @@ def describe(args):
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return {"flags": vars(args), "command": command, "git": _git_state(), "versions": versions}
 
 
@@ -253,6 +253,14 @@ def config_of(path, out, script):
     if command != script.split()[0]:
         raise UserError(f"--resume: {out} was written by {command}, this is {script.split()[0]}. Pass another --out.")
     return config | {"flags": flags}
+
+
+def continued(config, before):
+    """The config of a run that goes on from the one with the config `before`: its command stays, later ones are
+    listed."""
+    if not before:
+        return config
+    return config | {"command": before["command"], "resumed_by": [*before.get("resumed_by", []), config["command"]]}
 
 
 def check_same_flags(out, before, now):
@@ -344,7 +352,7 @@ class Run:
             raise UserError(
                 f"the ranks of {self.folder} have found different checkpoints, weights or rows: give all of them the "
                 "same files, on several machines in a folder that they share.")
-        self.config |= facts | {"ranks": WORLD, "lr_steps": self.lr_steps}
+        self.config = continued(self.config, self.config_before) | facts | {"ranks": WORLD, "lr_steps": self.lr_steps}
         if RANK:
             return
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -113,6 +113,15 @@ def test_a_run_may_move_and_its_paths_may_be_spelled_otherwise(tmp_path, monkeyp
         new_run("second", resume=True, model="models/b")
 
 
+def test_a_run_remembers_how_it_was_started(tmp_path, monkeypatch):
+    for flags in ([], ["--resume"], ["--resume", "--out", "a run"]):
+        monkeypatch.setattr(sys, "argv", ["train_rlt.py", *flags])
+        new_run(tmp_path / "run", resume=bool(flags)).start()
+        config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["command"] == "train_rlt.py"
+    assert config["resumed_by"] == ["train_rlt.py --resume", "train_rlt.py --resume --out 'a run'"]
+
+
 # -- other rows, other weights
 
 
