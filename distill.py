@@ -21,10 +21,10 @@ import sys
 from rlt import flags, models
 from rlt.distributed import all_gather_object, init_distributed
 from rlt.dry_run import ModelFootprint, dry_run
-from rlt.grading import TASKS, gradable, grade_all
+from rlt.grading import GOLD, TASKS, gradable, grade_all
 from rlt.memory import MicroBatched
 from rlt.prompts import THOUGHT, Prompts, show_rows
-from rlt.rollout import make_engine
+from rlt.rollout import check_finite, make_engine
 from rlt.rows import between, leaks, load_rows
 from rlt.rows_file import RowsFile
 from rlt.runs import digest, read_jsonl, write_atomically
@@ -115,8 +115,12 @@ engine, micro_batched = None, MicroBatched(args.micro_batch_tokens)
 if not args.score_file:
     engine = make_engine(args.engine, teacher, tokenizer, base=models.base_of(args.model), bits=args.teacher_bits,
                          device=device, max_tokens=longest + args.max_new_tokens, batch=args.batch_size)
+if args.solver:  # scoring models are looked at when they are loaded
+    check_finite(args.model, engine.generate([prompts.question_prompt(rows[0])], max_new_tokens=1, temperature=0.0,
+                                             key=("check",)))
 output.start(base_hash=models.fingerprint(teacher), adapter_hash=models.adapter_hash(teacher),
-             student_hash=student and models.fingerprint(student), rows_hash=digest(rows))
+             student_hash=student and models.fingerprint(student),
+             rows_hash=digest(rows, *(GOLD[args.task] if args.solver else ())))
 
 
 def sample(prompt_ids, batch):

@@ -18,7 +18,6 @@ reach (self-distillation), new ones (capability gain), and lost ones (regression
 
 import hashlib
 import json
-import math
 import statistics
 import sys
 from importlib.metadata import version
@@ -140,21 +139,14 @@ def prompt_encoder(name, prompts, context, args):
 
 def sample(name, engine, prompt_ids, args, rank, world):
     """One completion for each prompt: every world-th batch on each rank, the same draws on any number of them."""
+    from rlt.rollout import check_finite
 
     def draw(at, prompts, **settings):
-        try:
-            completions = engine.generate(prompts, key=(args.seed, "evaluate"), first=at, **settings)
-            finite = all(math.isfinite(p) for c in completions for p in c.logprobs)
-        except RuntimeError as error:
-            if "probability tensor contains" not in str(error):
-                raise
-            finite = False  # torch can't sample from a NaN
-        if not finite:
-            raise UserError(f"{name} computes log-probs that are NaN or infinite: its weights are broken, or --bits "
-                            f"{args.bits} is too coarse for it. Nothing is graded.")
+        completions = engine.generate(prompts, key=(args.seed, "evaluate"), first=at, **settings)
+        check_finite(name, completions)
         return [c._replace(logprobs=None) for c in completions]
 
-    draw(0, prompt_ids[:1], max_new_tokens=1, temperature=0.0)  # a GPU could not go on after sampling from a NaN
+    draw(0, prompt_ids[:1], max_new_tokens=1, temperature=0.0)  # see check_finite
     starts, drawn = range(0, len(prompt_ids), args.batch_size), []
     for at in tqdm(starts[rank::world], desc=name, unit="batch", dynamic_ncols=True, disable=True if rank else None):
         drawn.append(draw(at, prompt_ids[at : at + args.batch_size], max_new_tokens=args.max_new_tokens,

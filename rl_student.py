@@ -21,7 +21,7 @@ from collections import Counter
 from rlt import flags, models
 from rlt.distributed import all_reduce_mean, all_reduce_sum, init_distributed
 from rlt.dry_run import dry_run_rl
-from rlt.grading import TASKS, answer_of, gradable, grade_all
+from rlt.grading import GOLD, TASKS, answer_of, gradable, grade_all
 from rlt.grpo import LOSSES, group_advantages, grpo_loss, guided_loss, step_denominator, tis_weights
 from rlt.logprobs import batched_logprobs, completion_logprobs, regroup
 from rlt.lora import update_mode
@@ -115,7 +115,8 @@ if run.checkpoint:
     models.restore_optimizer(optimizer, run.checkpoint)
 engine = make_engine(args.engine, policy, tokenizer, base=models.base_of(args.model), bits=args.bits, device=device,
                      max_tokens=longest + args.max_new_tokens, batch=args.rollout_batch)
-run.start(base_hash=models.fingerprint(policy), rows_hash=digest(rows), device=str(device), rows=len(rows))
+run.start(base_hash=models.fingerprint(policy), rows_hash=digest(rows, *GOLD[args.task]), device=str(device),
+          rows=len(rows))
 print(f"{run.folder}: {sum(p.numel() for p in parameters):,} trained parameters, {len(rows)} rows, {device}, "
       f"log-probs by {implementation('auto', device.type)}", flush=True)
 

@@ -169,7 +169,9 @@ class Prompts:
 
     def _text(self, row, column):
         text = row.get(column)
-        if not isinstance(text, str):
+        if text is not None and not isinstance(text, str):
+            raise UserError(f"has {column} of type {type(text).__name__}, expected text: fix it")
+        if text is None:
             raise UserError(f'has no "{column}" (columns found: {", ".join(row)}): give the rows one')
         return self._without(self._special_or_tag, text, column)
 
@@ -191,6 +193,8 @@ class Prompts:
         A row that distill.py wrote (it has `messages`) is taken as it is; other texts get a blank line at the end.
         """
         text, closed = self._text(row, "explanation"), row.get("closed", True)
+        if not isinstance(closed, bool):
+            raise UserError(f"has closed {closed!r:.40}, expected true or false: fix it, or leave the column out")
         text = text if "messages" in row else text.strip("\n") + "\n\n"
         ids, = self._encode_in_turn(EXPLANATION_OPENED, text + EXPLANATION[1] * closed)
         return ids + [self.end_of_turn] * closed, closed

@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -152,13 +153,28 @@ class StepTimer:
 
 
 def write_atomically(path, text):
-    """Never half a file: written under another name, flushed to the disk, renamed."""
-    tmp_path = Path(f"{path}.partial")
-    with tmp_path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    tmp_path.replace(path)
+    """Never half a file: written under another name, flushed to the disk, renamed. Raises UserError where the disk is
+    full."""
+    tmp_path = Path(f"{path}.{os.getpid()}.partial")  # two evaluations may end at the same time
+    with full_disk_as_user_error(path):
+        try:
+            with tmp_path.open("w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            tmp_path.replace(path)
+        finally:
+            tmp_path.unlink(missing_ok=True)
+
+
+@contextmanager
+def full_disk_as_user_error(path):
+    try:
+        yield
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise UserError(disk_full(path)) from error
 
 
 def _read_lines(path):
@@ -191,13 +207,8 @@ def read_jsonl(path):
 def append_jsonl(path, entries):
     """Add objects to a JSON Lines file, on rank 0 only. JSON has no NaN and no infinity: they become null."""
     if RANK == 0:
-        try:
-            with path.open("a") as file:
-                file.write("".join(json.dumps(_finite(entry), allow_nan=False) + "\n" for entry in entries))
-        except OSError as error:
-            if not is_disk_full(error):
-                raise
-            raise UserError(disk_full(path)) from error
+        with full_disk_as_user_error(path), path.open("a") as file:
+            file.write("".join(json.dumps(_finite(entry), allow_nan=False) + "\n" for entry in entries))
 
 
 def _finite(entry):
@@ -205,9 +216,10 @@ def _finite(entry):
             for key, value in entry.items()}
 
 
-def digest(rows):
-    """A hash of all that rows are trained on: a resumed run must find the rows it was started on."""
-    columns = ("question", "solution", "explanation", "messages", "hint")
+def digest(rows, *graded_by):
+    """A hash of all that rows are trained on: a resumed run must find the rows it was started on. graded_by: columns
+    that rewards are computed from."""
+    columns = dict.fromkeys(("question", "solution", "explanation", "messages", "hint", *graded_by))
     text = json.dumps([{column: row[column] for column in columns if column in row} for row in rows],
                       default=str)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -333,7 +345,8 @@ class Run:
         if self.step > args.steps:
             raise UserError(f"{self.folder} has done {self.step} steps, --steps is {args.steps}: raise it.")
         if self.step and not args.lr_steps:
-            self.lr_steps = self.config_before.get("lr_steps", self.config_before["flags"]["steps"])
+            before = self.config_before
+            self.lr_steps = before.get("lr_steps") or before["flags"].get("steps", args.steps)
             if self.lr_steps != args.steps:
                 print(f"{self.folder} was started with a learning rate that falls over {self.lr_steps} steps, and "
                       "keeps it: pass --lr-steps for another.")
