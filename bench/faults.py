@@ -33,6 +33,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 from rlt import checkpoints, runs  # noqa: E402
 from rlt.errors import UserError  # noqa: E402
@@ -233,7 +234,6 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of what is broken, and when")
     parser.add_argument("--log", type=Path, default=ROOT / "figures/logs/faults.jsonl", metavar="FILE")
     args = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and theirs, ignore Ctrl-C
     log = Log(args.log, command=" ".join(["python bench/faults.py", *sys.argv[1:]]), **machine("peft"))
     failures = 0
