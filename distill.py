@@ -22,11 +22,11 @@ from rlt import flags, models
 from rlt.console import progress_bar
 from rlt.distributed import all_gather_object, init_distributed
 from rlt.dry_run import ModelFootprint, dry_run
-from rlt.grading import TASKS, gradable, grade_all
+from rlt.grading import GOLD, TASKS, gradable, grade_all
 from rlt.inspection import ROWS, token_numbers
 from rlt.memory import MicroBatched
 from rlt.prompts import THOUGHT, Prompts, show_rows
-from rlt.rollout import make_engine
+from rlt.rollout import check_finite, make_engine
 from rlt.rows import between, leaks, load_rows
 from rlt.rows_file import RowsFile
 from rlt.runs import digest, read_jsonl, write_atomically
@@ -117,8 +117,12 @@ engine, micro_batched = None, MicroBatched(args.micro_batch_tokens)
 if not args.score_file:
     engine = make_engine(args.engine, teacher, tokenizer, base=models.base_of(args.model), bits=args.teacher_bits,
                          device=device, max_tokens=longest + args.max_new_tokens, batch=args.batch_size)
+if args.solver:  # scoring models are looked at when they are loaded
+    check_finite(args.model, engine.generate([prompts.question_prompt(rows[0])], max_new_tokens=1, temperature=0.0,
+                                             key=("check",)))
 output.start(base_hash=models.fingerprint(teacher), adapter_hash=models.adapter_hash(teacher),
-             student_hash=student and models.fingerprint(student), rows_hash=digest(rows))
+             student_hash=student and models.fingerprint(student),
+             rows_hash=digest(rows, *(GOLD[args.task] if args.solver else ())))
 
 
 def sample(prompt_ids, batch):
@@ -153,14 +157,15 @@ def explain(rows, batch):
 def solve(rows, batch):
     """One line for each of these rows: what the student writes when it sees the question alone, and its grade."""
     completions = sample([prompts.question_prompt(row) for row in rows], batch)
-    texts = [tokenizer.decode(c.ids[:-1] if c.finished else c.ids) for c in completions]
+    texts = [prompts.turn_text(completion) for completion in completions]
+    answers = [text.removeprefix(prompts.opened_thought) for text in texts]  # what the prompt has not opened itself
     grades = grade_all(args.task, texts, rows)
     return [{
         "batch": batch, "question": row["question"], "solution": row["solution"],
         "explanation": (between(text, *THOUGHT) or "").lstrip("\n"), "right": bool(right), "closed": c.finished,
-        "foreign_tags": prompts.has_special_tokens(text), "length": len(c.ids),
-        "messages": [*prompts.chat_messages(row, "")[:-1], {"role": "assistant", "content": text}],
-    } for row, text, c, right in zip(rows, texts, completions, grades, strict=True)]
+        "foreign_tags": prompts.has_special_tokens(answer), "length": len(c.ids),
+        "messages": [*prompts.chat_messages(row, "")[:-1], {"role": "assistant", "content": answer}],
+    } for row, text, answer, c, right in zip(rows, texts, answers, completions, grades, strict=True)]
 
 
 def keep(line):

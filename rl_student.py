@@ -22,7 +22,7 @@ from rlt.console import progress_bar
 from rlt.distributed import all_reduce_mean, all_reduce_sum, init_distributed
 from rlt.dry_run import dry_run_rl
 from rlt.episodes import Episode, completion_lengths, pack, split_into_micro_batches, unpack
-from rlt.grading import TASKS, answer_of, gradable, grade_all
+from rlt.grading import GOLD, TASKS, answer_of, gradable, grade_all
 from rlt.grpo import LOSSES, group_advantages, grpo_loss, guided_loss, step_denominator, tis_weights
 from rlt.logprobs import batched_logprobs, completion_logprobs
 from rlt.lora import update_mode
@@ -118,7 +118,8 @@ if run.checkpoint:
     models.restore_optimizer(optimizer, run.checkpoint)
 engine = make_engine(args.engine, policy, tokenizer, base=models.base_of(args.model), bits=args.bits, device=device,
                      max_tokens=longest + args.max_new_tokens, batch=args.rollout_batch)
-run.start(base_hash=models.fingerprint(policy), rows_hash=digest(rows), device=str(device), rows=len(rows))
+run.start(base_hash=models.fingerprint(policy), rows_hash=digest(rows, *GOLD[args.task]), device=str(device),
+          rows=len(rows))
 print(f"{run.folder}: {sum(p.numel() for p in parameters):,} trained parameters, {len(rows)} rows, {device}, "
       f"log-probs by {implementation('auto', device.type)}", flush=True)
 
@@ -138,7 +139,7 @@ def sample(prompt_ids, *key):
 
 def compute_rewards(batch, completions):
     """Rewards (B,) of B completions, which are right (B,), and their texts."""
-    texts = [tokenizer.decode(c.ids[:-1] if c.finished else c.ids) for c in completions]
+    texts = [prompts.turn_text(completion) for completion in completions]
     right = torch.tensor([bool(verdict) for verdict in grade_all(args.task, texts, batch)], device=device)
     answered = torch.tensor([answer_of(args.task, text) is not None for text in texts], device=device)
     none, wrong, good = args.rewards

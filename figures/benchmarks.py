@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Figures and tables of the benchmarks (bench/scoring.py, bench/step.py)."""
+"""Figures and tables of the benchmarks (bench/scoring.py, bench/step.py, bench/faults.py)."""
+
+from collections import Counter
 
 import matplotlib.pyplot as plt
 from plotting import BLUE, GREY, ORANGE, RED, save
@@ -175,4 +177,55 @@ def measured_lines(device, size, rows):
     return lines
 
 
+# ---------------------------------------------------------------------------------------------------------
+# faults: what was broken on purpose, and what came of it
+
+
+def faults_list():
+    """The counts of logs/faults.jsonl, those of repeated parts added up."""
+    rows = read_log("faults.jsonl", "python bench/faults.py --kills 25 --folders 100 --inputs 60 --fuzz 60 --soak 2000")
+    devices, dates = sorted({row["device"] for row in rows}), [row["date"] for row in rows]
+    lines = [f"`python bench/faults.py` breaks things on purpose. On {' and '.join(devices)}, by {max(dates)}:", ""]
+    for part, describe in FAULTS.items():
+        own = [row for row in rows if row["part"] == part]
+        counts = Counter()
+        for row in own:
+            counts.update({key: value for key, value in row.items() if isinstance(value, int | float)})
+        if own:
+            lines.append(f"- {describe(own, counts)}")
+    return "\n".join([*lines, ""])
+
+
+def kills_text(rows, n):
+    scripts = ", ".join(f"{row['script']} {row['kills']}" for row in rows)
+    return (f"{n['kills']} runs ended by kill -9, SIGTERM or Ctrl-C at a random moment and called again ({scripts}): "
+            f"{n['identical']} of {n['runs']} left, bit for bit, what a run that nobody touched leaves.")
+
+
+def folders_text(_, n):
+    total = n["refused"] + n["resumed"] + n["failures"]
+    return (f"{total} run folders with a file missing, empty, cut or with a flipped bit: {n['refused']} refused in one "
+            f"line, {n['resumed']} resumed since the damage was elsewhere, {n['failures']} read as if they were whole.")
+
+
+def inputs_text(_, n):
+    total = n["one_line"] + n["accepted"] + n["failures"]
+    return (f"{total} wrong rows, files and flags: {n['one_line']} refused in one line, {n['accepted']} harmless, "
+            f"{n['failures']} ended otherwise.")
+
+
+def fuzz_text(rows, n):
+    slowest = max(row["slowest_s"] for row in rows)
+    return (f"{n['minutes']:g} minutes of coverage-guided fuzzing of parsers, {n['texts']:,} texts: {n['failures']} "
+            f"failures, and no text took more than {slowest:.2f} s.")
+
+
+def soak_text(rows, _):
+    steps, before, after = (rows[-1][key] for key in ("steps", "second", "last"))
+    return (f"{steps:,} steps of one run, its last quarter against its second: {after['resident_mb']:.0f} MB of memory "
+            f"against {before['resident_mb']:.0f}, {after['open_files']} open files against {before['open_files']}, "
+            f"{after['seconds']:.2f} s a step against {before['seconds']:.2f}.")
+
+
+FAULTS = {"kills": kills_text, "folders": folders_text, "inputs": inputs_text, "fuzz": fuzz_text, "soak": soak_text}
 FIGURES = (scoring, step)

@@ -81,10 +81,7 @@ def answer_of(task, output):
 
 
 def opened_thought(prompt):
-    """The opening tag that a prompt ends with, or "": some chat templates open the thought.
-
-    Put it before the output: one that is cut off would not show otherwise that it is still thinking.
-    """
+    """The opening tag that a prompt ends with, or "": some chat templates open the thought."""
     prompt = prompt.rstrip()
     last = [tag for tag in _thought_tags(prompt) if tag[1] == len(prompt)]
     return "".join(prompt[start:] for start, _, _, closes in last if not closes)

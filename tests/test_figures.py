@@ -371,3 +371,26 @@ def test_the_machine_table_recommends_what_fits():
 def test_the_machines_peaks_are_estimated_with_this_code():
     logged = {row["command"]: row["peaks"] for row in study_log.read_log(machines.LOG.name, "")}
     assert logged == {plan.command: machines.peaks(plan) for plan in machines.PLANS}, "run figures/machines.py"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# faults
+
+
+def test_the_list_of_faults_adds_up_the_log(monkeypatch):
+    known = {"device": "a machine", "date": "2026-01-02", "seed": 0, "seconds": 9}
+    rows = [
+        {"part": "kills", "script": "a.py", "kills": 3, "runs": 2, "identical": 2, "failures": 0},
+        {"part": "kills", "script": "b.py", "kills": 4, "runs": 2, "identical": 1, "failures": 1},
+        {"part": "folders", "refused": 5, "resumed": 6, "failures": 1},
+        {"part": "folders", "refused": 1, "resumed": 1, "failures": 0, "date": "2026-01-03"},
+        {"part": "fuzz", "minutes": 1.5, "texts": 1000, "failures": 0, "slowest_s": 0.25},
+        {"part": "fuzz", "minutes": 2, "texts": 234, "failures": 3, "slowest_s": 0.125},
+    ]
+    monkeypatch.setattr(benchmarks, "read_log", lambda name, command: [known | row for row in rows])
+    first, _, *lines = benchmarks.faults_list().splitlines()
+    assert first.endswith("On a machine, by 2026-01-03:")
+    kills, folders, fuzz = lines  # what is not in the log is not on the page
+    assert "7 runs ended" in kills and "(a.py 3, b.py 4)" in kills and "3 of 4 left" in kills
+    assert folders.startswith("- 14 run folders") and "6 refused" in folders and "7 resumed" in folders
+    assert "3.5 minutes" in fuzz and "1,234 texts: 3 failures" in fuzz and "more than 0.25 s" in fuzz

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 
-from rlt.answers import same_text
+from rlt.answers import opened_thought, same_text
 from rlt.errors import UserError
 from rlt.evaluations import read_evaluations
 from rlt.grading import (
@@ -20,7 +20,6 @@ from rlt.grading import (
     gradable,
     grade,
     grade_all,
-    opened_thought,
     over_questions,
     pass_at_k,
     pass_curve,

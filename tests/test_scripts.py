@@ -206,6 +206,22 @@ def test_a_resumed_student_is_the_same(workshop, tmp_path):
         assert (straight / "final" / name).read_bytes() == (killed / "final" / name).read_bytes()
 
 
+def test_a_resumed_student_draws_the_dropout_of_an_unbroken_run(workshop, tmp_path):
+    call(workshop, "sft_student.py", "--data", "toy", "--limit", 40, "--steps", 1, "--val-rows", 8, "--out",
+         tmp_path / "adapter")
+    path = tmp_path / "adapter/final/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_dropout": 0.5}))
+    flags = ["--model", tmp_path / "adapter", "--data", "toy", "--limit", 40, "--steps", 2, "--batch-size", 8,
+             "--save-every", 1, "--val-rows", 8]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    call(workshop, "sft_student.py", *flags, "--out", straight)
+    shutil.copytree(straight, killed)
+    for folder in ("final", "step_000002"):
+        shutil.rmtree(killed / folder)
+    call(workshop, "sft_student.py", *flags, "--out", killed, "--resume")
+    assert metrics(straight) == metrics(killed) and equal(adapter(straight / "final"), adapter(killed / "final"))
+
+
 # -- numbers that must not depend on how the work is cut
 
 

@@ -107,6 +107,29 @@ def test_an_evaluation_reads_the_answer_without_its_end(tmp_path, end):
     assert line["output"] == ANSWER and line["finished"]
 
 
+def test_a_thought_that_the_prompt_opens_is_part_of_the_turn(tmp_path):
+    """One that never closes has no answer yet, whatever it says: in evaluations, in rewards and in a solver's rows."""
+    chain_model(tmp_path / "model", TEMPLATE_END)
+    template = tmp_path / "model/chat_template.jinja"
+    opened = "<|im_start|>assistant\n<think>\n"
+    template.write_text("{% for m in messages %}{% if m.role == 'assistant' %}" + opened + "{% else %}<|im_start|>"
+                        "{{ m.role }}\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+                        "{% if add_generation_prompt %}" + opened + "{% endif %}")
+    row = {"question": "How many?", "solution": "7", "nums": [7], "target": 7}
+    (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 2)
+    flags = ["--task", "countdown", "--data", "rows.jsonl", "--model", "model", "--max-new-tokens", 25]
+    call(tmp_path, "evaluate.py", *flags)
+    result = json.loads((tmp_path / "runs/eval/model/eval_countdown.json").read_text())
+    line = json.loads((tmp_path / "runs/eval/model/eval_countdown_samples.jsonl").read_text().splitlines()[0])
+    assert line["output"] == "<think>" + ANSWER and line["answer"] is None and result["exact_match"]["mean"] == 0
+    scope = call(tmp_path, "rl_student.py", *flags, "--steps", 1, "--prompts-per-step", 1, "--group-size", 2,
+                 "--eval-every", 0, "--keep-zero-groups")
+    assert scope["rewards"].tolist() == [-1, -1] and scope["texts"] == ["<think>" + ANSWER] * 2
+    call(tmp_path, "distill.py", *flags, "--solver", "--keep-wrong", "--out", "rows_out.jsonl")
+    line = json.loads((tmp_path / "rows_out.jsonl").read_text().splitlines()[0])
+    assert not line["right"] and line["messages"][-1]["content"] == ANSWER, "the template writes the tag itself"
+
+
 # -- training and saving
 
 
