@@ -8,7 +8,7 @@ from rlt.prompts import EXPLANATION, Prompts
 
 import pytest
 import torch
-from conftest import call
+from conftest import call, mostly_slow
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from bench import zoo
@@ -96,7 +96,7 @@ def test_each_of_them_closes_an_explanation(tmp_path, end):
 # -- evaluation
 
 
-@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("end", mostly_slow(ENDS, plain=[LISTED_END]))
 def test_an_evaluation_reads_the_answer_without_its_end(tmp_path, end):
     chain_model(tmp_path / "model", end)
     (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "How many?", "answer": "7"}) + "\n")
@@ -119,8 +119,8 @@ def test_training_rows_end_by_the_templates_own(tmp_path):
         assert [i for i in ids[start:] if i in turn_ends(tokenizer)] == ids_of(tokenizer, TEMPLATE_END) == ids[-1:]
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("rank", mostly_slow([0, 2], plain=[0]))
+@pytest.mark.parametrize("end", mostly_slow(ENDS, plain=[LISTED_END]))
 def test_a_trained_folder_stops_where_its_base_does(tmp_path, end, rank):
     """By our sampler and by transformers' own generate; full weights and adapters, the latter's tokenizer gone, too."""
     chain_model(tmp_path / "base", end)
