@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Figures and tables of the benchmarks (bench/scoring.py, bench/step.py), and the README's table of machines."""
+"""Figures and tables of the benchmarks (bench/scoring.py, step.py, zoo.py), and the README's table of machines."""
 
 import functools
 import sys
@@ -274,6 +274,29 @@ def measured_lines(device, size, rows):
             lines += ["", f"The whole recipe at 4,096 tokens, {ENGINES[row['engine']]}: {row['h_total']:,.0f} "
                       f"GPU-hours, {row['h_without_rollout']:,.0f} without rollouts (the paper: {row['h_paper']})."]
     return lines
+
+
+# ---------------------------------------------------------------------------------------------------------
+# models: small ones of many architectures, and how each is read
+
+READ = {"packed": "packed into one row", "one by one": "one by one"}  # of the sequences of a batch
+
+
+def models_table():
+    """Which architectures work, and how their sequences are read; which are refused, and why."""
+    rows = read_log("zoo.jsonl", "python bench/zoo.py")
+    groups = {way: [] for way in READ.values()}
+    for row in rows:
+        if row["read"] in READ:
+            note = f" ({row['why']})" * bool(row["why"])
+            groups[READ[row["read"]]].append(row["architecture"] + note)
+        else:
+            reason, *_ = row["why"].partition(" (")
+            groups.setdefault(f"{row['read']}: {reason}", []).append(row["architecture"])
+    lines = ["| sequences are | architectures |", "| --- | --- |"]
+    for way, names in groups.items():
+        lines.append(f"| {way} | {' · '.join(sorted(names, key=str.lower))} |")
+    return "\n".join([*lines, ""])
 
 
 FIGURES = (scoring, step)

@@ -20,6 +20,7 @@ TABLES = {  # what a page calls the block: the function that writes it
     "claims": study_tables.claims_table,
     "bench text": benchmarks.scoring_table,
     "machines": benchmarks.machine_table,
+    "models": benchmarks.models_table,
 }
 
 

@@ -63,17 +63,6 @@ def test_bfloat16_is_read_as_in_float32_and_right(name):
     assert (got.double() - wanted).abs().median() < 0.05, "no more than their rounding"
 
 
-def test_the_table_in_the_readme(tmp_path):
-    log = tmp_path / "zoo.jsonl"
-    entries = [("B", "refused", "caps them, which is bad"), ("C", "packed", ""), ("A", "packed", ""),
-               ("E", "refused", "can't be checked (x): expected y"), ("D", "one by one", "odd")]
-    log.write_text("".join(json.dumps(dict(zip(("architecture", "read", "why"), entry, strict=True))) + "\n"
-                           for entry in entries))
-    assert zoo.models_table(log).splitlines()[2:] == [
-        "| packed |  | A · C |", "| one by one | odd | D |", "| refused | can't be checked (x) | E |",
-        "| refused | caps them | B |"]
-
-
 def test_the_log_has_all_architectures_and_what_was_expected_of_them():
     found = {entry["architecture"]: entry["read"] for entry in map(json.loads, zoo.LOG.read_text().splitlines())}
     assert found == {name: read for name, (*_, read) in zoo.ARCHITECTURES.items()}
