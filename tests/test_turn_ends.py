@@ -157,3 +157,10 @@ def test_ends_may_stand_in_the_config_alone(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": eos}))
         ends = turn_ends(models.load_tokenizer(str(tmp_path)))
         assert ends == tuple(ids_of(tokenizer, TEMPLATE_END, TOKENIZER_END, *believed))
+
+
+@pytest.mark.parametrize("listed", [[], None, "2", [[2]], [-1], [10**6], True])
+def test_what_is_no_id_is_no_end(tmp_path, listed):
+    chain_model(tmp_path, LISTED_END, listed=())
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
+    assert turn_ends(models.load_tokenizer(str(tmp_path))) == tuple(ids_of(words(), TEMPLATE_END, TOKENIZER_END))
