@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Figures and tables of the benchmarks (bench/scoring.py, bench/step.py, bench/faults.py)."""
+"""Figures and tables of the benchmarks: bench/scoring.py, bench/step.py, bench/faults.py, bench/zoo.py."""
 
 from collections import Counter
 
@@ -228,4 +228,29 @@ def soak_text(rows, _):
 
 
 FAULTS = {"kills": kills_text, "folders": folders_text, "inputs": inputs_text, "fuzz": fuzz_text, "soak": soak_text}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# models: small ones of many architectures, and how each is read
+
+READ = {"packed": "packed into one row", "one by one": "one by one"}  # of the sequences of a batch
+
+
+def models_table():
+    """Which architectures work, and how their sequences are read; which are refused, and why."""
+    rows = read_log("zoo.jsonl", "python bench/zoo.py")
+    groups = {way: [] for way in READ.values()}
+    for row in rows:
+        if row["read"] in READ:
+            note = f" ({row['why']})" * bool(row["why"])
+            groups[READ[row["read"]]].append(row["architecture"] + note)
+        else:
+            reason, *_ = row["why"].partition(" (")
+            groups.setdefault(f"{row['read']}: {reason}", []).append(row["architecture"])
+    lines = ["| sequences are | architectures |", "| --- | --- |"]
+    for way, names in groups.items():
+        lines.append(f"| {way} | {' · '.join(sorted(names, key=str.lower))} |")
+    return "\n".join([*lines, ""])
+
+
 FIGURES = (scoring, step)

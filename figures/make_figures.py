@@ -23,6 +23,7 @@ TABLES = {  # what a page calls the block: the function that writes it
     "bench text": benchmarks.scoring_table,
     "machines": machines.machine_table,
     "faults": benchmarks.faults_list,
+    "models": benchmarks.models_table,
 }
 
 

@@ -18,7 +18,7 @@ A student is trained on texts, tokenized anew. They give the ids that were score
 sampled ids are the tokenizer's own for their text.
 
 The tags are those of Bespoke-Stratos and of the released RLT code (custom_data/); the wording is ours.
-No model is touched here.
+No model is touched here, but in `score_texts`.
 """
 
 import codecs
@@ -31,7 +31,7 @@ from rlt.errors import UserError, printable
 from rlt.rows import map_rows
 from rlt.tags import EXPLANATION, SOLUTION, THOUGHT
 
-from rewards import Row
+from rewards import Row, score_explanations
 
 STUDENT_SYSTEM = (
     "You solve problems by thinking them through before you answer. Write two sections. The first, between "
@@ -290,6 +290,29 @@ class Prompts:
                 raise UserError(f"takes {tokens} tokens, room is for {context}: shorten it, lower --max-new-tokens")
 
         return [row for row, _ in map_rows(rows, check_length, skip)]
+
+
+def score_texts(teacher, student, tokenizer, rows, *, solution_in="assistant", **options):
+    """Reward explanations that are texts: `score_explanations` of rewards.py, prompts and ids included -> Scored.
+
+    rows: B dicts of strings, `question`, `solution` and `explanation`. tokenizer: of both models. solution_in: see
+    `Prompts`. options: those of `score_explanations`; vocab is the tokenizer's. Raises UserError naming a bad row.
+    """
+    prompts = Prompts(tokenizer, solution_in)
+
+    def scoring_row(row):
+        for column in ("question", "solution"):
+            if not prompts._text(row, column).strip():
+                raise UserError(f"has an empty {column}: there is nothing to score")
+        return prompts.scoring_row(row, prompts.split_completion(*prompts.encode_explanation(row)))
+
+    encoded = []
+    for number, row in enumerate(rows):
+        try:
+            encoded.append(scoring_row(row))
+        except UserError as error:
+            raise UserError(f"row {number} {error}") from None
+    return score_explanations(teacher, student, encoded, **{"vocab": len(tokenizer)} | options)
 
 
 def show_rows(prompts, rows, n):

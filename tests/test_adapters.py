@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import call, ended
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from bench import zoo
@@ -126,10 +127,23 @@ def test_the_reference_is_the_start_and_all_parts_are_trained_and_saved(base, tm
     ({"bias": "lora_only"}, "trains biases of its base (bias='lora_only')"),
     ({"target_modules": ["q_proj", "lm_head"]}, "the head of Qwen2ForCausalLM is a peft"),
     ({"modules_to_save": ["lm_head"]}, "the head of Qwen2ForCausalLM is a peft"),
+    ({"alora_invocation_tokens": [5, 6]}, "wait for a token (prompt-learning, aLoRA) are not supported"),
 ])
 def test_what_can_not_be_trained_is_refused(base, tmp_path, changes, message):
     theirs(base, tmp_path, **changes)
     assert message in refusal(tmp_path)
+
+
+def test_an_adapter_that_lacks_a_weight_is_refused(plain_base, tmp_path):
+    """peft would go on with a random one, and only warn."""
+    theirs(plain_base, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    weights = load_file(file)
+    weights.popitem()
+    save_file(weights, file)
+    for load in (ours, lambda folder: models.load_model(str(folder), bits=32, device=CPU)):
+        with pytest.raises(UserError, match="does not fit its base .*: Found missing adapter keys"):
+            load(tmp_path)
 
 
 @pytest.mark.parametrize("config, kind", [

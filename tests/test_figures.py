@@ -348,6 +348,17 @@ def test_a_repeated_measurement_replaces_the_first():
     assert benchmarks.last_of_each(rows, lambda row: row["a"]) == [{"a": 1, "ms": 7}, {"a": 2, "ms": 6}]
 
 
+def test_the_table_of_models_by_hand(monkeypatch):
+    log = [("B", "refused", "caps them (badly), which is bad"), ("C", "packed", ""), ("a", "packed", ""),
+           ("E", "refused", "can't be checked (x): expected y"), ("D", "one by one", "odd"),
+           ("F", "refused", "caps them")]
+    rows = [dict(zip(("architecture", "read", "why"), entry, strict=True)) for entry in log]
+    monkeypatch.setattr(benchmarks, "read_log", lambda *_: rows)
+    assert benchmarks.models_table().splitlines()[2:] == [
+        "| packed into one row | a · C |", "| one by one | D (odd) |", "| refused: caps them | B · F |",
+        "| refused: can't be checked | E |"]
+
+
 def test_the_machine_table_recommends_what_fits():
     """Peaks and hours are rlt/dry_run.py's, and the page is up to date (above): each row's command is what is meant."""
     page = (ROOT / "README.md").read_text()

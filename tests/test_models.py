@@ -419,6 +419,11 @@ def test_adapters_without_their_base(base, tmp_path, tiny_model):
     shutil.rmtree(tmp_path / "base")
     message = refusal(models.load_model, str(tmp_path / "adapter"), bits=32, device=CPU)
     assert "which does not exist here: put the path or hub id of its base into adapter_config.json" in message
+    config = tmp_path / "adapter/adapter_config.json"
+    for name in (None, "", 5, ["base"], "/gone"):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": name}))
+        assert "which does not exist here" in refusal(models.load_tokenizer, str(tmp_path / "adapter"))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}))
     tiny_model(64).save_pretrained(tmp_path / "base")  # another one
     for load in (models.load_model, lora):
         options = {} if load is lora else dict(bits=32, device=CPU)
