@@ -38,8 +38,8 @@ parser = flags.make_parser(__doc__)
 group = parser.add_argument_group("models")
 group.add_argument("--model", type=flags.path, default="runs/teacher", help="teacher: run folder, folder or hub id")
 group.add_argument("--student", type=flags.path, help="frozen student; default: the teacher's own base")
-flags.add_bits(group, "--teacher-bits", 32, "weights of the teacher's base")
-flags.add_bits(group, "--student-bits", 4, "weights of the student")
+flags.add_bits(group, "--teacher-bits", "weights of the teacher's base")
+flags.add_bits(group, "--student-bits", "weights of the student", default=4)
 group = parser.add_argument_group("data")
 flags.add_data(group, data="toy", columns=("question", "solution", "explanation"))
 flags.add_solution_in(group)
@@ -74,6 +74,7 @@ if args.keep_wrong and not args.solver:
 # ---------------------------------------------------------------------------------------------------------
 
 device = models.pick_device(args.device)
+flags.choose_bits(parser, args, device)
 rank, world = init_distributed(device)
 output = RowsFile(args)
 

@@ -49,8 +49,8 @@ parser = flags.make_parser(__doc__)
 group = parser.add_argument_group("models")
 group.add_argument("--model", type=flags.path, default="toy-teacher", help="teacher: run folder, folder or hub id")
 group.add_argument("--student", type=flags.path, help="frozen student; default: the teacher's own base")
-flags.add_bits(group, "--teacher-bits", 32, "weights of the teacher's base")
-flags.add_bits(group, "--student-bits", 4, "weights of the student")
+flags.add_bits(group, "--teacher-bits", "weights of the teacher's base")
+flags.add_bits(group, "--student-bits", "weights of the student", default=4)
 group.add_argument("--offload-student", action="store_true", help="keep the student in host memory between uses")
 flags.add_lora(group)
 group = parser.add_argument_group("data")
@@ -76,6 +76,7 @@ if args.kl_gradient and args.offload_student:
 # ---------------------------------------------------------------------------------------------------------
 
 device = models.pick_device(args.device)
+flags.choose_bits(parser, args, device)
 rank, world = init_distributed(device)
 flags.check_prompts_per_rank(args, world)
 run = Run(args)
@@ -252,9 +253,8 @@ for step in run.steps(progress, save):
         tis = {key: all_reduce_mean(value, len(token_weights)) for key, value in tis.items()}
     for group in optimizer.param_groups:
         group["lr"] = args.lr * lr_fraction(step, run.lr_steps, args.warmup_steps, args.final_lr_fraction)
-    # The old log-probs of a batch's only update are its own: no rounding in the ratio. A CPU keeps the scoring pass's,
-    # which differ in the last bits of float32, so that results stay those of the figures.
-    old_logprobs = None if device.type == "cuda" and args.updates_per_batch == 1 else scored.old_logprobs
+    # the old log-probs of a batch's only update are its own: the ratio is 1, without the rounding of another pass
+    old_logprobs = scored.old_logprobs if args.updates_per_batch > 1 else None
     loss, grad_norm, stats = update_policy(
         batch, batches, prompt_ids, completion_ids, regroup(old_logprobs, scored.completion_lengths, batches),
         regroup(token_weights, scored.completion_lengths, batches), advantages, scales, scoring_rows)
