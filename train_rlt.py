@@ -20,6 +20,7 @@ from collections import Counter
 from rlt import flags, models
 from rlt.distributed import all_reduce_mean, all_reduce_sum, init_distributed
 from rlt.dry_run import dry_run_rl
+from rlt.errors import UserError
 from rlt.grpo import LOSSES, group_advantages, group_scale, grpo_loss, pathwise_kl_loss, step_denominator, tis_weights
 from rlt.logprobs import completion_logprobs, completion_logprobs_and_kl, regroup
 from rlt.lora import update_mode
@@ -50,7 +51,7 @@ group = parser.add_argument_group("models")
 group.add_argument("--model", type=flags.path, default="toy-teacher", help="teacher: run folder, folder or hub id")
 group.add_argument("--student", type=flags.path, help="frozen student; default: the teacher's own base")
 flags.add_bits(group, "--teacher-bits", "weights of the teacher's base")
-flags.add_bits(group, "--student-bits", "weights of the student", default=4)
+flags.add_student_bits(group)
 group.add_argument("--offload-student", action="store_true", help="keep the student in host memory between uses")
 flags.add_lora(group)
 group = parser.add_argument_group("data")
@@ -85,6 +86,10 @@ run = Run(args)
 student_name = args.student or models.base_of(args.model)
 tokenizer = models.load_tokenizer(args.model)
 models.check_same_tokenizer(tokenizer, models.load_tokenizer(student_name))
+shared = models.shares_base(args.model, args.teacher_bits, student_name, args.student_bits)
+if shared and args.offload_student:
+    raise UserError("--offload-student: the student is the teacher's base at the same bits, so its weights are the "
+                    "teacher's and take no memory. Leave the flag out.")
 prompts, vocab = Prompts(tokenizer, args.solution_in), len(tokenizer)
 rows = load_rows(models.data_source(args.data, "train"), **flags.row_options(args))
 context = models.context_length(args.model, student_name) - args.max_new_tokens
@@ -95,13 +100,16 @@ if args.show_rows:
 longest = max(len(prompts.teacher_prompt(row)) for row in rows + held_out)
 if args.dry_run is not None:
     sys.exit(dry_run_rl(args, device, world, args.teacher_bits, student_name, longest_prompt=longest, vocab=vocab,
-                        held_out=len(held_out)))
+                        held_out=len(held_out), shared=shared))
 
 # models and optimizer
 policy = models.load_lora(args.model, bits=args.teacher_bits, device=device, seed=args.seed, rank=args.lora_rank,
                           alpha=args.lora_alpha, targets=args.lora_targets, reference=args.beta > 0,
                           checkpointing=args.gradient_checkpointing)
-student = models.load_model(student_name, bits=args.student_bits, device=device, scores=True)
+if shared:
+    student = models.without_adapter(policy)
+else:
+    student = models.load_model(student_name, bits=args.student_bits, device=device, scores=True)
 student_hash = models.fingerprint(student)
 if args.offload_student:
     student.to("cpu")

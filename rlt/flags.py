@@ -109,6 +109,11 @@ def add_bits(group, flag, what, default=None):
                        + ("; default: 16 on a GPU, 32 on a CPU" if default is None else ""))
 
 
+def add_student_bits(group):
+    add_bits(group, "--student-bits", "weights of the student; the teacher's own base at the teacher's bits takes no "
+             "memory of its own", default=4)
+
+
 def choose_bits(parser, args, device):
     """Set the bits of a base that no flag names: 16 on a GPU, or where --dry-run is for one, 32 on a CPU."""
     bits = 16 if device.type == "cuda" or args.dry_run else 32
