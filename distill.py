@@ -40,8 +40,8 @@ parser = flags.make_parser(__doc__)
 group = parser.add_argument_group("models")
 group.add_argument("--model", type=flags.path, default="runs/teacher", help="teacher: run folder, folder or hub id")
 group.add_argument("--student", type=flags.path, help="frozen student; default: the teacher's own base")
-flags.add_bits(group, "--teacher-bits", 32, "weights of the teacher's base")
-flags.add_bits(group, "--student-bits", 4, "weights of the student")
+flags.add_bits(group, "--teacher-bits", "weights of the teacher's base")
+flags.add_student_bits(group)
 group = parser.add_argument_group("data")
 flags.add_data(group, data="toy", columns=("question", "solution", "explanation"))
 flags.add_solution_in(group)
@@ -77,6 +77,7 @@ if args.keep_wrong and not args.solver:
 # ---------------------------------------------------------------------------------------------------------
 
 device = models.pick_device(args.device)
+flags.choose_bits(parser, args, device)
 rank, world = init_distributed(device)
 output = RowsFile(args)
 
@@ -87,6 +88,7 @@ if args.solver:
     rows = gradable(args.task, rows)
 tokenizer = models.load_tokenizer(args.model)
 models.check_same_tokenizer(tokenizer, models.load_tokenizer(student_name))
+shared = models.shares_base(args.model, args.teacher_bits, student_name, args.student_bits)
 prompts, vocab = Prompts(tokenizer, args.solution_in), len(tokenizer)
 new_tokens = 0 if args.score_file else args.max_new_tokens
 explanation_ids = [lambda row: prompts.encode_explanation(row)[0]] if args.score_file else []
@@ -105,13 +107,15 @@ if args.dry_run is not None:
         student_config = models.model_and_adapter_config(student_name)
         footprints.append(ModelFootprint(**student_config, bits=args.student_bits, gpu=gpu))
     sys.exit(dry_run(
-        args, device, *footprints, vocab=vocab, row=longest + new_tokens, scored=not args.solver,
+        args, device, *footprints, vocab=vocab, row=longest + new_tokens, scored=not args.solver, shared=shared,
         rollout=None if args.score_file else (sampled, longest, args.max_new_tokens)))
 
 # models
 teacher = models.load_model(args.model, bits=args.teacher_bits, device=device, scores=not args.solver)
 student = None
-if not args.solver:
+if shared and not args.solver:
+    student = models.without_adapter(teacher)
+elif not args.solver:
     student = models.load_model(student_name, bits=args.student_bits, device=device, scores=True)
 engine, micro_batched = None, MicroBatched(args.micro_batch_tokens)
 if not args.score_file:

@@ -70,7 +70,7 @@ def parse_flags():
     group = parser.add_argument_group("models and questions")
     group.add_argument("--model", nargs="+", type=flags.path, default=["toy", "runs/student"],
                        help="run folders, model folders, hub ids, toy")
-    flags.add_bits(group, "--bits", 32, "weights of the models' bases")
+    flags.add_bits(group, "--bits", "weights of the models' bases")
     group.add_argument("--task", choices=TASKS, default="toy", metavar="NAME",
                        help=f"what is asked and how it is graded: {', '.join(TASKS)}")
     flags.add_data(group, data="toy", what="what the task is graded by")
@@ -101,7 +101,7 @@ def parse_flags():
     if args.data == "toy" and args.task != "toy" and not args.compare:
         parser.error(f"--task {args.task} needs --data, rows with {' and '.join(GOLD[args.task])}: see data/README.md")
     args.max_new_tokens = args.max_new_tokens or (64 if args.task == "toy" else 4096)
-    return args
+    return parser, args
 
 
 def compare_folders(args):
@@ -182,7 +182,7 @@ def summarise(name, rows, completions, outputs, args):
 
 
 def main():
-    args = parse_flags()
+    parser, args = parse_flags()
     if args.compare:
         return compare_folders(args)
     from rlt import models
@@ -191,6 +191,7 @@ def main():
     from rlt.rollout import make_engines
 
     device = models.pick_device(args.device)
+    flags.choose_bits(parser, args, device)
     rank, world = init_distributed(device)
     paths = {name: result_path(name, models.resolve(name), args) for name in args.model}
     tokenizers = {name: models.load_tokenizer(name) for name in paths}

@@ -52,7 +52,7 @@ STATS = ("clip_fraction", "guided_log_ratio", "kl_ref")  # of grpo_loss and guid
 parser = flags.make_parser(__doc__)
 group = parser.add_argument_group("model")
 group.add_argument("--model", type=flags.path, default="toy", help="student: run folder, folder or hub id")
-flags.add_bits(group, "--bits", 32, "weights of the base")
+flags.add_bits(group, "--bits", "weights of the base")
 flags.add_lora(group)
 group = parser.add_argument_group("data")
 group.add_argument("--task", choices=TASKS, default="toy", metavar="NAME",
@@ -84,6 +84,7 @@ if args.hint_ratio != "guide" and not args.hints:
 # ---------------------------------------------------------------------------------------------------------
 
 device = models.pick_device(args.device)
+flags.choose_bits(parser, args, device)
 rank, world = init_distributed(device)
 flags.check_prompts_per_rank(args, world)
 run = Run(args)

@@ -34,6 +34,7 @@ from rlt.lora import (
     set_trainable,
     sync_reference,
     use_adapter,
+    without_adapter,
 )
 from rlt.prompts import turn_ends
 
@@ -42,7 +43,8 @@ import torch
 from rewards import UnsupportedModel, check_model
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it offers a kernel from a hub, which we don't want
-__all__ = ["adapter_pairs", "adapter_parameters", "set_trainable", "sync_reference", "use_adapter"]  # from rlt.lora
+__all__ = ["adapter_pairs", "adapter_parameters", "set_trainable", "sync_reference", "use_adapter",
+           "without_adapter"]  # from rlt.lora
 ROOT = Path(__file__).resolve().parent.parent
 MADE_ON_FIRST_USE = {  # name: (folder, the command that makes it, what is being made)
     "toy": ("runs/toy", ["data/toy.py"], "the toy (rows, tokenizer, base model: two minutes)"),
@@ -138,6 +140,16 @@ def _adapter_config(folder):
 
     with user_errors(f"the adapter in {folder} can't be read"):
         return PeftConfig.from_pretrained(folder)
+
+
+def shares_base(teacher, teacher_bits, student, student_bits):
+    """Whether the student is the teacher's base at the same bits, so that `without_adapter` gives it: no second copy.
+
+    Not where the teacher's adapter has changed its base's weights, as PiSSA's and OLoRA's initialisations do.
+    """
+    adapter = _adapter_config(resolve(teacher))
+    plain = adapter is None or getattr(adapter, "init_lora_weights", None) in (True, False, "gaussian")
+    return plain and teacher_bits == student_bits and resolve(student) == base_of(teacher)
 
 
 def model_and_adapter_config(name):

@@ -170,6 +170,23 @@ def test_adapters_on_coarser_bases_are_float32_and_start_as_their_reference(plai
     assert len(parameters) == tensors and all(p.dtype == torch.float32 and p.grad.norm() > 0 for p in parameters)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_base_comes_out_of_every_adapter(base, tmp_path, kind):
+    """Where its weights may be shared; else they have been changed."""
+    theirs(base, tmp_path, **KINDS[kind])
+    if kind == "trainable tokens" and json.loads((base / "config.json").read_text())["tie_word_embeddings"]:
+        return  # refused, see above
+    policy, alone = ours(tmp_path), models.load_model(str(base), bits=32, device=CPU)
+    trained = [p.requires_grad for p in policy.parameters()]
+    student = models.without_adapter(policy)
+    assert [p.requires_grad for p in policy.parameters()] == trained
+    shared = models.shares_base(str(tmp_path), 32, str(base), 32)
+    assert shared == (kind not in ("PiSSA", "OLoRA"))
+    assert not shared or torch.equal(ask(student), ask(alone))
+    assert not shared or models.fingerprint(student) == models.fingerprint(alone)
+    assert not torch.equal(ask(student), ask(policy)), "the test must be able to tell"
+
+
 def test_whole_layers_in_bfloat16_are_refused(plain_base, tmp_path):
     """A step of lr 1e-6 would be rounded away."""
     theirs(plain_base, tmp_path, modules_to_save=["norm"])
