@@ -25,6 +25,12 @@ def mostly_slow(values, plain):
     return [value if value in plain else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
+def pytest_xdist_auto_num_workers(config):
+    """Up to four processes for the whole suite; files and tests that are named run in this one."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    return min(4, os.cpu_count()) if whole else 0
+
+
 def data_file(name):
     """A file of the public rows, or a skip that says why."""
     folder = os.environ.get("RLT_TEST_DATA")
