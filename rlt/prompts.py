@@ -298,6 +298,8 @@ def score_texts(teacher, student, tokenizer, rows, *, solution_in="assistant", *
     rows: B dicts of strings, `question`, `solution` and `explanation`. tokenizer: of both models. solution_in: see
     `Prompts`. options: those of `score_explanations`; vocab is the tokenizer's. Raises UserError naming a bad row.
     """
+    if not rows:
+        raise UserError("there are no rows to score: expected at least one")
     prompts = Prompts(tokenizer, solution_in)
 
     def scoring_row(row):

@@ -10,7 +10,7 @@ from rlt.logprobs import completion_logprobs
 import peft
 import pytest
 import torch
-from conftest import call, ended
+from conftest import call, ended, mostly_slow
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -22,7 +22,7 @@ PROMPTS, COMPLETIONS = [[5, 6, 7, 8], [5, 9]], [[3, 9, 11, 12], [5, 5, 13]]
 PLAIN = dict(r=4, lora_alpha=8, task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"])
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["own head", "tied head"])
+@pytest.fixture(scope="module", params=mostly_slow([False, True], plain=[True]), ids=["own head", "tied head"])
 def base(request, tmp_path_factory):
     return make_base(tmp_path_factory.mktemp("base"), request.param)
 

@@ -390,3 +390,5 @@ def test_rewards_of_texts_are_those_of_the_models_own_logits(solution_in):
 def test_texts_that_can_not_be_scored_are_named(row, message):
     with pytest.raises(UserError, match=re.escape(message)):
         score_texts(None, None, zoo.tokenizer(), [TEXTS[0], row])
+    with pytest.raises(UserError, match="no rows to score"):
+        score_texts(None, None, zoo.tokenizer(), [])
