@@ -28,6 +28,7 @@ from rlt.lora import (
     adapter_pairs,
     adapter_parameters,
     check_adapter,
+    compute_in_input_type,
     disable_dropout,
     new_lora_config,
     set_trainable,
@@ -295,6 +296,7 @@ def load_model(name, *, bits, device, scores=False):
         model = load_model(base_of(folder), bits=bits, device=device)
         with user_errors(f"the adapter in {folder} does not fit its base {base_of(folder)}"):
             model = PeftModel.from_pretrained(model, folder).eval().requires_grad_(False)
+        compute_in_input_type(model)
     else:
         model = _load_base(folder, bits, device)
     return _checked(model, name) if scores else model
@@ -379,6 +381,7 @@ def load_lora(name, *, bits, device, seed, rank=None, alpha=None, targets=None, 
     for name_of, parameter in model.named_parameters():
         if "lora_" in name_of:
             parameter.data = parameter.data.float()
+    compute_in_input_type(model)
     if any(p.dtype != torch.float32 for p in adapter_parameters(model)):
         raise UserError(f"the adapter of {name} trains whole layers (modules_to_save), which at {bits} bits are "
                         "bfloat16: small steps would be lost. Load it with 32 bits.")
