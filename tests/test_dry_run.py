@@ -126,9 +126,10 @@ def test_an_update(name, checkpointing):
     assert transient(table["update"]) == pytest.approx(peak(update), rel=0.1)
 
 
+@pytest.mark.slow  # bfloat16 on a CPU
 def test_an_update_in_16_bits():
     """Nothing of the adapter's passes is in float32."""
-    config, tokens = qwen(hidden_size=64, intermediate_size=128), 200
+    config, tokens = qwen(hidden_size=64, intermediate_size=128, num_hidden_layers=10, num_attention_heads=2), 700
     policy = ModelFootprint(config, bits=16, gpu=False, rank=8, trained="adapter")
     table = phases(policy, vocab=config.vocab_size, tokens=tokens, learned=True)
     model = real(config, rank=8, dtype=torch.bfloat16)
