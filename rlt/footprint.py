@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from rlt.errors import UserError
-from rlt.lora import LORA_DEFAULTS, excluded_layers
+from rlt.lora import LORA_DEFAULTS, compute_in_input_type, excluded_layers
 from rlt.models import user_errors
 
 import torch
@@ -197,6 +197,7 @@ class ModelFootprint:
                 p.data = p.data.float()
                 p.requires_grad_(trained == "adapter")
                 self.adapters += p.nbytes * (2 if reference else 1)
+        compute_in_input_type(model)
         return model
 
     def _count_attention(self):

@@ -107,6 +107,33 @@ def _split_names(targets):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# weights in float32, products in the type of the base
+
+
+class _AdapterMatrix(torch.nn.Linear):
+    """A layer whose weight is float32 and whose product has the type of its input, as under torch.autocast."""
+
+    def forward(self, x):
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype), bias)
+
+
+def compute_in_input_type(model):
+    """Have the adapters of a bfloat16 base multiply in bfloat16; weights, gradients and optimizer stay float32.
+
+    peft would copy each layer's input to float32 and keep the copy for the backward pass. torch.autocast around the
+    model would round layers that models keep in float32, such as routers. DoRA, whose norms need float32, stays so.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and not layer.lora_variant:
+            layer.cast_input_dtype_enabled = False  # peft's, as its helper disable_input_dtype_casting sets it
+            for matrix in (*layer.lora_A.values(), *layer.lora_B.values()):
+                matrix.__class__ = _AdapterMatrix
+
+
+# ---------------------------------------------------------------------------------------------------------
 # the policy "default" and its "reference"
 
 

@@ -29,6 +29,7 @@ from rlt.lora import (
     adapter_pairs,
     adapter_parameters,
     check_adapter,
+    compute_in_input_type,
     disable_dropout,
     new_lora_config,
     set_trainable,
@@ -294,6 +295,7 @@ def load_model(name, *, bits, device, scores=False):
     if _adapter_config(folder) is not None:
         model = load_model(base_of(folder), bits=bits, device=device)
         model = _with_adapter(model, folder).eval().requires_grad_(False)
+        compute_in_input_type(model)
     else:
         model = _load_base(folder, bits, device)
     return _checked(model, name) if scores else model
@@ -387,6 +389,7 @@ def load_lora(name, *, bits, device, seed, rank=None, alpha=None, targets=None, 
     for name_of, parameter in model.named_parameters():
         if "lora_" in name_of:
             parameter.data = parameter.data.float()
+    compute_in_input_type(model)
     if any(p.dtype != torch.float32 for p in adapter_parameters(model)):
         raise UserError(f"the adapter of {name} trains whole layers (modules_to_save), which at {bits} bits are "
                         "bfloat16: small steps would be lost. Load it with 32 bits.")

@@ -1,5 +1,6 @@
 """Adapters as people make them with peft: the reference is the starting policy, all parts are trained, or refused."""
 
+import copy
 import json
 import shutil
 
@@ -185,6 +186,53 @@ def test_the_base_comes_out_of_every_adapter(base, tmp_path, kind):
     assert not shared or torch.equal(ask(student), ask(alone))
     assert not shared or models.fingerprint(student) == models.fingerprint(alone)
     assert not torch.equal(ask(student), ask(policy)), "the test must be able to tell"
+
+
+def adapted_layer(**changes):
+    """A linear layer in bfloat16 with an adapter in float32, inputs, and gradients of the outputs."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 48, bias=False, dtype=torch.bfloat16))
+    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=["0"], **changes))
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data = torch.randn(p.shape) / 8
+    return model, torch.randn(40, 64).bfloat16(), torch.randn(40, 48).bfloat16()
+
+
+def outputs_and_gradients(model, x, grads):
+    x = x.clone().requires_grad_()
+    out = model(x)
+    out.backward(grads.to(out.dtype))
+    return [out, x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_bias": True}])
+def test_adapters_multiply_as_under_autocast_and_learn_as_in_float32(changes):
+    """Bit for bit torch.autocast; against float64 an error like bfloat16's, of 2^-9."""
+    model, *data = adapted_layer(**changes)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = outputs_and_gradients(copy.deepcopy(model), *data)
+    double = outputs_and_gradients(copy.deepcopy(model).double(), *(x.double() for x in data))
+    lora.compute_in_input_type(model)
+    ours = outputs_and_gradients(model, *data)
+    assert len(ours) == 4 + len(changes)
+    for mine, theirs, exact in zip(ours, autocast, double, strict=True):
+        assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
+        assert 0 < (mine - exact).norm() < 4 * 2**-9 * exact.norm()
+    assert {x.dtype for x in ours[2:]} == {torch.float32}, "of the weights"
+
+
+def test_nothing_of_an_adapter_is_kept_in_float32(plain_base, tmp_path):
+    """In the backward pass of a bfloat16 base: the inputs' copies were most of what an update kept."""
+    theirs(plain_base, tmp_path)
+    policy, kept = ours(tmp_path, bits=16), []
+    weights = {p.data_ptr() for p in policy.parameters()}
+    layer = policy.get_submodule("base_model.model.model.layers.0.mlp.down_proj")
+    x = torch.randn(1, 9, layer.in_features, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        layer(x)
+    kept = [tensor for tensor in kept if tensor.data_ptr() not in weights]
+    assert kept and {tensor.dtype for tensor in kept} == {torch.bfloat16}
 
 
 def test_whole_layers_in_bfloat16_are_refused(plain_base, tmp_path):

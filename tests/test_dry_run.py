@@ -9,6 +9,7 @@ from rlt.dry_run import Machine, expected_hours, phases, remedy
 from rlt.errors import UserError
 from rlt.footprint import AllocationTracker, ModelFootprint, target_modules
 from rlt.logprobs import completion_logprobs, completion_logprobs_and_kl
+from rlt.lora import compute_in_input_type
 from rlt.rollout import generate
 
 import pytest
@@ -28,13 +29,13 @@ def qwen(**sizes):
     return Qwen2Config(**SMALL | sizes)
 
 
-def real(config, rank=0, targets="all-linear"):
-    """The model that a footprint stands for, in float32 with random weights."""
+def real(config, rank=0, targets="all-linear", dtype=torch.float32):
+    """The model that a footprint stands for, with random weights."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     if rank:
         model = get_peft_model(model, LoraConfig(r=rank, target_modules=targets, task_type="CAUSAL_LM"))
     check_model(model)  # once, before memory is watched
@@ -123,6 +124,19 @@ def test_an_update(name, checkpointing):
         policy.sum().backward()
 
     assert transient(table["update"]) == pytest.approx(peak(update), rel=0.1)
+
+
+@pytest.mark.slow  # bfloat16 on a CPU
+def test_an_update_in_16_bits():
+    """Nothing of the adapter's passes is in float32."""
+    config, tokens = qwen(hidden_size=64, intermediate_size=128, num_hidden_layers=10, num_attention_heads=2), 700
+    policy = ModelFootprint(config, bits=16, gpu=False, rank=8, trained="adapter")
+    table = phases(policy, vocab=config.vocab_size, tokens=tokens, learned=True)
+    model = real(config, rank=8, dtype=torch.bfloat16)
+    compute_in_input_type(model)
+    with_gradients(model)
+    measured = peak(lambda: completion_logprobs(model, [ids(64)], [ids(tokens - 64)])[0].sum().backward())
+    assert transient(table["update"]) == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.parametrize("name", SHAPES)
