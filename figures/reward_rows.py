@@ -71,7 +71,10 @@ def read_scored(source):
         rows_path, config_path = source / "samples.jsonl", source / "config.json"
     if not rows_path.exists():
         raise UserError(f"{rows_path} does not exist: expected a run folder of train_rlt.py, or a file by distill.py.")
-    rows = [row for row in read_jsonl(rows_path) if "tokens" in row]
+    try:
+        rows = [row for row in read_jsonl(rows_path) if "tokens" in row]
+    except UserError as error:
+        raise UserError(f"{error} Rows in any other format are scored with --model and --student.") from None
     if not rows:
         raise UserError(f"{rows_path} has no rewards token by token: pass --model (the teacher) and --student to score "
                         "its explanations now.")
