@@ -22,11 +22,11 @@ from rlt import flags, models
 from rlt.console import progress_bar
 from rlt.distributed import all_gather_object, init_distributed
 from rlt.dry_run import ModelFootprint, dry_run
-from rlt.grading import TASKS, gradable, grade_all
+from rlt.grading import GOLD, TASKS, gradable, grade_all
 from rlt.inspection import ROWS, token_numbers
 from rlt.memory import MicroBatched
 from rlt.prompts import THOUGHT, Prompts, show_rows
-from rlt.rollout import make_engine
+from rlt.rollout import check_finite, make_engine
 from rlt.rows import between, leaks, load_rows
 from rlt.rows_file import RowsFile
 from rlt.runs import digest, read_jsonl, write_atomically
@@ -40,8 +40,8 @@ parser = flags.make_parser(__doc__)
 group = parser.add_argument_group("models")
 group.add_argument("--model", type=flags.path, default="runs/teacher", help="teacher: run folder, folder or hub id")
 group.add_argument("--student", type=flags.path, help="frozen student; default: the teacher's own base")
-flags.add_bits(group, "--teacher-bits", 32, "weights of the teacher's base")
-flags.add_bits(group, "--student-bits", 4, "weights of the student")
+flags.add_bits(group, "--teacher-bits", "weights of the teacher's base")
+flags.add_student_bits(group)
 group = parser.add_argument_group("data")
 flags.add_data(group, data="toy", columns=("question", "solution", "explanation"))
 flags.add_solution_in(group)
@@ -77,6 +77,7 @@ if args.keep_wrong and not args.solver:
 # ---------------------------------------------------------------------------------------------------------
 
 device = models.pick_device(args.device)
+flags.choose_bits(parser, args, device)
 rank, world = init_distributed(device)
 output = RowsFile(args)
 
@@ -87,6 +88,7 @@ if args.solver:
     rows = gradable(args.task, rows)
 tokenizer = models.load_tokenizer(args.model)
 models.check_same_tokenizer(tokenizer, models.load_tokenizer(student_name))
+shared = models.shares_base(args.model, args.teacher_bits, student_name, args.student_bits)
 prompts, vocab = Prompts(tokenizer, args.solution_in), len(tokenizer)
 new_tokens = 0 if args.score_file else args.max_new_tokens
 explanation_ids = [lambda row: prompts.encode_explanation(row)[0]] if args.score_file else []
@@ -105,20 +107,26 @@ if args.dry_run is not None:
         student_config = models.model_and_adapter_config(student_name)
         footprints.append(ModelFootprint(**student_config, bits=args.student_bits, gpu=gpu))
     sys.exit(dry_run(
-        args, device, *footprints, vocab=vocab, row=longest + new_tokens, scored=not args.solver,
+        args, device, *footprints, vocab=vocab, row=longest + new_tokens, scored=not args.solver, shared=shared,
         rollout=None if args.score_file else (sampled, longest, args.max_new_tokens)))
 
 # models
 teacher = models.load_model(args.model, bits=args.teacher_bits, device=device, scores=not args.solver)
 student = None
-if not args.solver:
+if shared and not args.solver:
+    student = models.without_adapter(teacher)
+elif not args.solver:
     student = models.load_model(student_name, bits=args.student_bits, device=device, scores=True)
 engine, micro_batched = None, MicroBatched(args.micro_batch_tokens)
 if not args.score_file:
     engine = make_engine(args.engine, teacher, tokenizer, base=models.base_of(args.model), bits=args.teacher_bits,
                          device=device, max_tokens=longest + args.max_new_tokens, batch=args.batch_size)
+if args.solver:  # scoring models are looked at when they are loaded
+    check_finite(args.model, engine.generate([prompts.question_prompt(rows[0])], max_new_tokens=1, temperature=0.0,
+                                             key=("check",)))
 output.start(base_hash=models.fingerprint(teacher), adapter_hash=models.adapter_hash(teacher),
-             student_hash=student and models.fingerprint(student), rows_hash=digest(rows))
+             student_hash=student and models.fingerprint(student),
+             rows_hash=digest(rows, *(GOLD[args.task] if args.solver else ())))
 
 
 def sample(prompt_ids, batch):
@@ -153,14 +161,15 @@ def explain(rows, batch):
 def solve(rows, batch):
     """One line for each of these rows: what the student writes when it sees the question alone, and its grade."""
     completions = sample([prompts.question_prompt(row) for row in rows], batch)
-    texts = [tokenizer.decode(c.ids[:-1] if c.finished else c.ids) for c in completions]
+    texts = [prompts.turn_text(completion) for completion in completions]
+    answers = [text.removeprefix(prompts.opened_thought) for text in texts]  # what the prompt has not opened itself
     grades = grade_all(args.task, texts, rows)
     return [{
         "batch": batch, "question": row["question"], "solution": row["solution"],
         "explanation": (between(text, *THOUGHT) or "").lstrip("\n"), "right": bool(right), "closed": c.finished,
-        "foreign_tags": prompts.has_special_tokens(text), "length": len(c.ids),
-        "messages": [*prompts.chat_messages(row, "")[:-1], {"role": "assistant", "content": text}],
-    } for row, text, c, right in zip(rows, texts, completions, grades, strict=True)]
+        "foreign_tags": prompts.has_special_tokens(answer), "length": len(c.ids),
+        "messages": [*prompts.chat_messages(row, "")[:-1], {"role": "assistant", "content": answer}],
+    } for row, text, answer, c, right in zip(rows, texts, answers, completions, grades, strict=True)]
 
 
 def keep(line):

@@ -18,7 +18,6 @@ reach (self-distillation), new ones (capability gain), and lost ones (regression
 
 import hashlib
 import json
-import math
 import statistics
 import sys
 from importlib.metadata import version
@@ -48,7 +47,6 @@ from rlt.grading import (
     gradable,
     grade,
     grade_all,
-    opened_thought,
     over_questions,
     pass_at_k,
     pass_curve,
@@ -72,7 +70,7 @@ def parse_flags():
     group = parser.add_argument_group("models and questions")
     group.add_argument("--model", nargs="+", type=flags.path, default=["toy", "runs/student"],
                        help="run folders, model folders, hub ids, toy")
-    flags.add_bits(group, "--bits", 32, "weights of the models' bases")
+    flags.add_bits(group, "--bits", "weights of the models' bases")
     group.add_argument("--task", choices=TASKS, default="toy", metavar="NAME",
                        help=f"what is asked and how it is graded: {', '.join(TASKS)}")
     flags.add_data(group, data="toy", what="what the task is graded by")
@@ -103,7 +101,7 @@ def parse_flags():
     if args.data == "toy" and args.task != "toy" and not args.compare:
         parser.error(f"--task {args.task} needs --data, rows with {' and '.join(GOLD[args.task])}: see data/README.md")
     args.max_new_tokens = args.max_new_tokens or (64 if args.task == "toy" else 4096)
-    return args
+    return parser, args
 
 
 def compare_folders(args):
@@ -140,21 +138,14 @@ def prompt_encoder(name, prompts, context, args):
 
 def sample(name, engine, prompt_ids, args, rank, world):
     """One completion for each prompt: every world-th batch on each rank, the same draws on any number of them."""
+    from rlt.rollout import check_finite
 
     def draw(at, prompts, **settings):
-        try:
-            completions = engine.generate(prompts, key=(args.seed, "evaluate"), first=at, **settings)
-            finite = all(math.isfinite(p) for c in completions for p in c.logprobs)
-        except RuntimeError as error:
-            if "probability tensor contains" not in str(error):
-                raise
-            finite = False  # torch can't sample from a NaN
-        if not finite:
-            raise UserError(f"{name} computes log-probs that are NaN or infinite: its weights are broken, or --bits "
-                            f"{args.bits} is too coarse for it. Nothing is graded.")
+        completions = engine.generate(prompts, key=(args.seed, "evaluate"), first=at, **settings)
+        check_finite(name, completions)
         return [c._replace(logprobs=None) for c in completions]
 
-    draw(0, prompt_ids[:1], max_new_tokens=1, temperature=0.0)  # a GPU could not go on after sampling from a NaN
+    draw(0, prompt_ids[:1], max_new_tokens=1, temperature=0.0)  # see check_finite
     starts, drawn = range(0, len(prompt_ids), args.batch_size), []
     for at in progress_bar(starts[rank::world], desc=name, unit="batch"):
         drawn.append(draw(at, prompt_ids[at : at + args.batch_size], max_new_tokens=args.max_new_tokens,
@@ -191,7 +182,7 @@ def summarise(name, rows, completions, outputs, args):
 
 
 def main():
-    args = parse_flags()
+    parser, args = parse_flags()
     if args.compare:
         return compare_folders(args)
     from rlt import models
@@ -200,6 +191,7 @@ def main():
     from rlt.rollout import make_engines
 
     device = models.pick_device(args.device)
+    flags.choose_bits(parser, args, device)
     rank, world = init_distributed(device)
     paths = {name: result_path(name, models.resolve(name), args) for name in args.model}
     tokenizers = {name: models.load_tokenizer(name) for name in paths}
@@ -238,15 +230,13 @@ def main():
     results = []
     for name, engine in make_engines(args, longest, tokenizers, device):
         # 1. sample
-        tokenizer = tokenizers[name]
         completions = sample(name, engine, prompt_ids[name], args, rank, world)
         del engine  # before the next model is loaded
         if rank:
             continue
 
-        # 2. grade; a thought that the prompt has opened belongs to the output
-        opened = opened_thought(tokenizer.decode(prompt_ids[name][0]))
-        outputs = [opened + tokenizer.decode(c.ids[:-1] if c.finished else c.ids) for c in completions]
+        # 2. grade
+        outputs = [prompts[name].turn_text(completion) for completion in completions]
         summary, lines = summarise(name, rows, completions, outputs, args)
         prompt_hash = hashlib.sha256(repr(prompts[name].question_prompt({"question": ""})).encode()).hexdigest()[:8]
         results.append(summary | {"prompt_hash": prompt_hash, "questions_hash": questions_hash})

@@ -648,8 +648,10 @@ def check_model(model):
 
     Raises UnsupportedModel with the model's name.
     """
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise UnsupportedModel("prompt-learning adapters are not supported: use one in the layers, LoRA")
+    adapter = getattr(model, "active_peft_config", None)  # of a PeftModel, whose own forward pass is not used here
+    if getattr(adapter, "is_prompt_learning", False) or getattr(adapter, "alora_invocation_tokens", None):
+        raise UnsupportedModel("adapters that change the prompt or wait for a token (prompt-learning, aLoRA) are not "
+                               "supported: use one that is always on in the layers, LoRA")
     model = causal_lm(model)
     head = model.get_output_embeddings()
     if type(head) is not torch.nn.Linear:  # every time: an adapter may have come since

@@ -22,7 +22,7 @@ from rlt.console import progress_bar
 from rlt.distributed import all_reduce_mean, all_reduce_sum, init_distributed
 from rlt.dry_run import dry_run_rl
 from rlt.episodes import Episode, completion_lengths, pack, split_into_micro_batches, unpack
-from rlt.grading import TASKS, answer_of, gradable, grade_all
+from rlt.grading import GOLD, TASKS, answer_of, gradable, grade_all
 from rlt.grpo import LOSSES, group_advantages, grpo_loss, guided_loss, step_denominator, tis_weights
 from rlt.logprobs import batched_logprobs, completion_logprobs
 from rlt.lora import update_mode
@@ -52,7 +52,7 @@ STATS = ("clip_fraction", "guided_log_ratio", "kl_ref")  # of grpo_loss and guid
 parser = flags.make_parser(__doc__)
 group = parser.add_argument_group("model")
 group.add_argument("--model", type=flags.path, default="toy", help="student: run folder, folder or hub id")
-flags.add_bits(group, "--bits", 32, "weights of the base")
+flags.add_bits(group, "--bits", "weights of the base")
 flags.add_lora(group)
 group = parser.add_argument_group("data")
 group.add_argument("--task", choices=TASKS, default="toy", metavar="NAME",
@@ -84,6 +84,7 @@ if args.hint_ratio != "guide" and not args.hints:
 # ---------------------------------------------------------------------------------------------------------
 
 device = models.pick_device(args.device)
+flags.choose_bits(parser, args, device)
 rank, world = init_distributed(device)
 flags.check_prompts_per_rank(args, world)
 run = Run(args)
@@ -118,7 +119,8 @@ if run.checkpoint:
     models.restore_optimizer(optimizer, run.checkpoint)
 engine = make_engine(args.engine, policy, tokenizer, base=models.base_of(args.model), bits=args.bits, device=device,
                      max_tokens=longest + args.max_new_tokens, batch=args.rollout_batch)
-run.start(base_hash=models.fingerprint(policy), rows_hash=digest(rows), device=str(device), rows=len(rows))
+run.start(base_hash=models.fingerprint(policy), rows_hash=digest(rows, *GOLD[args.task]), device=str(device),
+          rows=len(rows))
 print(f"{run.folder}: {sum(p.numel() for p in parameters):,} trained parameters, {len(rows)} rows, {device}, "
       f"log-probs by {implementation('auto', device.type)}", flush=True)
 
@@ -138,7 +140,7 @@ def sample(prompt_ids, *key):
 
 def compute_rewards(batch, completions):
     """Rewards (B,) of B completions, which are right (B,), and their texts."""
-    texts = [tokenizer.decode(c.ids[:-1] if c.finished else c.ids) for c in completions]
+    texts = [prompts.turn_text(completion) for completion in completions]
     right = torch.tensor([bool(verdict) for verdict in grade_all(args.task, texts, batch)], device=device)
     answered = torch.tensor([answer_of(args.task, text) is not None for text in texts], device=device)
     none, wrong, good = args.rewards

@@ -36,7 +36,7 @@ parser = flags.make_parser(__doc__)
 parser.add_argument("--format", choices=("student", "teacher"), default="student", help="whose turn the rows become")
 group = parser.add_argument_group("model")
 group.add_argument("--model", type=flags.path, default="toy", help="model to start from: run folder, folder or hub id")
-flags.add_bits(group, "--bits", 32, "weights of the base")
+flags.add_bits(group, "--bits", "weights of the base")
 flags.add_lora(group, lowest_rank=0)
 group = parser.add_argument_group("data")
 flags.add_data(group, data=None, what="an explanation; default: runs/distilled.jsonl; for a teacher toy",
@@ -58,11 +58,13 @@ args = parser.parse_args()
 args.out = args.out or {"student": "runs/student", "teacher": "runs/toy-teacher"}[args.format]
 args.data = args.data or {"student": "runs/distilled.jsonl", "teacher": "toy"}[args.format]
 train_all = args.lora_rank == 0
+args.bits = args.bits or (32 if train_all else None)
 if train_all and args.bits != 32:
     parser.error(f"--lora-rank 0 trains all weights, which takes --bits 32: at {args.bits} bits small steps are lost")
 # ---------------------------------------------------------------------------------------------------------
 
 device = models.pick_device(args.device)
+flags.choose_bits(parser, args, device)
 rank, world = init_distributed(device)
 run = Run(args)
 if args.steps > run.lr_steps:

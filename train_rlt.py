@@ -21,6 +21,7 @@ from rlt.console import progress_bar
 from rlt.distributed import all_reduce_mean, all_reduce_sum, init_distributed
 from rlt.dry_run import dry_run_rl
 from rlt.episodes import Episode, completion_lengths, pack, split_into_micro_batches, unpack
+from rlt.errors import UserError
 from rlt.grpo import LOSSES, group_advantages, group_scale, grpo_loss, pathwise_kl_loss, step_denominator, tis_weights
 from rlt.inspection import token_numbers
 from rlt.logprobs import batched_logprobs, completion_logprobs, completion_logprobs_and_kl
@@ -53,8 +54,8 @@ parser = flags.make_parser(__doc__)
 group = parser.add_argument_group("models")
 group.add_argument("--model", type=flags.path, default="toy-teacher", help="teacher: run folder, folder or hub id")
 group.add_argument("--student", type=flags.path, help="frozen student; default: the teacher's own base")
-flags.add_bits(group, "--teacher-bits", 32, "weights of the teacher's base")
-flags.add_bits(group, "--student-bits", 4, "weights of the student")
+flags.add_bits(group, "--teacher-bits", "weights of the teacher's base")
+flags.add_student_bits(group)
 group.add_argument("--offload-student", action="store_true", help="keep the student in host memory between uses")
 flags.add_lora(group)
 group = parser.add_argument_group("data")
@@ -80,6 +81,7 @@ if args.kl_gradient and args.offload_student:
 # ---------------------------------------------------------------------------------------------------------
 
 device = models.pick_device(args.device)
+flags.choose_bits(parser, args, device)
 rank, world = init_distributed(device)
 flags.check_prompts_per_rank(args, world)
 run = Run(args)
@@ -88,6 +90,10 @@ run = Run(args)
 student_name = args.student or models.base_of(args.model)
 tokenizer = models.load_tokenizer(args.model)
 models.check_same_tokenizer(tokenizer, models.load_tokenizer(student_name))
+shared = models.shares_base(args.model, args.teacher_bits, student_name, args.student_bits)
+if shared and args.offload_student:
+    raise UserError("--offload-student: the student is the teacher's base at the same bits, so its weights are the "
+                    "teacher's and take no memory. Leave the flag out.")
 prompts, vocab = Prompts(tokenizer, args.solution_in), len(tokenizer)
 rows = load_rows(models.data_source(args.data, "train"), **flags.row_options(args))
 context = models.context_length(args.model, student_name) - args.max_new_tokens
@@ -98,13 +104,16 @@ if args.show_rows:
 longest = max(len(prompts.teacher_prompt(row)) for row in rows + held_out)
 if args.dry_run is not None:
     sys.exit(dry_run_rl(args, device, world, args.teacher_bits, student_name, longest_prompt=longest, vocab=vocab,
-                        held_out=len(held_out)))
+                        held_out=len(held_out), shared=shared))
 
 # models and optimizer
 policy = models.load_lora(args.model, bits=args.teacher_bits, device=device, seed=args.seed, rank=args.lora_rank,
                           alpha=args.lora_alpha, targets=args.lora_targets, reference=args.beta > 0,
                           checkpointing=args.gradient_checkpointing)
-student = models.load_model(student_name, bits=args.student_bits, device=device, scores=True)
+if shared:
+    student = models.without_adapter(policy)
+else:
+    student = models.load_model(student_name, bits=args.student_bits, device=device, scores=True)
 student_hash = models.fingerprint(student)
 if args.offload_student:
     student.to("cpu")
@@ -243,9 +252,8 @@ for step in run.steps(progress, save):
     episodes = [Episode(row, prompt, ids, advantage, scale=scale, scoring_row=scoring_row)
                 for row, prompt, ids, advantage, scale, scoring_row
                 in zip(batch, prompt_ids, completion_ids, advantages, scales, scoring_rows, strict=True)]
-    # The old log-probs of a batch's only update are its own: no rounding in the ratio. A CPU keeps the scoring pass's,
-    # which differ in the last bits of float32, so that results stay those of the figures.
-    if device.type != "cuda" or args.updates_per_batch > 1:
+    # the old log-probs of a batch's only update are its own: the ratio is 1, without the rounding of another pass
+    if args.updates_per_batch > 1:
         unpack(episodes, "old_logprobs", scored.old_logprobs)
     tis = {}
     if args.engine == "vllm" and args.tis_cap:

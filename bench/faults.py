@@ -33,6 +33,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 from rlt import checkpoints, runs  # noqa: E402
 from rlt.errors import UserError  # noqa: E402
@@ -41,6 +42,8 @@ from fuzz import fuzz  # noqa: E402
 from measure import Log, machine  # noqa: E402
 
 RL = ["--limit", "80", "--prompts-per-step", "2", "--group-size", "4", "--max-new-tokens", "12", "--eval-rows", "4"]
+SOAK = ["--limit", "80", "--prompts-per-step", "2", "--group-size", "2", "--max-new-tokens", "4", "--eval-rows", "2",
+        "--eval-every", "100", "--save-every", "50"]
 SCRIPTS = {  # script: flags that make it small
     "train_rlt.py": [*RL, "--steps", "6", "--save-every", "2", "--sync-ref-every", "3"],
     "rl_student.py": [*RL, "--steps", "6", "--save-every", "2", "--rewards", "0", "0.1", "1"],
@@ -194,12 +197,12 @@ def inputs(folder, n, draw):
 
 
 def soak(folder, steps, draw):
-    """One run of that many steps -> its memory, open files and seconds a step: second quarter against the last."""
+    """One long run of small steps -> its memory, open files and seconds a step: second quarter against the last."""
     out = folder / "soak"
-    process = start(folder, "train_rlt.py", *RL, "--steps", steps, "--save-every", 50, "--eval-every", 0, "--out", out)
+    process = start(folder, "train_rlt.py", *SOAK, "--steps", steps, "--out", out)
     proc, samples = Path(f"/proc/{process.pid}"), []  # (steps done, resident MB, open files)
     while process.poll() is None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # it has ended
             pages = int((proc / "statm").read_text().split()[1])
             done = len(runs.read_jsonl(out / "metrics.jsonl"))
             samples.append((done, pages * os.sysconf("SC_PAGE_SIZE") / 1e6, len(list((proc / "fd").iterdir()))))
@@ -212,8 +215,10 @@ def soak(folder, steps, draw):
         quarters[name] = {"resident_mb": round(statistics.median(s[1] for s in part), 1),
                           "open_files": max(s[2] for s in part),
                           "seconds": round(statistics.median(seconds[low:high] or [0.0]), 3)}
-    kept = len(checkpoints.checkpoints(out))
-    yield {"steps": len(seconds), **quarters, "checkpoints": kept, "failures": int(process.returncode != 0)}
+    grown = [quarters["last"][key] > factor * quarters["second"][key]
+             for key, factor in (("resident_mb", 1.05), ("open_files", 1))]
+    yield {"steps": len(seconds), **quarters, "checkpoints": len(checkpoints.checkpoints(out)),
+           "failures": sum(grown) + (process.returncode != 0)}
 
 
 PARTS = {"kills": kills, "folders": folders, "inputs": inputs, "fuzz": fuzz, "soak": soak}
@@ -229,7 +234,6 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of what is broken, and when")
     parser.add_argument("--log", type=Path, default=ROOT / "figures/logs/faults.jsonl", metavar="FILE")
     args = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and theirs, ignore Ctrl-C
     log = Log(args.log, command=" ".join(["python bench/faults.py", *sys.argv[1:]]), **machine("peft"))
     failures = 0

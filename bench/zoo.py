@@ -284,24 +284,6 @@ def close(ours, theirs, tolerance):
     assert difference <= tolerance, f"differ by {difference:.2g} nats"
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The table
-
-
-def models_table(log=LOG):
-    """The README's table of architectures, from the log: how sequences are read, what else there is to say, of whom."""
-    groups = {}
-    for entry in map(json.loads, log.read_text().splitlines()):
-        reason = entry["why"].partition(", which")[0].partition(": expected")[0]
-        groups.setdefault((entry["read"], reason), []).append(entry["architecture"])
-    order = [PACKED, ONE_BY_ONE, REFUSED]
-    lines = ["| sequences are read | | architectures |", "| --- | --- | --- |"]
-    for read, reason in sorted(groups, key=lambda group: (order.index(group[0]), group[1])):
-        names = " · ".join(sorted(groups[read, reason], key=str.lower))
-        lines.append(f"| {read} | {reason} | {names} |")
-    return "\n".join(lines) + "\n"
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="architectures by name or model type; default: all, into the log")

@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Figures and tables of the benchmarks (bench/scoring.py, bench/step.py), and the README's table of machines."""
+"""Figures and tables of the benchmarks: bench/scoring.py, bench/step.py, bench/faults.py, bench/zoo.py."""
 
-import functools
-import sys
-from pathlib import Path
-from typing import NamedTuple
+from collections import Counter
 
 import matplotlib.pyplot as plt
 from plotting import BLUE, GREY, ORANGE, RED, save
@@ -156,108 +153,12 @@ def draw_peaks(axes, rows):
     axes.legend(loc="upper right")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# machines: peak memory and hours of the recipe, as rlt/dry_run.py estimates them
-
-PROMPT = 1024  # tokens that the table assumes for a prompt
-RANK, VOCAB = 32, 151_665  # of the adapter; of Qwen2.5's tokenizer
-QWEN_7B = {"hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28, "num_attention_heads": 28,
-           "num_key_value_heads": 4, "vocab_size": 152_064, "tie_word_embeddings": False,
-           "max_position_embeddings": 32_768}
-
-
-class Plan(NamedTuple):
-    """A row of the table: GPUs, and what their command has besides the README's $RECIPE."""
-
-    name: str
-    launcher: str
-    gpus: int
-    memory: float  # bytes of a GPU
-    bandwidth: float  # bytes/s of a GPU, by its data sheet
-    flops: float  # FLOP/s of a GPU in bfloat16, by its data sheet
-    teacher_bits: int
-    offload_student: bool
-    max_new_tokens: int
-    rollout_batch: int
-    micro_batch_tokens: int
-    engine: str = "transformers"
-
-    @property
-    def command(self):
-        flags = [f"--teacher-bits {self.teacher_bits} --student-bits 4", "--offload-student" * self.offload_student,
-                 f"--max-new-tokens {self.max_new_tokens} --rollout-batch {self.rollout_batch}",
-                 f"--micro-batch-tokens {self.micro_batch_tokens}", "--engine vllm" * (self.engine == "vllm")]
-        return " ".join([self.launcher, "train_rlt.py $RECIPE", *filter(None, flags)])
-
-
-RTX_4090 = dict(memory=24e9, bandwidth=1.008e12, flops=165e12, teacher_bits=4, offload_student=True,
-                max_new_tokens=4096, rollout_batch=32, micro_batch_tokens=6144)
-H100 = dict(memory=80e9, bandwidth=3.35e12, flops=989e12, teacher_bits=16, offload_student=False,
-            max_new_tokens=16_384, rollout_batch=24, micro_batch_tokens=18_432)
-NODES = "torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500"
-PLANS = (
-    Plan("one 24 GB GPU (RTX 4090)", "python", 1, **RTX_4090),
-    Plan("one 80 GB GPU (H100)", "python", 1, **H100),
-    Plan("the same, sampling with vLLM", "python", 1, **H100, engine="vllm"),
-    Plan("two 80 GB GPUs", "torchrun --nproc_per_node=2", 2, **H100, engine="vllm"),
-    Plan("two nodes of eight", NODES, 16, **H100, engine="vllm"),
-)
-
-
-def dry_run_module():
-    """rlt/dry_run.py, which the scripts find because they start in the repository's root."""
-    root = str(Path(__file__).resolve().parent.parent)
-    if root not in sys.path:
-        sys.path.insert(0, root)
-    from rlt import dry_run
-
-    return dry_run
-
-
-@functools.cache
-def expected_peak(teacher_bits, offload_student, max_new_tokens, rollout_batch, micro_batch_tokens, engine_bytes):
-    """(GB, phase) of the phase of the 7B pair with the highest peak on a GPU, as --dry-run estimates it."""
-    from transformers import Qwen2Config
-
-    dry_run, config = dry_run_module(), Qwen2Config(**QWEN_7B)
-    teacher = dry_run.ModelFootprint(config, bits=teacher_bits, gpu=True, rank=RANK, trained="adapter", reference=True)
-    phases = dry_run.phases(
-        teacher, dry_run.ModelFootprint(config, bits=4, gpu=True), vocab=VOCAB, checkpointing=True, scored=True,
-        learned=True, reference=True, tokens=max(micro_batch_tokens, PROMPT + max_new_tokens),
-        rollout=(rollout_batch, PROMPT, max_new_tokens), offloaded=offload_student, engine_bytes=engine_bytes)
-    worst = max(phases, key=lambda phase: phases[phase]["total"])
-    return phases[worst]["total"] / dry_run.GB, worst
-
-
-def estimate(plan):
-    """(GB of the phase with the highest peak, its name, (low, high) hours) of the recipe with the 7B pair."""
-    dry_run = dry_run_module()
-    peak, phase = expected_peak(
-        plan.teacher_bits, plan.offload_student, plan.max_new_tokens, plan.rollout_batch, plan.micro_batch_tokens,
-        dry_run.MEMORY_SHARE * plan.memory if plan.engine == "vllm" else 0)
-    hours = dry_run.expected_hours(
-        dry_run.Machine(plan.gpus, plan.memory, plan.bandwidth, plan.flops), bits=plan.teacher_bits, prompt=PROMPT,
-        limit=plan.max_new_tokens, batch=plan.rollout_batch, engine=plan.engine)
-    return peak, phase, hours["total"]
-
-
-def machine_table():
-    """Which machine needs how much memory and time, and what of it has been measured."""
-    lines = ["| machine | command | peak memory of a GPU | hours |", "| --- | --- | --- | --- |",
-             "| laptop, the toy | `python train_rlt.py --lambda 3 --alpha 0.01` | under 1 GB (estimated) | "
-             "minutes on two cores, timed by `.ci/run` |"]
-    for plan in PLANS:
-        size, phase, (low, high) = estimate(plan)
-        lines.append(f"| {plan.name} | `{plan.command}` | {size:.0f} GB in {phase} (estimated) | "
-                     f"{low:,.0f} to {high:,.0f} (estimated) |")
-    lines += ["", "Peaks are those of `--dry-run` for Qwen2.5-7B as teacher and student, with prompts of 1,024 tokens. "
-              "The hours are for 128,000 completions, the whole recipe. " + dry_run_module().HOURS_ASSUMPTIONS]
+def measured_steps():
+    """Paragraphs and tables of the steps that were measured on GPUs."""
     on_gpus = {machine: rows for machine, rows in step_rows().items() if not machine[0].startswith("CPU")}
     if not on_gpus:
-        lines += ["", "None of it has been measured on a GPU. `python bench/step.py` does that in ten minutes."]
-    for (device, size), rows in on_gpus.items():
-        lines += ["", *measured_lines(device, size, rows)]
-    return "\n".join([*lines, ""])
+        return ["", "None of it has been measured on a GPU. `python bench/gpu.py` does that in nine minutes."]
+    return [line for (device, size), rows in on_gpus.items() for line in ["", *measured_lines(device, size, rows)]]
 
 
 def measured_lines(device, size, rows):
@@ -274,6 +175,82 @@ def measured_lines(device, size, rows):
             lines += ["", f"The whole recipe at 4,096 tokens, {ENGINES[row['engine']]}: {row['h_total']:,.0f} "
                       f"GPU-hours, {row['h_without_rollout']:,.0f} without rollouts (the paper: {row['h_paper']})."]
     return lines
+
+
+# ---------------------------------------------------------------------------------------------------------
+# faults: what was broken on purpose, and what came of it
+
+
+def faults_list():
+    """The counts of logs/faults.jsonl, those of repeated parts added up."""
+    rows = read_log("faults.jsonl", "python bench/faults.py --kills 25 --folders 100 --inputs 60 --fuzz 60 --soak 2000")
+    devices, dates = sorted({row["device"] for row in rows}), [row["date"] for row in rows]
+    lines = [f"`python bench/faults.py` breaks things on purpose. On {' and '.join(devices)}, by {max(dates)}:", ""]
+    for part, describe in FAULTS.items():
+        own = [row for row in rows if row["part"] == part]
+        counts = Counter()
+        for row in own:
+            counts.update({key: value for key, value in row.items() if isinstance(value, int | float)})
+        if own:
+            lines.append(f"- {describe(own, counts)}")
+    return "\n".join([*lines, ""])
+
+
+def kills_text(rows, n):
+    scripts = ", ".join(f"{row['script']} {row['kills']}" for row in rows)
+    return (f"{n['kills']} runs ended by kill -9, SIGTERM or Ctrl-C at a random moment and called again ({scripts}): "
+            f"{n['identical']} of {n['runs']} left, bit for bit, what a run that nobody touched leaves.")
+
+
+def folders_text(_, n):
+    total = n["refused"] + n["resumed"] + n["failures"]
+    return (f"{total} run folders with a file missing, empty, cut or with a flipped bit: {n['refused']} refused in one "
+            f"line, {n['resumed']} resumed since the damage was elsewhere, {n['failures']} read as if they were whole.")
+
+
+def inputs_text(_, n):
+    total = n["one_line"] + n["accepted"] + n["failures"]
+    return (f"{total} wrong rows, files and flags: {n['one_line']} refused in one line, {n['accepted']} harmless, "
+            f"{n['failures']} ended otherwise.")
+
+
+def fuzz_text(rows, n):
+    slowest = max(row["slowest_s"] for row in rows)
+    return (f"{n['minutes']:g} minutes of coverage-guided fuzzing of parsers, {n['texts']:,} texts: {n['failures']} "
+            f"failures, and no text took more than {slowest:.2f} s.")
+
+
+def soak_text(rows, _):
+    steps, before, after = (rows[-1][key] for key in ("steps", "second", "last"))
+    return (f"{steps:,} steps of one run, its last quarter against its second: {after['resident_mb']:.0f} MB of memory "
+            f"against {before['resident_mb']:.0f}, {after['open_files']} open files against {before['open_files']}, "
+            f"{after['seconds']:.2f} s a step against {before['seconds']:.2f}.")
+
+
+FAULTS = {"kills": kills_text, "folders": folders_text, "inputs": inputs_text, "fuzz": fuzz_text, "soak": soak_text}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# models: small ones of many architectures, and how each is read
+
+READ = {"packed": "packed into one row", "one by one": "one by one"}  # of the sequences of a batch
+
+
+def models_table():
+    """Which architectures work, and how their sequences are read; which are refused, and why."""
+    rows = read_log("zoo.jsonl", "python bench/zoo.py")
+    groups = {way: [] for way in READ.values()}
+    for row in rows:
+        if row["read"] in READ:
+            note = f" ({row['why']})" * bool(row["why"])
+            groups[READ[row["read"]]].append(row["architecture"] + note)
+        else:
+            reason, *_ = row["why"].partition(" (")
+            groups.setdefault(f"{row['read']}: {reason}", []).append(row["architecture"])
+    lines = ["| sequences are | architectures |", "| --- | --- |"]
+    for way, names in groups.items():
+        lines.append(f"| {way} | {' · '.join(sorted(names, key=str.lower))} |")
+    return "\n".join([*lines, ""])
 
 
 FIGURES = (scoring, step)

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import benchmarks
+import machines
 import reward_picture
 import study_tables
 import toy_map
@@ -20,7 +21,9 @@ TABLES = {  # what a page calls the block: the function that writes it
     "toy table": study_tables.accuracy_table,
     "claims": study_tables.claims_table,
     "bench text": benchmarks.scoring_table,
-    "machines": benchmarks.machine_table,
+    "machines": machines.machine_table,
+    "faults": benchmarks.faults_list,
+    "models": benchmarks.models_table,
 }
 
 

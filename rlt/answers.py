@@ -30,7 +30,7 @@ MATH_TASKS = ("gsm8k", "math500", "aime24", "aime25")  # compared by math-verify
 
 # <think>, </thinking>, <|begin_of_thought|>, <|END_THINKING|>, <seed:think>, <inner_reasoning> ...
 THOUGHT_TAG = re.compile(
-    r"<\|?(/?[\w:-]{0,40}(?:think|thought|reason|reflect|rationale|analysis|scratchpad|monologue)[\w-]{0,40})"
+    r"<\|?(/?[\w:-]{0,40}(?:think|thought|reason|reflect|rationale|analysis|scratchpad|monologue|deliberat|internal|cot(?![a-z]))[\w-]{0,40})"
     r"(?:\s[^<>]{0,99})?\|?>",
     re.IGNORECASE)
 OTHER_TAGS = (  # of thoughts: opening, closing
@@ -40,9 +40,10 @@ OTHER_TAGS = (  # of thoughts: opening, closing
     ("<|channel|>commentary", "<|channel|>final"),
     ("<|channel>thought", "<channel|>"),  # Gemma
 )
+BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 TYPESET = {0xFF01 + i: 0x21 + i for i in range(94)}  # full-width characters
 TYPESET |= dict.fromkeys((0x2212, 0x2010, 0x2011, 0x2012, 0x2013, 0xFE63), "-")  # a minus, and dashes used as one
-TYPESET |= dict.fromkeys((0x200B, 0x200E, 0x2060, 0xFEFF))  # characters without a width
+TYPESET |= dict.fromkeys((0xAD, 0x200B, 0x200C, 0x200D, 0x200E, 0x200F, 0x2060, 0xFEFF))  # characters without a width
 
 
 def is_right(task, gold, answer):
@@ -69,9 +70,8 @@ def answer_of(task, output):
         return None
     if task == "toy":
         return _solution_block(text)
-    _, *boxes = re.split(r"\\boxed\s*\{", text)
-    if boxes:
-        return _until_closed(boxes[-1])
+    if boxes := list(BOX.finditer(text)):
+        return _until_closed(text[boxes[-1].end() :])
     if task == "gsm8k":
         return _last_number(text)
     if task == "gpqa":
@@ -81,10 +81,7 @@ def answer_of(task, output):
 
 
 def opened_thought(prompt):
-    """The opening tag that a prompt ends with, or "": some chat templates open the thought.
-
-    Put it before the output: one that is cut off would not show otherwise that it is still thinking.
-    """
+    """The opening tag that a prompt ends with, or "": some chat templates open the thought."""
     prompt = prompt.rstrip()
     last = [tag for tag in _thought_tags(prompt) if tag[1] == len(prompt)]
     return "".join(prompt[start:] for start, _, _, closes in last if not closes)
@@ -118,6 +115,12 @@ def _solution_block(text):
     return blocks[0].partition(closing)[0].strip() if len(blocks) == 1 and closing in blocks[0] else None
 
 
+def boxed(text):
+    """(position, content) of every box that is closed."""
+    found = [(box.start(), _until_closed(text[box.end() : box.end() + 400])) for box in BOX.finditer(text)]
+    return [(at, content) for at, content in found if content]
+
+
 def _until_closed(text):
     """The text up to the brace that closes it; None if that is nothing, or the brace never comes."""
     depth = 1
@@ -128,21 +131,32 @@ def _until_closed(text):
     return None
 
 
-# "-$1,234.50", "3/4": a sign that is no subtraction, a currency, digits in groups, decimals. ".5", but not of "...5"
-NUMBER = re.compile(r"(?<!\d)-?(?:\\?[$€£]\s?)?(?:\d+(?:,\d{3})*(?:\.\d+)?(?:/\d+)?|(?<![\w.])\.\d+)")
+# "-$1,234.50", "3/4", "1.5e3": a sign that is no subtraction, a currency, digits in groups, decimals. ".5", but not of
+# "...5"
+NUMBER = re.compile(r"(?<!\d)-?(?:\\?[$€£]\s?)?"
+                    r"(?:\d+(?:,\d{3})*(?:\.\d+)?(?:/\d+|[eE]\+?\d{1,3}(?!\w))?|(?<![\w.])\.\d+)")
+MIXED = re.compile(r"(?<![\d.,/])(\d{1,15})\s+(\d{1,9})/(\d{1,9})(?![\d/])")  # 3 1/2
 
 
 def _last_number(text):
     """The first number after the last "####", else the last number; None where there is none."""
-    text = re.sub(r"\\[dtc]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", plain_digits(text))
+    text = re.sub(r"(?<=\d)(?=\\[dtc]?frac)", " ", plain_digits(text))
+    text = re.sub(r"\\[dtc]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text)
+    text = MIXED.sub(_improper, text)
     _, mark, rest = text.rpartition("####")
     numbers = [re.sub(r"[\\$€£\s]", "", number) for number in NUMBER.findall(rest)]
     return numbers[0 if mark else -1] if numbers else None
 
 
+def _improper(mixed):
+    """3 1/2 as 7/2; 48 48/2 as it is."""
+    whole, part, of = map(int, mixed.groups())
+    return f"{whole * of + part}/{of}" if 0 < part < of else mixed[0]
+
+
 def plain_digits(text):
     """Typeset numbers as plain ones: ASCII digits and minus, digits not grouped by {,} \\, \\! or a narrow space."""
-    groups = r"(?<=\d)(?:\{(?:,|\\,)\}|,?\\!|\\[,;: ]|[\u00a0\u2007-\u200a\u202f~])(?=\d{3}(?!\d))"
+    groups = r"(?<=\d)(?:\{(?:,|\\,)\}|,?\\!|['\u2019]|\\[,;: ]|[\u00a0\u2007-\u200a\u202f~])(?=\d{3}(?!\d))"
     return re.sub(groups, "", text.translate(TYPESET))
 
 
@@ -165,6 +179,10 @@ def gold_answer(task, row):
             raise UserError(f"{row['where']} has {values}: expected whole numbers, a list of them and a target.")
         return {"nums": nums, "target": target}
     ((column, value),) = values.items()
+    value = _one_of_one(value)
+    if task in MATH_TASKS and re.fullmatch(r"-?\d+(?:\.\d+)?e-\d{2,3}", str(value).strip(), re.ASCII):
+        raise UserError(f"{row['where']} has the {column} {value}, a rounded float, and math-verify compares six "
+                        "decimals: write it as text, 10^{-5} or 0.00001, or leave that row out.")
     text = as_text(value)
     if text and task == "gsm8k":
         text = as_text(text.rpartition("####")[2])
@@ -176,10 +194,13 @@ def gold_answer(task, row):
     return text
 
 
+def _one_of_one(value):
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
 def as_text(value):
     """A number or text of any type as text, without an exponent; None where there is no value."""
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
+    value = _one_of_one(value)
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         return None
     text = str(value).strip()
@@ -246,12 +267,14 @@ def same_text(gold, answer):
 
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 ARITHMETIC = [(re.compile(pattern), plain) for pattern, plain in (
-    (r"\\[,;:!>() ]|\\q?quad(?![A-Za-z])|\\?\$|~|\s", " "),  # \s is any space of Unicode
+    (r"\\(?:q?quad|(?:thin|med|thick|en)?space)(?![A-Za-z])|\\[hm]space\*?\{[^{}]*\}", " "),
+    (r"\\[,;:!>() ]|\\?\$|~|\s", " "),  # \s is any space of Unicode
     (r"(?<=[\d)}\]])(?:\\text\{[^{}]*\}|\\checkmark|[✓✔.,;\s])+$", ""),
     (r"\\(?:mathbin|mathrm|mathbf|mathit|textbf|text)\{([^{}]*)\}", r"\1"),
     (r"\\(?:left|right|displaystyle|[bB]igg?[lrm]?)(?![A-Za-z])", ""),
-    (r"\\(?:times|cdot|cdotp|ast|star|bullet)(?![A-Za-z])|[×·⋅∙∗•✕⨯]", "*"),
+    (r"\\(?:times|cdot|cdotp|ast|star|bullet)(?![A-Za-z])|[×·⋅∙∗•✕⨯\u2062]|\\\*|(?<=\s)[xX](?=\s)", "*"),
     (r"\\div(?![A-Za-z])|[÷∕⁄]", "/"),
+    (r"\\(?:approx|equiv)(?![A-Za-z])|[≈≡]|==", "="),
     (r"\[|\\\{|\\l(?:brack|paren|brace)(?![A-Za-z])", "("),
     (r"\]|\\\}|\\r(?:brack|paren|brace)(?![A-Za-z])", ")"),
     (r"\\[dtc]?frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),

@@ -115,9 +115,9 @@ def disk_full(path, written=0):
     needed = max([written, *(_bytes(step) for step in last)])
     free = shutil.disk_usage(folder).free
     size = f"it takes {'at least ' * (not last)}{needed / 1e6:,.1f} MB, " if needed else ""
-    whole = f"{last[0].name} is complete" if last else "no checkpoint was written before"
-    return (f"the disk is full: {path} could not be written ({size}{free / 1e6:,.1f} MB are free); {whole}. "
-            "Make room, then go on with --resume.")
+    whole = f"; {last[0].name} is complete" if last else ""
+    return (f"the disk is full: {path} could not be written ({size}{free / 1e6:,.1f} MB are free){whole}. Make room, "
+            "then call the same command again, with --resume if it has that flag.")
 
 
 def check_writable(out):

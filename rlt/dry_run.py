@@ -33,16 +33,16 @@ COLUMNS = ("weights", "adapters, AdamW", "cache", "activations", "logits", "tota
 
 
 def phases(policy, student=None, *, vocab, tokens, rollout=None, scored=False, learned=False, reference=False,
-           checkpointing=False, kl_gradient=False, offloaded=False, engine_bytes=0):
+           checkpointing=False, kl_gradient=False, offloaded=False, shared=False, engine_bytes=0):
     """Peak bytes by phase: {phase: {column: bytes}}. The parts are at their own peaks, the total at the phase's.
 
     policy: the ModelFootprint that samples and learns. student: the frozen one, for the reward. tokens: of a forward
     pass. rollout: (batch, prompt, new) tokens of generate, or None. scored: a pass of the policy, and of the student
     where there is one. learned: an update, with gradients. reference: a pass under the reference adapter. offloaded:
-    the student is on the device only while it scores. engine_bytes: what vLLM reserves, for its own copy of the base
-    and its cache; 0: transformers samples.
+    the student is on the device only while it scores. shared: its weights are those of the policy's base.
+    engine_bytes: what vLLM reserves, for its own copy of the base and its cache; 0: transformers samples.
     """
-    student_bytes = student.weights + student.adapters if student else 0
+    student_bytes = student.weights + student.adapters if student and not shared else 0
     table = {}
 
     def add(name, transient, *, cache=0, activations=0, logits=0, with_student=not offloaded, copies=2):
@@ -96,10 +96,10 @@ def phases(policy, student=None, *, vocab, tokens, rollout=None, scored=False, l
 # --dry-run
 
 
-def dry_run(args, device, policy, student=None, *, row, vocab, **parts):
+def dry_run(args, device, policy, student=None, *, row, vocab, shared=False, **parts):
     """Print what the run needs, by phase, and what to change if that is too much -> 0 if it can run, else 1.
 
-    row: tokens of the longest row. parts: for `phases`, whose other arguments come from the script's flags.
+    row: tokens of the longest row. shared, parts: for `phases`, whose other arguments come from the script's flags.
     """
     flags, problems = vars(args), []
     available, where = available_bytes(device, args.dry_run)
@@ -110,7 +110,7 @@ def dry_run(args, device, policy, student=None, *, row, vocab, **parts):
     table = phases(policy, student, vocab=vocab, tokens=max(flags.get("micro_batch_tokens", 0), row),
                    checkpointing=flags.get("gradient_checkpointing", False),
                    kl_gradient=flags.get("kl_gradient", False), offloaded=flags.get("offload_student", False),
-                   engine_bytes=engine_bytes, **parts)
+                   shared=shared, engine_bytes=engine_bytes, **parts)
     print(f"{sum(p.numel() for p in policy.parameters):,} trained parameters; rows of up to {row:,} tokens\n")
     print(f"{'GB':10}", *(f"{column:>{len(column) + 5}}" for column in COLUMNS))
     for phase, numbers in table.items():
@@ -135,16 +135,16 @@ def dry_run(args, device, policy, student=None, *, row, vocab, **parts):
     worst = max(table, key=lambda phase: table[phase]["total"])
     verdict = f"{table[worst]['total'] / GB:.3g} GB in {worst}, {available / GB:.3g} GB on {where}"
     if table[worst]["total"] + MARGIN > available:
-        problems.append(f"does not fit: {verdict}. First: {remedy(flags, worst, table[worst], row)}")
+        problems.append(f"does not fit: {verdict}. First: {remedy(flags, worst, table[worst], row, shared)}")
     print("\n".join(problems) or f"fits: {verdict}")
     return 1 if problems else 0
 
 
-def dry_run_rl(args, device, world, bits, student_name, *, longest_prompt, held_out, vocab):
+def dry_run_rl(args, device, world, bits, student_name, *, longest_prompt, held_out, vocab, shared=False):
     """`dry_run` of a script with a GRPO loop.
 
     bits: of the policy's base. student_name: of the student in the reward, or None. longest_prompt: tokens. held_out:
-    rows that are sampled at the same time, for the held-out measure.
+    rows that are sampled at the same time, for the held-out measure. shared: for `phases`.
     """
     gpu = args.dry_run > 0 or device.type == "cuda"
     adapter = {"rank": args.lora_rank, "targets": args.lora_targets} | model_and_adapter_config(args.model)
@@ -153,7 +153,7 @@ def dry_run_rl(args, device, world, bits, student_name, *, longest_prompt, held_
         models.append(ModelFootprint(**model_and_adapter_config(student_name), bits=args.student_bits, gpu=gpu))
     completions = max(args.prompts_per_step // world * args.group_size, held_out)
     return dry_run(args, device, *models, vocab=vocab, row=longest_prompt + args.max_new_tokens, scored=True,
-                   learned=True, reference=args.beta > 0,
+                   learned=True, reference=args.beta > 0, shared=shared,
                    rollout=(min(args.rollout_batch, completions), longest_prompt, args.max_new_tokens))
 
 
@@ -166,10 +166,11 @@ def available_bytes(device, asked_gb):
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
 
 
-def remedy(flags, phase, numbers, row):
+def remedy(flags, phase, numbers, row, shared=False):
     """The flag to change first in a phase that does not fit, with a value. It makes the phase's largest part smaller.
 
-    flags: the script's, as a dict. numbers: the phase's columns. row: tokens of the longest row.
+    flags: the script's, as a dict. numbers: the phase's columns. row: tokens of the longest row. shared: teacher and
+    student have the same weights, so bits of one alone would load a second copy.
     """
 
     def set_to(name, value):
@@ -181,7 +182,9 @@ def remedy(flags, phase, numbers, row):
     vllm = flags.get("engine") == "vllm"  # which needs its base in 16 bits
     quantisable = ("student_bits",) if vllm else ("student_bits", "teacher_bits", "bits")
     fewer = [set_to(name, 4) for name in quantisable if flags.get(name, 4) > 4]
-    if flags.get("offload_student") is False and not flags.get("kl_gradient") and phase not in ("load", "score"):
+    if shared:
+        fewer = [" ".join(fewer[::-1])] if fewer and not vllm else []
+    elif flags.get("offload_student") is False and not flags.get("kl_gradient") and phase not in ("load", "score"):
         fewer.append("--offload-student")
     if vllm:
         fewer.append("--engine transformers")

@@ -41,11 +41,20 @@ def _is_run_folder(folder):
     return isinstance(config, dict) and ("flags" in config or (folder / "test.jsonl").is_file())
 
 
+def _read_summary(path):
+    """The summary of an evaluation. Raises UserError where the file is something else."""
+    try:
+        summary = json.loads(path.read_text())
+        return summary | {"flags": dict(summary["flags"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not what evaluate.py writes: move it away, or pass another folder.") from None
+
+
 def check_same_settings(path, args, questions_hash):
     """An evaluation is replaced only by one with the same settings and questions."""
     if not path.exists():
         return
-    before = json.loads(path.read_text())
+    before = _read_summary(path)
     flags, now = before["flags"], vars(args)
     different = [f"{key} = {flags[key]}, now {now[key]}" for key in SETTINGS if flags.get(key, now[key]) != now[key]]
     if before.get("questions_hash", questions_hash) != questions_hash:
@@ -71,8 +80,10 @@ def read_evaluations(paths):
     for label, path in paths.items():
         if not path.is_file():
             raise UserError(f"{path} is missing: evaluate first, --samples 64 --temperature 1, say.")
-        settings = json.loads(path.read_text())["flags"]
-        samples = read_jsonl(path.with_name(f"{path.stem}_samples.jsonl"))
+        settings, samples = _read_summary(path)["flags"], read_jsonl(path.with_name(f"{path.stem}_samples.jsonl"))
+        if not samples or len(samples) % settings["samples"]:
+            raise UserError(f"{path.stem}_samples.jsonl beside {path} has {len(samples)} lines, expected "
+                            f"{settings['samples']} for each question: evaluate again.")
         settings["questions"] = [(sample["question"], sample["gold"]) for sample in samples]
         first, n = first or settings, settings["samples"]
         for what in ("samples", "temperature", "max_new_tokens", "questions"):

@@ -149,9 +149,25 @@ def carry(parser, args, *names, **renamed):
     return text
 
 
-def add_bits(group, flag, default, what):
+def add_bits(group, flag, what, default=None):
+    """default: None where `choose_bits` finds it."""
     group.add_argument(flag, type=int, choices=(4, 16, 32), default=default, metavar="BITS",
-                       help=f"{what}: 32 float32, 16 bfloat16, 4 nf4")
+                       help=f"{what}: 32 float32, 16 bfloat16, 4 nf4"
+                       + ("; default: 16 on a GPU, 32 on a CPU" if default is None else ""))
+
+
+def add_student_bits(group):
+    add_bits(group, "--student-bits", "weights of the student; the teacher's own base at the teacher's bits takes no "
+             "memory of its own", default=4)
+
+
+def choose_bits(parser, args, device):
+    """Set the bits of a base that no flag names: 16 on a GPU, or where --dry-run is for one, 32 on a CPU."""
+    bits = 16 if device.type == "cuda" or args.dry_run else 32
+    for name in ("bits", "teacher_bits"):
+        if name in args and getattr(args, name) is None:
+            setattr(args, name, bits)
+            parser.set_defaults(**{name: bits})  # for `carry`
 
 
 def add_lora(group, lowest_rank=1):

@@ -34,13 +34,12 @@ from rlt.answers import (
     equivalent,
     gold_answer,
     is_right,
-    opened_thought,
     same_text,
 )
 from rlt.errors import UserError
 from rlt.runs import seed_for
 
-__all__ = ["GOLD", "MATH_TASKS", "TASKS", "answer_of", "gold_answer", "opened_thought", "same_text"]  # from rlt.answers
+__all__ = ["GOLD", "MATH_TASKS", "TASKS", "answer_of", "gold_answer", "same_text"]  # from rlt.answers
 GRADERS = {"toy": "exact match", "gpqa": "letter", "countdown": "exact fractions"}  # what is not math-verify's
 LETTER_ONLY = (
     "Return your final response within \\boxed{} and only include the letter choice (A, B, C, or D) as your final "

@@ -3,6 +3,7 @@
 LoRA adapters: which layers a new one is put on, which existing ones can be trained, the policy's and its reference.
 """
 
+import copy
 import re
 from contextlib import contextmanager
 
@@ -148,6 +149,26 @@ def sync_reference(model, mix):
     """
     for policy, reference in adapter_pairs(model):
         reference.lerp_(policy, mix)
+
+
+def without_adapter(model):
+    """The base of a model with adapters, as a frozen model of its own: its modules are copies, its weights are not.
+
+    So it must stay on the device that it is on. A model without adapters is its own base.
+    """
+    from peft.utils import ModulesToSaveWrapper
+
+    if not hasattr(model, "peft_config"):
+        return model
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [p.quant_state for p in model.parameters() if getattr(p, "quant_state", None) is not None]
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    for path, module in list(twin.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):  # a whole layer that the adapter trains, which unload would keep
+            twin.set_submodule(path, module.original_module)
+    base = twin.unload()
+    base.gradient_checkpointing_disable()
+    return base.eval()
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from rlt.lora import (
     set_trainable,
     sync_reference,
     use_adapter,
+    without_adapter,
 )
 from rlt.prompts import turn_ends
 
@@ -41,7 +43,8 @@ import torch
 from rewards import UnsupportedModel, check_model
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it offers a kernel from a hub, which we don't want
-__all__ = ["adapter_pairs", "adapter_parameters", "set_trainable", "sync_reference", "use_adapter"]  # from rlt.lora
+__all__ = ["adapter_pairs", "adapter_parameters", "set_trainable", "sync_reference", "use_adapter",
+           "without_adapter"]  # from rlt.lora
 ROOT = Path(__file__).resolve().parent.parent
 MADE_ON_FIRST_USE = {  # name: (folder, the command that makes it, what is being made)
     "toy": ("runs/toy", ["data/toy.py"], "the toy (rows, tokenizer, base model: two minutes)"),
@@ -123,7 +126,7 @@ def base_of(name):
     if adapter is None:
         return folder
     base = adapter.base_model_name_or_path
-    if not base or (base.startswith(("/", ".", "runs/")) and not Path(base).is_dir()):
+    if not isinstance(base, str) or not base or base.startswith(("/", ".", "runs/")) and not Path(base).is_dir():
         raise UserError(f"the adapter in {folder} names {base!r} as its base, which does not exist here: put the path "
                         "or hub id of its base into adapter_config.json.")
     return base
@@ -137,6 +140,16 @@ def _adapter_config(folder):
 
     with user_errors(f"the adapter in {folder} can't be read"):
         return PeftConfig.from_pretrained(folder)
+
+
+def shares_base(teacher, teacher_bits, student, student_bits):
+    """Whether the student is the teacher's base at the same bits, so that `without_adapter` gives it: no second copy.
+
+    Not where the teacher's adapter has changed its base's weights, as PiSSA's and OLoRA's initialisations do.
+    """
+    adapter = _adapter_config(resolve(teacher))
+    plain = adapter is None or getattr(adapter, "init_lora_weights", None) in (True, False, "gaussian")
+    return plain and teacher_bits == student_bits and resolve(student) == base_of(teacher)
 
 
 def model_and_adapter_config(name):
@@ -247,7 +260,8 @@ def _generation_eos(base, tokenizer):
             eos = load().eos_token_id
         except (OSError, ValueError):  # most models made here have no generation_config
             return ()
-        return tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        eos = eos if isinstance(eos, list) else [eos]
+        return tuple(i for i in eos if type(i) is int and 0 <= i < len(tokenizer))
 
     others = {*tokenizer.added_tokens_decoder} - {tokenizer.eos_token_id}
     return listed(lambda: GenerationConfig.from_pretrained(base)) or tuple(
@@ -278,11 +292,8 @@ def load_model(name, *, bits, device, scores=False):
     folder = resolve(name)
     _check_whole(folder)
     if _adapter_config(folder) is not None:
-        from peft import PeftModel
-
         model = load_model(base_of(folder), bits=bits, device=device)
-        with user_errors(f"the adapter in {folder} does not fit its base {base_of(folder)}"):
-            model = PeftModel.from_pretrained(model, folder).eval().requires_grad_(False)
+        model = _with_adapter(model, folder).eval().requires_grad_(False)
     else:
         model = _load_base(folder, bits, device)
     return _checked(model, name) if scores else model
@@ -292,6 +303,15 @@ def _check_whole(folder):
     """Weights that a script has written must be the ones that are read. Their configs may be edited."""
     if Path(folder).is_dir() and (bad := damaged_file(folder, suffix=".safetensors")):
         raise UserError(f"{folder} is damaged ({bad}): copy or make it again.")
+
+
+def _with_adapter(base, folder, **options):
+    """The base with the adapter of this folder. One that lacks some of its weights would have random ones: an error."""
+    from peft import PeftModel
+
+    with user_errors(f"the adapter in {folder} does not fit its base {base_of(folder)}"), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        return PeftModel.from_pretrained(base, folder, **options)
 
 
 def _load_base(folder, bits, device):
@@ -343,7 +363,7 @@ def load_lora(name, *, bits, device, seed, rank=None, alpha=None, targets=None, 
     checkpointing: recompute activations in the backward pass, which saves memory and costs a third more time.
     dropout: keep the dropout of base and adapter. RL has none: the policy that is trained is the one that sampled.
     """
-    from peft import PeftModel, get_peft_model
+    from peft import get_peft_model
 
     folder = resolve(name)
     _check_whole(folder)
@@ -353,7 +373,7 @@ def load_lora(name, *, bits, device, seed, rank=None, alpha=None, targets=None, 
     if config is not None:
         with user_errors(f"the adapter in {folder} does not fit its base {base_of(folder)}"):
             check_adapter(name, config, base, rank, alpha, targets)
-            model = PeftModel.from_pretrained(base, folder, is_trainable=True)
+        model = _with_adapter(base, folder, is_trainable=True)
     else:
         with user_errors(f"{name} can't have an adapter"):
             model = get_peft_model(base, new_lora_config(base, rank, alpha, targets))

@@ -18,19 +18,20 @@ A student is trained on texts, tokenized anew. They give the ids that were score
 sampled ids are the tokenizer's own for their text.
 
 The tags are those of Bespoke-Stratos and of the released RLT code (custom_data/); the wording is ours.
-No model is touched here.
+No model is touched here, but in `score_texts`.
 """
 
 import codecs
 import re
 from typing import NamedTuple
 
+from rlt.answers import opened_thought
 from rlt.chat_template import ChatTemplate, turn_ends
 from rlt.errors import UserError, printable
 from rlt.rows import map_rows
 from rlt.tags import EXPLANATION, SOLUTION, THOUGHT
 
-from rewards import Row
+from rewards import Row, score_explanations
 
 STUDENT_SYSTEM = (
     "You solve problems by thinking them through before you answer. Write two sections. The first, between "
@@ -80,6 +81,7 @@ class Prompts:
     def __init__(self, tokenizer, solution_in="assistant"):
         self.tokenizer, self.solution_in = tokenizer, solution_in
         self.template, self.end_of_turn = ChatTemplate(tokenizer), turn_ends(tokenizer)[0]
+        self.opened_thought = opened_thought(self.template.start)
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         special |= {*tokenizer.all_special_tokens, *self.template.markup}
         special = {token for token in special if len(token.strip()) > 2}  # some models pad with "!"
@@ -178,7 +180,9 @@ class Prompts:
 
     def _text(self, row, column):
         text = row.get(column)
-        if not isinstance(text, str):
+        if text is not None and not isinstance(text, str):
+            raise UserError(f"has {column} of type {type(text).__name__}, expected text: fix it")
+        if text is None:
             raise UserError(f'has no "{column}" (columns found: {", ".join(row)}): give the rows one')
         return self._without(self._special_or_tag, text, column)
 
@@ -187,7 +191,12 @@ class Prompts:
             raise UserError(f'has "{found[0]}" in its {column}, which a model would take for its own tag: take it out')
         return text
 
-    # explanations
+    # what a model wrote
+
+    def turn_text(self, completion):
+        """A rollout.Completion as a grader reads it: without the end of the turn, and with the opening tag of a
+        thought that the prompt has opened. Else one that is cut off would not show that it is still thinking."""
+        return self.opened_thought + self.tokenizer.decode(completion.ids[: -1 if completion.finished else None])
 
     def encode_explanation(self, row):
         """(ids, finished): the row's `explanation` as a teacher would have sampled it.
@@ -195,6 +204,8 @@ class Prompts:
         A row that distill.py wrote (it has `messages`) is taken as it is; other texts get a blank line at the end.
         """
         text, closed = self._text(row, "explanation"), row.get("closed", True)
+        if not isinstance(closed, bool):
+            raise UserError(f"has closed {closed!r:.40}, expected true or false: fix it, or leave the column out")
         text = text if "messages" in row else text.strip("\n") + "\n\n"
         ids, = self._encode_in_turn(EXPLANATION_OPENED, text + EXPLANATION[1] * closed)
         return ids + [self.end_of_turn] * closed, closed
@@ -279,6 +290,29 @@ class Prompts:
                 raise UserError(f"takes {tokens} tokens, room is for {context}: shorten it, lower --max-new-tokens")
 
         return [row for row, _ in map_rows(rows, check_length, skip)]
+
+
+def score_texts(teacher, student, tokenizer, rows, *, solution_in="assistant", **options):
+    """Reward explanations that are texts: `score_explanations` of rewards.py, prompts and ids included -> Scored.
+
+    rows: B dicts of strings, `question`, `solution` and `explanation`. tokenizer: of both models. solution_in: see
+    `Prompts`. options: those of `score_explanations`; vocab is the tokenizer's. Raises UserError naming a bad row.
+    """
+    prompts = Prompts(tokenizer, solution_in)
+
+    def scoring_row(row):
+        for column in ("question", "solution"):
+            if not prompts._text(row, column).strip():
+                raise UserError(f"has an empty {column}: there is nothing to score")
+        return prompts.scoring_row(row, prompts.split_completion(*prompts.encode_explanation(row)))
+
+    encoded = []
+    for number, row in enumerate(rows):
+        try:
+            encoded.append(scoring_row(row))
+        except UserError as error:
+            raise UserError(f"row {number} {error}") from None
+    return score_explanations(teacher, student, encoded, **{"vocab": len(tokenizer)} | options)
 
 
 def show_rows(prompts, rows, n):

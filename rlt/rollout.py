@@ -9,6 +9,7 @@ penalties, and the columns that a model's head has beyond its tokenizer are mask
     vllm           an engine with its own copy of the base, into which the adapter is loaded after every update
 """
 
+import math
 import weakref
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ import torch
 
 from rewards import causal_lm
 
+NOT_FINITE = "computes log-probs that are NaN or infinite: its weights are broken, or loaded in too few bits."
 _CAN_BATCH = weakref.WeakKeyDictionary()  # model: whether `can_batch`
 
 
@@ -27,6 +29,16 @@ class Completion(NamedTuple):
     ids: list  # what was sampled, the end of the turn included
     logprobs: list  # of each id, nats
     finished: bool  # the end of the turn was sampled
+
+
+def check_finite(name, completions):
+    """Raise UserError where a log-prob of these completions is NaN or infinite. name: of the model.
+
+    A GPU could not go on after sampling from a NaN: where nothing else has looked at the model, begin with one greedy
+    token.
+    """
+    if not all(math.isfinite(logprob) for completion in completions for logprob in completion.logprobs):
+        raise UserError(f"{name} {NOT_FINITE}")
 
 
 def make_engine(name, model, tokenizer, *, base, bits, device, max_tokens, batch):
@@ -96,9 +108,14 @@ def generate(model, tokenizer, prompts, *, max_new_tokens, temperature, seed):
     training = model.training
     model.eval()  # gradient checkpointing would switch the cache off
     torch.manual_seed(seed)
-    sequences = model.generate(
-        input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config,
-        logits_processor=LogitsProcessorList([sampler]))
+    try:
+        sequences = model.generate(
+            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config,
+            logits_processor=LogitsProcessorList([sampler]))
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):
+            raise
+        raise UserError(f"{type(model).__name__} {NOT_FINITE}") from None
     model.train(training)
     sampled = sequences[:, ids.shape[1] :].tolist()
     logprobs = sampler.logprobs(sequences).tolist()

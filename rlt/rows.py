@@ -6,15 +6,17 @@ Everything a user can get wrong here is a UserError that names the row.
 """
 
 import json
+import math
 import re
 
-from rlt.answers import answer_of, as_text, whole_number
+from rlt.answers import answer_of, as_text, boxed, same_text, whole_number
 from rlt.errors import UserError, printable
 from rlt.sources import BROKEN, read_source
 from rlt.tags import SOLUTION, THOUGHT
 
 BOXED = "Return your final response within \\boxed{}. "  # the instruction that the benchmarks' harness puts first
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+ROLES = {"developer": "system", "human": "user",
+         **dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant")}
 
 
 def load_rows(source, *, question_column=None, solution_column=None, explanation_column=None, limit=None,
@@ -125,15 +127,16 @@ def _raise_missing(column, name, raw, require_solution):
 
 
 def _is_empty(value):
-    """Whether a value stands for nothing: null, NaN (as pandas writes it), blanks."""
-    return value is None or value != value or isinstance(value, str) and not value.strip()
+    """Whether a value stands for nothing: null, NaN (as pandas writes it), blanks, an empty list."""
+    return value is None or value != value or isinstance(value, str) and not value.strip() or value in ([], {})
 
 
 def _number_as_text(value):
-    """72 as "72", and so 72.0, which a column of whole numbers with a null holds; any other value as it is."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return as_text(value) or value if isinstance(value, int | float) else value
+    """72 as "72", and so 72.0, which a column of whole numbers with a null holds; 1e-05 as Python writes it, so that a
+    grader knows what it was; any value that is no number as it is."""
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() else str(value) if math.isfinite(value) else value
+    return as_text(value) or value if isinstance(value, int) else value
 
 
 def _by_schema(columns):
@@ -244,7 +247,7 @@ def _turns(value, column):
         if isinstance(content, list):  # parts, as in the API for text and images
             parts = [part.get("text") if isinstance(part, dict) else part for part in content]
             content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
-        role = ROLES.get(role, role) if isinstance(role, str) else None
+        role = ROLES.get(role.lower(), role.lower()) if isinstance(role, str) else None
         if role not in ("system", "user", "assistant") or not isinstance(content, str):
             raise UserError(f"has {column} with a turn that is no text by system, user or assistant")
         if BROKEN.search(content):
@@ -284,25 +287,26 @@ def leaks(explanation, solution):
     It does where one of these stands before its middle, or with next to nothing around it:
       - the solution, word for word
       - a statement of the answer: "the answer is 144", "\\boxed{144}", "#### 144". The answer is what the solution's
-        last box holds, or a solution of few words itself
+        last box holds, or a solution of few words itself. A box may have it in another notation
     And where it is a boxed solution's answer alone, with at most three words before it: "144", "It is 144."
     """
     text = f" {' '.join(explanation.split())} "
     wanted = f" {' '.join(solution.split())} "
     found = [(text.find(wanted), len(wanted.split()))] if wanted in text else []
-    boxed = " ".join((answer_of("math500", solution) or "").split())
-    answer = boxed or (wanted.strip() if len(wanted.split()) <= 5 else "")
+    in_box = " ".join((answer_of("math500", solution) or "").split())
+    answer = in_box or (wanted.strip() if len(wanted.split()) <= 5 else "")
     if answer and (statement := _statement(answer).search(text)):
         found.append((statement.start(), len(statement[0].split())))
-    alone = boxed and re.fullmatch(rf"\W*(?:[A-Za-z]+\W+){{0,3}}{_either(boxed)}\W*", text)
+    found += [(at, len(box.split())) for at, box in boxed(text) if answer and same_text(answer, box)]
+    alone = in_box and re.fullmatch(rf"\W*(?:[A-Za-z]+\W+){{0,3}}{_either(in_box)}\W*", text)
     return bool(alone) or any(at < len(text) / 2 or len(text.split()) < 2 * words for at, words in found)
 
 
 def _statement(answer):
     """The pattern of sentences that state an answer. Possessive (++): linear in the text."""
-    stated = (r"(?:\b(?i:answer|result|solution)(?i:[\s*_]*(?:is|equals|must be|would be|will be|therefore|thus|then"
-              r"|:|=|,))++|####|(?=\\boxed))[\s:*_$(\[]*(?:\\boxed\s?\{\s?)?")
-    return re.compile(rf"{stated}{_either(answer)}(?!\w|[.,]\d)")
+    verb = r"is|equals|must|should|would|will|be|then|thus|therefore|clearly|just|simply|:|=|,"
+    stated = rf"\b(?i:answer|result|solution)(?i:[\s*_]*(?:{verb}))++|####|(?=\\boxed)"
+    return re.compile(rf"(?:{stated})[\s:*_$(\[\\]*(?:\\boxed\s?\{{\s?)?{_either(answer)}(?!\w|[.,]\d)")
 
 
 def _either(answer):

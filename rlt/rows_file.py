@@ -15,6 +15,7 @@ from rlt.runs import (
     check_same_flags,
     check_same_hashes,
     config_of,
+    continued,
     describe,
     read_jsonl,
     write_atomically,
@@ -61,7 +62,8 @@ class RowsFile:
         self._lock()
         if self.path.exists() and not self.existed:
             raise UserError(f"{self.path} was made by another process since this one started. Pass another --out.")
-        write_atomically(self.config_path, json.dumps(self.config | hashes, indent=2) + "\n")
+        config = continued(self.config, self.config_before) | hashes
+        write_atomically(self.config_path, json.dumps(config, indent=2) + "\n")
         kept = [row for row in self.written if row["batch"] < self.first_batch]
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 

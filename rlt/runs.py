@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -155,13 +156,28 @@ class StepTimer:
 
 
 def write_atomically(path, text):
-    """Never half a file: written under another name, flushed to the disk, renamed."""
-    tmp_path = Path(f"{path}.partial")
-    with tmp_path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    tmp_path.replace(path)
+    """Never half a file: written under another name, flushed to the disk, renamed. Raises UserError where the disk is
+    full."""
+    tmp_path = Path(f"{path}.{os.getpid()}.partial")  # two evaluations may end at the same time
+    with full_disk_as_user_error(path):
+        try:
+            with tmp_path.open("w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            tmp_path.replace(path)
+        finally:
+            tmp_path.unlink(missing_ok=True)
+
+
+@contextmanager
+def full_disk_as_user_error(path):
+    try:
+        yield
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise UserError(disk_full(path)) from error
 
 
 def _read_lines(path):
@@ -194,13 +210,8 @@ def read_jsonl(path):
 def append_jsonl(path, entries):
     """Add objects to a JSON Lines file, on rank 0 only. JSON has no NaN and no infinity: they become null."""
     if RANK == 0:
-        try:
-            with path.open("a") as file:
-                file.write("".join(json.dumps(_finite(entry), allow_nan=False) + "\n" for entry in entries))
-        except OSError as error:
-            if not is_disk_full(error):
-                raise
-            raise UserError(disk_full(path)) from error
+        with full_disk_as_user_error(path), path.open("a") as file:
+            file.write("".join(json.dumps(_finite(entry), allow_nan=False) + "\n" for entry in entries))
 
 
 def _finite(entry):
@@ -208,9 +219,10 @@ def _finite(entry):
             for key, value in entry.items()}
 
 
-def digest(rows):
-    """A hash of all that rows are trained on: a resumed run must find the rows it was started on."""
-    columns = ("question", "solution", "explanation", "messages", "hint")
+def digest(rows, *graded_by):
+    """A hash of all that rows are trained on: a resumed run must find the rows it was started on. graded_by: columns
+    that rewards are computed from."""
+    columns = dict.fromkeys(("question", "solution", "explanation", "messages", "hint", *graded_by))
     text = json.dumps([{column: row[column] for column in columns if column in row} for row in rows],
                       default=str)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -224,7 +236,7 @@ def describe(args):
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return {"flags": vars(args), "command": command, "git": _git_state(), "versions": versions}
 
 
@@ -256,6 +268,14 @@ def config_of(path, out, script):
     if command != script.split()[0]:
         raise UserError(f"--resume: {out} was written by {command}, this is {script.split()[0]}. Pass another --out.")
     return config | {"flags": flags}
+
+
+def continued(config, before):
+    """The config of a run that goes on from the one with the config `before`: its command stays, later ones are
+    listed."""
+    if not before:
+        return config
+    return config | {"command": before["command"], "resumed_by": [*before.get("resumed_by", []), config["command"]]}
 
 
 def check_same_flags(out, before, now):
@@ -328,7 +348,8 @@ class Run:
         if self.step > args.steps:
             raise UserError(f"{self.folder} has done {self.step} steps, --steps is {args.steps}: raise it.")
         if self.step and not args.lr_steps:
-            self.lr_steps = self.config_before.get("lr_steps", self.config_before["flags"]["steps"])
+            before = self.config_before
+            self.lr_steps = before.get("lr_steps") or before["flags"].get("steps", args.steps)
             if self.lr_steps != args.steps:
                 print(f"{self.folder} was started with a learning rate that falls over {self.lr_steps} steps, and "
                       "keeps it: pass --lr-steps for another.")
@@ -348,7 +369,8 @@ class Run:
                 f"the ranks of {self.folder} have found different checkpoints, weights or rows: give all of them the "
                 "same files, on several machines in a folder that they share.")
         report_id = self.config_before.get("report_id") or secrets.token_hex(4)
-        self.config |= facts | {"ranks": WORLD, "lr_steps": self.lr_steps, "report_id": report_id}
+        self.config = continued(self.config, self.config_before) | facts
+        self.config |= {"ranks": WORLD, "lr_steps": self.lr_steps, "report_id": report_id}
         if RANK:
             return
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 
 
+def mostly_slow(values, plain):
+    """Values for parametrize: those of `plain` in every run, the others marked slow."""
+    return [value if value in plain else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 def data_file(name):
     """A file of the public rows, or a skip that says why."""
     folder = os.environ.get("RLT_TEST_DATA")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import call, ended
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from bench import zoo
@@ -126,10 +127,23 @@ def test_the_reference_is_the_start_and_all_parts_are_trained_and_saved(base, tm
     ({"bias": "lora_only"}, "trains biases of its base (bias='lora_only')"),
     ({"target_modules": ["q_proj", "lm_head"]}, "the head of Qwen2ForCausalLM is a peft"),
     ({"modules_to_save": ["lm_head"]}, "the head of Qwen2ForCausalLM is a peft"),
+    ({"alora_invocation_tokens": [5, 6]}, "wait for a token (prompt-learning, aLoRA) are not supported"),
 ])
 def test_what_can_not_be_trained_is_refused(base, tmp_path, changes, message):
     theirs(base, tmp_path, **changes)
     assert message in refusal(tmp_path)
+
+
+def test_an_adapter_that_lacks_a_weight_is_refused(plain_base, tmp_path):
+    """peft would go on with a random one, and only warn."""
+    theirs(plain_base, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    weights = load_file(file)
+    weights.popitem()
+    save_file(weights, file)
+    for load in (ours, lambda folder: models.load_model(str(folder), bits=32, device=CPU)):
+        with pytest.raises(UserError, match="does not fit its base .*: Found missing adapter keys"):
+            load(tmp_path)
 
 
 @pytest.mark.parametrize("config, kind", [
@@ -154,6 +168,23 @@ def test_adapters_on_coarser_bases_are_float32_and_start_as_their_reference(plai
     start.sum().backward()
     parameters = models.adapter_parameters(policy)
     assert len(parameters) == tensors and all(p.dtype == torch.float32 and p.grad.norm() > 0 for p in parameters)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_base_comes_out_of_every_adapter(base, tmp_path, kind):
+    """Where its weights may be shared; else they have been changed."""
+    theirs(base, tmp_path, **KINDS[kind])
+    if kind == "trainable tokens" and json.loads((base / "config.json").read_text())["tie_word_embeddings"]:
+        return  # refused, see above
+    policy, alone = ours(tmp_path), models.load_model(str(base), bits=32, device=CPU)
+    trained = [p.requires_grad for p in policy.parameters()]
+    student = models.without_adapter(policy)
+    assert [p.requires_grad for p in policy.parameters()] == trained
+    shared = models.shares_base(str(tmp_path), 32, str(base), 32)
+    assert shared == (kind not in ("PiSSA", "OLoRA"))
+    assert not shared or torch.equal(ask(student), ask(alone))
+    assert not shared or models.fingerprint(student) == models.fingerprint(alone)
+    assert not torch.equal(ask(student), ask(policy)), "the test must be able to tell"
 
 
 def test_whole_layers_in_bfloat16_are_refused(plain_base, tmp_path):

@@ -306,6 +306,18 @@ def test_the_phases_of_a_pair():
     assert resident["rollout"]["cache"] == 4 * 59 * 2 * 2 * 2 * 32 * 2  # rows, tokens but the last, layers, k v...
 
 
+def test_a_student_that_shares_the_policys_base_takes_no_memory_of_its_own():
+    """But for its activations: the phases of two copies, less the second."""
+    policy = ModelFootprint(qwen(), bits=16, gpu=True, rank=8, trained="adapter")
+    student = ModelFootprint(qwen(), bits=16, gpu=True)
+    asked = dict(vocab=256, tokens=500, scored=True, learned=True, kl_gradient=True)
+    copies, shared = (phases(policy, student, shared=shared, **asked) for shared in (False, True))
+    assert student.weights == policy.weights
+    for phase in copies:
+        assert copies[phase]["total"] - shared[phase]["total"] == student.weights
+        assert shared[phase]["weights"] == policy.weights
+
+
 def test_an_engine_of_its_own_is_resident_in_every_phase():
     policy = ModelFootprint(qwen(), bits=16, gpu=True, rank=8, trained="adapter")
     asked = dict(vocab=256, tokens=500, scored=True, learned=True)
@@ -321,8 +333,8 @@ def test_what_to_change_first():
                  gradient_checkpointing=True, lora_rank=16)
     zero = dict.fromkeys(dry_run.COLUMNS, 0)
 
-    def first(phase, part, row=1100, **changes):
-        return remedy({**flags, **changes}, phase, {**zero, part: 9}, row)
+    def first(phase, part, row=1100, shared=False, **changes):
+        return remedy({**flags, **changes}, phase, {**zero, part: 9}, row, shared)
 
     assert first("load", "weights") == "--teacher-bits 4"
     assert first("load", "weights", student_bits=16) == "--student-bits 4"
@@ -340,6 +352,10 @@ def test_what_to_change_first():
     assert first("update", "adapters, AdamW", lora_rank=None) == "a smaller model"  # the adapter's own
     assert first("update", "weights", engine="vllm", student_bits=16) == "--student-bits 4"
     assert first("update", "weights", engine="vllm") == "--engine transformers"  # it has no 4 bits
+    same = dict(shared=True, student_bits=16, offload_student=False)
+    assert first("update", "weights", **same) == "--teacher-bits 4 --student-bits 4"  # one alone would be a second copy
+    assert first("update", "weights", **same, engine="vllm") == "--engine transformers"
+    assert first("update", "weights", **same | dict(teacher_bits=4, student_bits=4)) == "a smaller model"
     numbers = zero | {"activations": 5, "logits": 9, "weights": 1}
     assert remedy(flags, "score", numbers, 1100) == "--micro-batch-tokens 4096"  # the largest that a flag can change
 
@@ -400,6 +416,19 @@ def test_ranks_share_a_steps_rows(workshop, no_weights, monkeypatch, script):
         return next(line for line in printed.splitlines() if line.startswith("rollout"))
 
     assert rollout(2, 64) == rollout(1, 32) != rollout(1, 64)
+
+
+@pytest.mark.parametrize("script", ["train_rlt.py", "distill.py"])
+def test_a_dry_run_counts_a_shared_base_once(workshop, no_weights, monkeypatch, script):
+    monkeypatch.setattr(dry_run, "GB", 1e6)  # the toy's weights in MB
+
+    def weights(teacher, student):
+        bits = ("--teacher-bits", teacher, "--student-bits", student)
+        printed = dry(workshop, script, "--model", "toy-teacher", "--limit", 400, "--out", "runs/never", *bits,
+                      "--dry-run", 24)[1]
+        return float(next(line for line in printed.splitlines() if line.startswith("score")).split()[1])
+
+    assert weights(32, 32) == pytest.approx(2 * weights(16, 16), rel=0.01) and weights(32, 32) < weights(32, 16)
 
 
 def test_a_dry_run_finds_what_a_run_would(workshop, no_weights, tmp_path, monkeypatch):

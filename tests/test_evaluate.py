@@ -19,7 +19,7 @@ from rlt.runs import read_jsonl
 
 import pytest
 import torch
-from conftest import call, data_file, run_script
+from conftest import call, data_file, ended, run_script
 from test_grading import AFTER, BEFORE, GPQA, write_evaluation
 
 from evaluate import PROTOCOLS
@@ -316,11 +316,11 @@ def test_a_broken_model_is_no_evaluation(tmp_path, qwen_folder, tiny_model, qwen
         model.lm_head.weight[7, 0] = value
     model.save_pretrained(qwen_folder)
     flags = ("--data", data_file("countdown_sample.jsonl"), "--limit", 2, "--max-new-tokens", 4)
-    done = run_script(tmp_path, "evaluate.py", "--task", "countdown", "--model", "model", *flags, "--temperature",
-                      temperature, check=False)
-    assert done.returncode == 2 and "exact match" not in done.stdout
-    [line] = [line for line in done.stderr.splitlines() if "evaluate.py" in line]
-    assert "model computes log-probs that are NaN or infinite" in line and "Traceback" not in done.stderr
+    stdout, stderr, code = ended(tmp_path, "evaluate.py", "--task", "countdown", "--model", "model", *flags,
+                                 "--temperature", temperature)
+    assert code == 2 and "exact match" not in stdout
+    [line] = [line for line in stderr.splitlines() if "evaluate.py" in line]
+    assert "model computes log-probs that are NaN or infinite" in line and "Traceback" not in stderr
     assert not (tmp_path / "runs").exists()
 
 

@@ -8,6 +8,7 @@ import ast
 import errno
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -17,7 +18,7 @@ import threading
 import time
 from pathlib import Path
 
-from rlt import checkpoints, errors, locks, models, runs
+from rlt import checkpoints, errors, evaluations, locks, models, rollout, runs
 from rlt.errors import UserError
 from rlt.flags import number
 from rlt.rows_file import RowsFile
@@ -111,6 +112,15 @@ def test_a_run_may_move_and_its_paths_may_be_spelled_otherwise(tmp_path, monkeyp
         assert new_run(out, resume=True, model=model).step == 2
     with pytest.raises(UserError, match="started with model = models/a, now models/b"):
         new_run("second", resume=True, model="models/b")
+
+
+def test_a_run_remembers_how_it_was_started(tmp_path, monkeypatch):
+    for flags in ([], ["--resume"], ["--resume", "--out", "a run"]):
+        monkeypatch.setattr(sys, "argv", ["train_rlt.py", *flags])
+        new_run(tmp_path / "run", resume=bool(flags)).start()
+        config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["command"] == "train_rlt.py"
+    assert config["resumed_by"] == ["train_rlt.py --resume", "train_rlt.py --resume --out 'a run'"]
 
 
 # -- other rows, other weights
@@ -609,6 +619,20 @@ def test_a_log_on_a_full_disk():
         runs.append_jsonl(Path("/dev/full"), [{"step": 1}])
 
 
+def test_other_files_on_a_full_disk(tmp_path, monkeypatch):
+    """An evaluation, a partition, a config: the file of before stays, and no half of the new one."""
+    path = tmp_path / "eval_toy.json"
+    path.write_text("before")
+
+    def fsync(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(UserError, match=r"the disk is full: .*eval_toy.json could not be written"):
+        runs.write_atomically(path, "after")
+    assert contents(tmp_path) == {Path(path.name): b"before"}
+
+
 @pytest.mark.parametrize("script", [*TRAINERS, "distill.py", "evaluate.py"])
 def test_outputs_that_cannot_be_written_are_found_before_models_are(workshop, tmp_path, monkeypatch, script):
     def not_yet(*_, **__):
@@ -762,7 +786,73 @@ def test_a_seed_that_no_generator_takes():
     torch.manual_seed(2**63 - 1)
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"flags": 1}'])
+def test_what_is_no_evaluation_is_one_line(workshop, tmp_path, text):
+    """Where a new one would be written, and in a comparison."""
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy/eval_toy.json").write_text(text)
+    compared = ["--compare", tmp_path / "toy", tmp_path / "toy"]
+    for flags in (["--model", "toy", "--limit", 4, "--out", tmp_path], compared):
+        _, stderr, code = ended(workshop, "evaluate.py", *flags)
+        assert code == 2 and len(stderr.splitlines()) == 1 and "is not what evaluate.py writes" in stderr, stderr
+    assert (tmp_path / "toy/eval_toy.json").read_text() == text
+
+
+def test_a_comparison_needs_all_samples(tmp_path):
+    (tmp_path / "eval_toy.json").write_text('{"flags": {"samples": 2}}')
+    for lines in (0, 3):
+        (tmp_path / "eval_toy_samples.jsonl").write_text('{"question": "q", "gold": "g", "grade": true}\n' * lines)
+        with pytest.raises(UserError, match=f"has {lines} lines, expected 2 for each question"):
+            evaluations.read_evaluations({"before": tmp_path / "eval_toy.json"})
+
+
+def test_a_solver_with_broken_weights_writes_nothing(workshop, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = tmp_path / "model"
+    shutil.copytree(workshop / "runs/toy", model)
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * float("nan")
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    _, stderr, code = ended(workshop, "distill.py", "--solver", "--model", model, "--limit", 4, "--out",
+                            tmp_path / "out.jsonl")
+    assert code == 2 and len(stderr.splitlines()) == 1 and "model computes log-probs that are NaN" in stderr, stderr
+    assert not list(tmp_path.glob("out*"))
+    broken = models.load_model(str(model), bits=32, device=torch.device("cpu"))
+    words = models.load_tokenizer(str(model))
+    with pytest.raises(UserError, match="Qwen2ForCausalLM computes log-probs that are NaN or infinite"):
+        rollout.generate(broken, words, [[1, 2]], max_new_tokens=2, temperature=1.0, seed=0)
+
+
 # -- what gets in
+
+
+@pytest.mark.parametrize("closed", ["yes", "", 1, None, [True]])
+def test_closed_is_a_boolean(workshop, tmp_path, closed):
+    row = json.loads((workshop / "runs/toy/train.jsonl").read_text().splitlines()[0])
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row | {"closed": closed}) + "\n")
+    _, stderr, code = ended(workshop, "distill.py", "--model", "toy-teacher", "--score-file", tmp_path / "rows.jsonl",
+                            "--out", tmp_path / "out.jsonl")
+    assert code == 2 and len(stderr.splitlines()) == 1 and "rows.jsonl line 1 has closed " in stderr, stderr
+
+
+def test_fuzzing_finds_what_is_wrong(workshop, monkeypatch, capsys):
+    """A second of it on the parsers as they are, and on one that raises where it should return."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import fuzz
+
+    [counts] = fuzz.fuzz(workshop, 0.02, random.Random(0))
+    assert counts["failures"] == 0 and counts["texts"] > 50 and counts["pairs_of_lines"] > 200, capsys.readouterr().out
+    plain = fuzz.answers.same_text
+
+    def faulty(gold, answer):
+        if "{" in answer:
+            raise ZeroDivisionError
+        return plain(gold, answer)
+
+    monkeypatch.setattr(fuzz.answers, "same_text", faulty)
+    [counts] = fuzz.fuzz(workshop, 0.02, random.Random(0))
+    assert counts["failures"] > 0 and "answer: ZeroDivisionError: : [" in capsys.readouterr().out
 
 
 def test_nothing_that_is_read_is_run():

@@ -21,6 +21,7 @@ from rlt import dry_run  # noqa: E402
 from rlt.flags import RENAMED  # noqa: E402
 
 import benchmarks  # noqa: E402
+import machines  # noqa: E402
 import make_figures  # noqa: E402
 import plotting  # noqa: E402
 import study_log  # noqa: E402
@@ -347,10 +348,21 @@ def test_a_repeated_measurement_replaces_the_first():
     assert benchmarks.last_of_each(rows, lambda row: row["a"]) == [{"a": 1, "ms": 7}, {"a": 2, "ms": 6}]
 
 
+def test_the_table_of_models_by_hand(monkeypatch):
+    log = [("B", "refused", "caps them (badly), which is bad"), ("C", "packed", ""), ("a", "packed", ""),
+           ("E", "refused", "can't be checked (x): expected y"), ("D", "one by one", "odd"),
+           ("F", "refused", "caps them")]
+    rows = [dict(zip(("architecture", "read", "why"), entry, strict=True)) for entry in log]
+    monkeypatch.setattr(benchmarks, "read_log", lambda *_: rows)
+    assert benchmarks.models_table().splitlines()[2:] == [
+        "| packed into one row | a · C |", "| one by one | D (odd) |", "| refused: caps them | B · F |",
+        "| refused: can't be checked | E |"]
+
+
 def test_the_machine_table_recommends_what_fits():
     """Peaks and hours are rlt/dry_run.py's, and the page is up to date (above): each row's command is what is meant."""
     page = (ROOT / "README.md").read_text()
-    for plan in benchmarks.PLANS:
+    for plan in machines.PLANS:
         words = plan.command.split()
         flags = dict(zip(words, words[1:], strict=False))
         assert int(flags["--teacher-bits"]) == plan.teacher_bits and flags["--student-bits"] == "4"
@@ -364,3 +376,32 @@ def test_the_machine_table_recommends_what_fits():
         assert row, plan.name
         peak, low, high = (float(number.replace(",", "")) for number in row.group(1, 3, 4))
         assert 1e9 * peak + dry_run.MARGIN < plan.memory and row[2] in benchmarks.PHASES and low < high
+
+
+@pytest.mark.slow
+def test_the_machines_peaks_are_estimated_with_this_code():
+    logged = {row["command"]: row["peaks"] for row in study_log.read_log(machines.LOG.name, "")}
+    assert logged == {plan.command: machines.peaks(plan) for plan in machines.PLANS}, "run figures/machines.py"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# faults
+
+
+def test_the_list_of_faults_adds_up_the_log(monkeypatch):
+    known = {"device": "a machine", "date": "2026-01-02", "seed": 0, "seconds": 9}
+    rows = [
+        {"part": "kills", "script": "a.py", "kills": 3, "runs": 2, "identical": 2, "failures": 0},
+        {"part": "kills", "script": "b.py", "kills": 4, "runs": 2, "identical": 1, "failures": 1},
+        {"part": "folders", "refused": 5, "resumed": 6, "failures": 1},
+        {"part": "folders", "refused": 1, "resumed": 1, "failures": 0, "date": "2026-01-03"},
+        {"part": "fuzz", "minutes": 1.5, "texts": 1000, "failures": 0, "slowest_s": 0.25},
+        {"part": "fuzz", "minutes": 2, "texts": 234, "failures": 3, "slowest_s": 0.125},
+    ]
+    monkeypatch.setattr(benchmarks, "read_log", lambda name, command: [known | row for row in rows])
+    first, _, *lines = benchmarks.faults_list().splitlines()
+    assert first.endswith("On a machine, by 2026-01-03:")
+    kills, folders, fuzz = lines  # what is not in the log is not on the page
+    assert "7 runs ended" in kills and "(a.py 3, b.py 4)" in kills and "3 of 4 left" in kills
+    assert folders.startswith("- 14 run folders") and "6 refused" in folders and "7 resumed" in folders
+    assert "3.5 minutes" in fuzz and "1,234 texts: 3 failures" in fuzz and "more than 0.25 s" in fuzz

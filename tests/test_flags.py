@@ -10,6 +10,7 @@ from rlt import errors, flags
 from rlt.errors import UserError
 
 import pytest
+import torch
 from conftest import ROOT
 
 
@@ -243,7 +244,7 @@ def test_ranks_print_a_cause_before_its_echoes(monkeypatch, capsys):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Threads
+# Threads, memory, bits
 
 
 @pytest.mark.parametrize("users, expected", [(None, "passive"), ("active", "active"), ("", "")])
@@ -255,3 +256,28 @@ def test_waiting_threads_sleep_unless_the_user_says_otherwise(users, expected):
     env |= {} if users is None else {"OMP_WAIT_POLICY": users}
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == (expected + "\n", "")
+
+
+@pytest.mark.parametrize(("users", "expected"), [
+    ({}, "expandable_segments:True"), ({"PYTORCH_CUDA_ALLOC_CONF": "x:1"}, "x:1"),
+    ({"PYTORCH_ALLOC_CONF": "x:1"}, "None")])
+def test_gpu_memory_grows_unless_the_user_says_otherwise(users, expected):
+    """torch reads PYTORCH_ALLOC_CONF, else the older name. Neither of a user's is replaced."""
+    env = {key: value for key, value in os.environ.items() if not key.endswith("ALLOC_CONF")} | users
+    done = subprocess.run([sys.executable, "-c", "import rlt, os; print(os.environ.get('PYTORCH_CUDA_ALLOC_CONF'))"],
+                          cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout == expected + "\n"
+
+
+@pytest.mark.parametrize(("device", "given", "bits"), [
+    ("cpu", [], 32), ("cuda:1", [], 16), ("cpu", ["--dry-run"], 32), ("cpu", ["--dry-run", "80"], 16),
+    ("cuda", ["--bits", "32"], 32), ("cpu", ["--bits", "4"], 4)])
+def test_bits_of_a_base_that_no_flag_names(device, given, bits):
+    parser = flags.make_parser("A script.")
+    flags.add_bits(parser, "--bits", "weights")
+    flags.add_bits(parser, "--student-bits", "weights", default=4)
+    flags.add_system(parser)
+    args = parser.parse_args(given)
+    flags.choose_bits(parser, args, torch.device(device))
+    assert (args.bits, args.student_bits) == (bits, 4)
+    assert flags.carry(parser, args, "bits") == (f" --bits {bits}" if "--bits" in given else "")

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 
-from rlt.answers import same_text
+from rlt.answers import opened_thought, same_text
 from rlt.errors import UserError
 from rlt.evaluations import read_evaluations
 from rlt.grading import (
@@ -20,7 +20,6 @@ from rlt.grading import (
     gradable,
     grade,
     grade_all,
-    opened_thought,
     over_questions,
     pass_at_k,
     pass_curve,
@@ -100,6 +99,7 @@ def test_the_last_box(output, answer):
 
 
 @pytest.mark.parametrize("opening, closing", [
+    ("<deliberation>", "</deliberation>"), ("<internal>", "</internal>"), ("<cot>", "</cot>"),
     ("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<thought>", "</thought>"),
     ("<reasoning>", "</reasoning>"), ("<reflection>", "</reflection>"), ("<analysis>", "</analysis>"),
     ("<scratchpad>", "</scratchpad>"), ("<seed:think>", "</seed:think>"), ("[THINK]", "[/THINK]"),
@@ -177,6 +177,13 @@ def test_a_thought_that_the_prompt_opened():
     ("the ratio is 1/2.", "1/2"),
     (r"the ratio is $\frac{1}{2}$", "1/2"),
     ("48/2 = 24", "24"),
+    ("half of 48 is 48/2", "48/2"),
+    ("in all 9'500 or 9\u2019500", "9500"),                # as the Swiss write it
+    (r"= 3\frac{1}{2}", "7/2"),
+    ("3 1/2 cups", "7/2"),
+    (r"-\frac{1}{2}", "-1/2"),
+    ("that is 1.5e3", "1.5e3"),
+    ("1e", "1"),
 ])
 def test_gsm8k_falls_back_to_a_number(output, answer):
     assert answer_of("gsm8k", output) == answer
@@ -253,8 +260,8 @@ def test_a_gold_answer_that_cannot_be_read_is_never_right(gold, capsys):
 @pytest.mark.parametrize("task, gold, answer", [
     ("gsm8k", 72, "72"), ("gsm8k", 72.0, "72"), ("gsm8k", "72", "72"), ("gsm8k", "steps\n#### 72", "72"),
     ("gsm8k", "#### -1,234", "-1234"), ("gsm8k", ["72"], "72"), ("gsm8k", -7, "-7"), ("gsm8k", 0, "0"),
-    ("math500", 1e-05, "0.00001"), ("math500", "1e-05", "0.00001"), ("math500", 1e16, "10^{16}"),
-    ("math500", "1e+16", "10^{16}"), ("math500", 1e16, "1e16"), ("math500", 2.5e-07, "0.00000025"),
+    ("math500", 0.0001, "10^{-4}"), ("math500", "0.00001", "10^{-5}"), ("math500", 1e16, "10^{16}"),
+    ("math500", "1e+16", "10^{16}"), ("math500", 1e16, "1e16"), ("math500", "0.0000", "0"),
     ("math500", 0.5, r"\frac{1}{2}"), ("aime24", 33, "33"), ("aime25", 70.0, "70"), ("aime24", "025", "25"),
     ("math500", r"2e-1", "2e-1"), ("math500", "10000", "10^4"),
 ])
@@ -263,7 +270,8 @@ def test_gold_of_any_type_of_number(task, gold, answer):
         assert grade(task, rf"\boxed{{{text}}}", row(answer=gold)) is right
 
 
-NO_ANSWER = [None, math.nan, math.inf, "", " ", "NaN", "nan", "None", "null", True, [], ["1", "2"], {"value": 1}]
+NO_ANSWER = [None, math.nan, math.inf, "", " ", "NaN", "nan", "None", "null", True, [], ["1", "2"], {"value": 1},
+             1e-05, "1e-05", [1e-05], -2.5e-07]  # the last four: 0.0000104 would be right, and 0
 
 
 @pytest.mark.parametrize("task, golds", [
@@ -354,6 +362,12 @@ def test_countdown_numbers_of_any_type(nums, target, right):
     (r"\boxed{(3 + 4) * 2 = x}", False),
     (r"\boxed{(3 + 4) * 2 \neq 14}", False),
     (r"\boxed{3 + 4, 2}", False),
+    (r"\boxed{(3 + 4) x 2}", True),
+    (r"\boxed{(3 + 4) \hspace{1mm}\* \thinspace 2}", True),
+    ("\\boxed{2\u2062(3 + 4)}", True),
+    (r"\boxed{(3 + 4) * 2 \approx 14}", True),
+    (r"\boxed{(3 + 4) * 2 == 13}", False),
+    (r"\boxed{(3 + 4) * 2 = x }", False),
     (r"\boxed{(3 + 4) / (2 - 2)}", False),
     (r"\boxed{__import__('os').system('exit')}", False),
     (r"\boxed{(lambda: 14)()}", False),

@@ -8,6 +8,7 @@ import shutil
 from rlt import models, rollout
 from rlt.errors import UserError
 from rlt.logprobs import completion_logprobs
+from rlt.lora import update_mode
 
 import pytest
 import torch
@@ -79,6 +80,49 @@ def test_the_reference_holds_the_starting_weights(base, tmp_path, tokenizer):
     assert not torch.allclose(ask(model, tokenizer), start, atol=1e-3)
     base_alone = models.load_model(base, bits=32, device=CPU)
     assert not torch.allclose(ask(base_alone, tokenizer), start, atol=1e-3)
+
+
+@pytest.mark.parametrize("bits", [32, 16, 4])
+def test_the_base_without_its_adapter_is_a_second_copy_in_the_same_memory(base, tokenizer, bits):
+    """The same bits as a copy of its own, hash included, whatever the policy's adapters and modes are."""
+    policy = lora(base, bits=bits, checkpointing=True)
+    stir(policy)
+    before, alone = ask(policy, tokenizer), models.load_model(base, bits=bits, device=CPU)
+    student = models.without_adapter(policy)
+    assert torch.equal(ask(student, tokenizer), ask(alone, tokenizer))
+    assert not torch.equal(before, ask(student, tokenizer)), "the test must be able to tell"
+    assert models.fingerprint(student) == models.fingerprint(alone) == models.fingerprint(policy)
+    assert [name for name, _ in student.named_parameters()] == [name for name, _ in alone.named_parameters()]
+    ours = {p.data_ptr() for p in policy.parameters()}
+    assert ours.issuperset(p.data_ptr() for p in student.parameters())
+    states = [p.quant_state.absmax for p in policy.parameters() if getattr(p, "quant_state", None)]
+    assert {x.data_ptr() for x in states} == {
+        p.quant_state.absmax.data_ptr() for p in student.parameters() if getattr(p, "quant_state", None)}
+    assert bool(states) == (bits == 4)
+
+    with models.use_adapter(policy, "reference"):  # the policy's state is not the student's
+        assert torch.equal(ask(student, tokenizer), ask(alone, tokenizer))
+    update_mode(policy)
+    ask(policy, tokenizer).sum().backward()
+    assert torch.equal(ask(student, tokenizer), ask(alone, tokenizer)) and torch.equal(before, ask(policy, tokenizer))
+    assert not any(module.training for module in student.modules())
+    assert all(p.grad is None for p in student.parameters())
+    assert all(p.grad is not None for p in models.adapter_parameters(policy))
+    plain = models.load_model(base, bits=32, device=CPU)
+    assert models.without_adapter(plain) is plain
+
+
+def test_which_students_are_the_teachers_base(base, tmp_path, tokenizer):
+    teacher, other = str(tmp_path / "teacher"), str(tmp_path / "other")
+    models.save_model(lora(base, reference=False), tokenizer, tmp_path / "teacher")
+    shutil.copytree(base, other)
+    assert models.shares_base(teacher, 16, base, 16) and models.shares_base(base, 4, base, 4)
+    assert not models.shares_base(teacher, 32, base, 4), "other bits"
+    assert not models.shares_base(teacher, 32, teacher, 32), "an adapter is no base"
+    assert not models.shares_base(teacher, 32, other, 32), "another folder"
+    path = tmp_path / "teacher/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": "pissa"}))
+    assert not models.shares_base(teacher, 32, base, 32), "its base has lost what the adapter started with"
 
 
 def test_the_reference_is_synced_by_the_formula(base):
@@ -419,6 +463,11 @@ def test_adapters_without_their_base(base, tmp_path, tiny_model):
     shutil.rmtree(tmp_path / "base")
     message = refusal(models.load_model, str(tmp_path / "adapter"), bits=32, device=CPU)
     assert "which does not exist here: put the path or hub id of its base into adapter_config.json" in message
+    config = tmp_path / "adapter/adapter_config.json"
+    for name in (None, "", 5, ["base"], "/gone"):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": name}))
+        assert "which does not exist here" in refusal(models.load_tokenizer, str(tmp_path / "adapter"))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}))
     tiny_model(64).save_pretrained(tmp_path / "base")  # another one
     for load in (models.load_model, lora):
         options = {} if load is lora else dict(bits=32, device=CPU)

@@ -7,12 +7,15 @@ import unicodedata
 
 from rlt.errors import UserError
 from rlt.models import load_tokenizer
-from rlt.prompts import EXPLANATION, SOLUTION, STUDENT_SYSTEM, TEACHER_SYSTEM, THOUGHT, Prompts, show_rows
+from rlt.prompts import EXPLANATION, SOLUTION, STUDENT_SYSTEM, TEACHER_SYSTEM, THOUGHT, Prompts, score_texts, show_rows
 from rlt.rows import load_rows, map_rows
 
 import pytest
+import torch
 from conftest import data_file
 from small_tokenizers import CHATML_RIGHT_AWAY, FAMILIES, make_tokenizer
+
+from bench import zoo
 
 ROW = {"question": "How many?", "solution": "There are \\boxed{42}.", "where": "here"}
 
@@ -329,3 +332,61 @@ def test_all_public_rows_keep_every_token(prompts, capsys):
     with capsys.disabled():
         print(f"\n  {len(rows)} rows: {different} differ from their SFT row, {split_tokens} split a token at the tag")
     assert different == 0 and split_tokens > 100
+
+
+# ---------------------------------------------------------------------------------------------------------
+# from texts to rewards
+
+TEXTS = [{"question": "What is 2 + 2?", "solution": "It is 4.", "explanation": "Two and two."},
+         {"question": "And 3 + 4?", "solution": "7", "explanation": "Count on:\n\n4, 5, 6, 7"}]
+
+
+def turn(system, user):
+    return (f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n"
+            "<|im_start|>assistant\n")
+
+
+def distributions(model, tokenizer, text, part):
+    """What the model's own logits say of a part of a text: its ids (N,), log-probs of all tokens (N, V) in float64."""
+    at = text.rindex(part)
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    inside = [i for i, (a, _) in enumerate(tokens["offset_mapping"]) if at <= a < at + len(part)]
+    ids = torch.tensor(tokens["input_ids"])
+    with torch.no_grad():
+        logits = model(input_ids=ids[None]).logits[0, :, : len(tokenizer)].double()
+    return ids[inside], logits.log_softmax(1)[torch.tensor(inside) - 1]
+
+
+@pytest.mark.parametrize("solution_in", ["assistant", "user"])
+def test_rewards_of_texts_are_those_of_the_models_own_logits(solution_in):
+    """The conversations are written out here, and the reward is computed from them in float64."""
+    tokenizer, teacher, student = zoo.tokenizer(), zoo.build("Llama"), zoo.build("Qwen3")
+    rewards = score_texts(teacher, student, tokenizer, TEXTS, solution_in=solution_in, lam=2.0, alpha=0.1).reward
+    for n, row in enumerate(TEXTS):
+        thought, told = f"{row['explanation']}\n\n", f"{SOLUTION[0]}\n\n{row['solution']}\n\n{SOLUTION[1]}"
+        start = f"{EXPLANATION[0]}\n\n"
+        teachers = {"assistant": turn(TEACHER_SYSTEM, row["question"]) + f"{told}\n\n{start}{thought}",
+                    "user": turn(TEACHER_SYSTEM, f"{row['question']}\n\n{told}") + start + thought}[solution_in]
+        students = turn(STUDENT_SYSTEM, row["question"]) + f"{THOUGHT[0]}\n\n{thought}"
+        _, p = distributions(teacher, tokenizer, teachers, thought)
+        _, q = distributions(student, tokenizer, students, thought)
+        kl = (p.exp() * (p - q)).sum(1)
+        solution = f"{row['solution']}\n\n"
+        ids, q = distributions(student, tokenizer, f"{students}{THOUGHT[1]}\n\n{SOLUTION[0]}\n\n{solution}", solution)
+        logprobs = q.gather(1, ids[:, None])[:, 0]
+        score, kl = logprobs.mean() + 0.1 * logprobs.min(), kl.mean() + 0.1 * kl.max()
+        for ours, wanted in ((rewards.score, score), (rewards.kl, kl), (rewards.reward, score - 2 * kl)):
+            assert ours[n].item() == pytest.approx(wanted.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"question": "Q", "explanation": "E"}, 'row 1 has no "solution" (columns found: question, explanation)'),
+    ({"question": "Q", "solution": 4, "explanation": "E"}, 'row 1 has no "solution"'),
+    ({"question": "Q", "solution": " \n", "explanation": "E"}, "row 1 has an empty solution"),
+    ({"question": "", "solution": "4", "explanation": "E"}, "row 1 has an empty question"),
+    ({"question": "Q", "solution": "4"}, 'row 1 has no "explanation"'),
+    ({"question": "Q", "solution": "4", "explanation": THOUGHT[1]}, f'row 1 has "{THOUGHT[1]}" in its explanation'),
+])
+def test_texts_that_can_not_be_scored_are_named(row, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        score_texts(None, None, zoo.tokenizer(), [TEXTS[0], row])

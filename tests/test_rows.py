@@ -4,6 +4,7 @@ import json
 import random
 
 from rlt.errors import UserError, printable
+from rlt.grading import gradable
 from rlt.rows import BOXED, leaks, load_rows, map_rows
 from rlt.tags import SOLUTION, THOUGHT
 
@@ -51,7 +52,7 @@ def load(tmp_path, *rows, **options):
         ({"conversations": [{"from": "user", "value": "q"}]}, "has conversations without a user turn and"),
         ({"conversations": None}, 'has no "question" and "solution"; columns found: conversations'),
         ({"conversations": 5}, "has conversations without turns"),
-        ({"conversations": []}, "has conversations without turns"),
+        ({"conversations": []}, 'has no "question" and "solution"'),
         ({"conversations": "[{"}, "has conversations that are no JSON"),
         ({"conversations": "[" * 100_000}, "has conversations that are no JSON"),
         ({"nums": 5, "target": 5}, 'has no "question"'),
@@ -198,7 +199,7 @@ def test_schemas(tmp_path, name, raw, question, solution, explanation):
 @pytest.mark.parametrize(
     ("answer", "text"),
     [(72, "72"), (72.0, "72"), (0.5, "0.5"), ("072", "072"), ([72], None), (10**30, "1" + 30 * "0"),
-     (1e-05, "0.00001"), (1e16, "1" + 16 * "0"), ("$5$", "$5$")],
+     (1e16, "1" + 16 * "0"), ("$5$", "$5$")],
 )
 def test_answers_of_any_type_are_text(tmp_path, answer, text):
     """As the grader reads them: no exponent. 72.0 is what a column of whole numbers with a null holds."""
@@ -207,6 +208,13 @@ def test_answers_of_any_type_are_text(tmp_path, answer, text):
     assert row["answer"] == (text or answer)
     [row] = load(tmp_path, {"q": "p", "a": 72, "question": "no"}, question_column="q", solution_column="a")
     assert (row["question"], row["solution"]) == ("p", "72")
+
+
+def test_a_small_float_has_no_exponent_in_the_solution_and_is_not_graded(tmp_path, capsys):
+    rows = load(tmp_path, {"problem": "p", "answer": 1e-05}, {"problem": "p", "answer": "5"})
+    assert [row["solution"] for row in rows] == ["\\boxed{0.00001}", "\\boxed{5}"]
+    assert gradable("math500", rows) == rows[1:]
+    assert "has the answer 1e-05, a rounded float" in capsys.readouterr().out
 
 
 def test_an_answer_that_is_a_solution_is_taken_as_it_is(tmp_path):
@@ -268,7 +276,7 @@ def test_messages_of_any_form(tmp_path):
         assert row["messages"] == want and (row["question"], row["explanation"]) == ("q", "E")
 
 
-@pytest.mark.parametrize("messages", [None, "", [{"role": "user", "content": "Q"}]])
+@pytest.mark.parametrize("messages", [None, "", [], {}, [{"role": "user", "content": "Q"}]])
 def test_without_an_assistants_turn_at_the_end_there_are_no_messages_to_learn(tmp_path, messages):
     """The last turn of any row with messages was learned, the user's words too."""
     [row] = load(tmp_path, {**GOOD, "explanation": "E", "messages": messages})
@@ -280,7 +288,6 @@ def test_without_an_assistants_turn_at_the_end_there_are_no_messages_to_learn(tm
 @pytest.mark.parametrize(
     ("messages", "complaint"),
     [
-        ([], "without turns"),
         ({"role": "user"}, "without turns"),
         (["Q", "A"], "without turns"),
         ("Q", "that are no JSON"),
@@ -368,6 +375,12 @@ TEXT = "We have $12^2 = 144$.\n\nSo it is \\boxed{144}."
         ("The answer is 1. " + LONG, "a \\boxed{1}, no, \\boxed{\\frac{1}{2}}", False),
         ("The answer is anything. " + LONG, "A long text without a box that gives no answer by itself.", False),
         ("The answer is (a+b)*c? " + LONG, "\\boxed{(a+b)*c}", True),  # no regular expression
+        ("The answer is \\(144\\). " + LONG, TEXT, True),
+        ("The answer must therefore be **144**. " + LONG, TEXT, True),
+        ("\\fbox{144} " + LONG, TEXT, True),
+        ("\\boxed{\\dfrac12} " + LONG, "\\boxed{\\frac{1}{2}}", True),  # the same in another notation
+        ("\\boxed{ 1,024.0 } " + LONG, "It is \\boxed{1024}.", True),
+        ("\\boxed{145} " + LONG, TEXT, False),
     ],
 )
 def test_a_statement_of_the_boxed_answer_is_a_leak(explanation, solution, leak):

@@ -173,6 +173,8 @@ def test_rows_are_known_by_all_that_is_trained_on():
     changes = {"question": "r", "solution": "t", "explanation": "f", "hint": "h", "messages": [{"content": "m"}]}
     others = [runs.digest([{**row, key: value}]) for key, value in changes.items()]
     assert len({same, *others, runs.digest([row, row]), runs.digest([])}) == 8
+    gold = [runs.digest([{**row, "answer": answer}], "answer") for answer in (1, 2)]
+    assert len({same, *gold}) == 3, "rewards depend on what answers are graded by"
     assert runs.digest([row, {**row, "question": "r"}]) != runs.digest([{**row, "question": "r"}, row])
 
 

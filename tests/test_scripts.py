@@ -206,6 +206,22 @@ def test_a_resumed_student_is_the_same(workshop, tmp_path):
         assert (straight / "final" / name).read_bytes() == (killed / "final" / name).read_bytes()
 
 
+def test_a_resumed_student_draws_the_dropout_of_an_unbroken_run(workshop, tmp_path):
+    call(workshop, "sft_student.py", "--data", "toy", "--limit", 40, "--steps", 1, "--val-rows", 8, "--out",
+         tmp_path / "adapter")
+    path = tmp_path / "adapter/final/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_dropout": 0.5}))
+    flags = ["--model", tmp_path / "adapter", "--data", "toy", "--limit", 40, "--steps", 2, "--batch-size", 8,
+             "--save-every", 1, "--val-rows", 8]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    call(workshop, "sft_student.py", *flags, "--out", straight)
+    shutil.copytree(straight, killed)
+    for folder in ("final", "step_000002"):
+        shutil.rmtree(killed / folder)
+    call(workshop, "sft_student.py", *flags, "--out", killed, "--resume")
+    assert metrics(straight) == metrics(killed) and equal(adapter(straight / "final"), adapter(killed / "final"))
+
+
 # -- numbers that must not depend on how the work is cut
 
 
@@ -525,6 +541,30 @@ def test_an_offloaded_student(workshop, tmp_path, monkeypatch):
     assert events == ["move"] + scoring * 5, "offloaded; held-out rows; then twice a step and its held-out rows"
     for key in ("reward", "grad_norm", "eval_reward_before"):
         assert [entry[key] for entry in entries] == [entry[key] for entry in plain]
+
+
+@pytest.mark.parametrize("extra", [(), ("--kl", "exact", "--kl-gradient", "--gradient-checkpointing")])
+def test_a_student_that_is_the_teachers_base(workshop, tmp_path, monkeypatch, extra):
+    """At the same bits it is loaded once, and every number is that of a run with a second copy."""
+    loaded, load = [], models.load_model
+    monkeypatch.setattr(models, "load_model", lambda name, **options: loaded.append(name) or load(name, **options))
+    flags = ("--student-bits", 32, "--sync-ref-every", 1, *extra)
+    shared, _ = train(workshop, tmp_path / "shared", *flags)
+    assert not loaded
+    monkeypatch.setattr(models, "shares_base", lambda *_: False)
+    separate, _ = train(workshop, tmp_path / "separate", *flags)
+    assert loaded == [models.base_of(str(workshop / "runs/toy-teacher"))]
+    clock = {"t_rollout", "t_score", "t_update", "tokens_per_s"}
+    assert [{key: entry[key] for key in entry.keys() - clock} for entry in shared] == [
+        {key: entry[key] for key in entry.keys() - clock} for entry in separate]
+    first, second = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("shared", "separate"))
+    assert first["student_hash"] == second["student_hash"]
+
+
+def test_a_student_in_the_teachers_memory_can_not_be_offloaded(workshop, tmp_path):
+    done = ended(workshop, "train_rlt.py", "--student-bits", 32, "--offload-student", "--out", tmp_path / "run")
+    assert done.code == 2 and "the student is the teacher's base at the same bits" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 # -- another engine

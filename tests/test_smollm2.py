@@ -6,6 +6,7 @@ python -m pytest tests/test_smollm2.py              python -m pytest tests/test_
 
 import importlib.util
 import json
+import re
 from importlib.machinery import ModuleSpec
 
 from rlt import models
@@ -21,6 +22,7 @@ from data import smollm2, word_problems
 
 ROW = {"question": "Emma has 14 pencils. She buys 7 more. How many pencils does she have now?",
        "solution": "\\boxed{21}", "explanation": "14+7=21", "where": "here"}
+REWARDS = [-3.120, -3.433, -3.627, -6.087]  # of data/crate.jsonl
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +104,20 @@ def test_the_reward_ranks_four_explanations_of_one_problem(workplace):
          ROOT / "data/crate.jsonl")
     rewards = [row["reward"] for row in read(workplace / "runs/distilled.jsonl")]
     assert rewards == sorted(rewards, reverse=True)
-    assert rewards == pytest.approx([-3.120, -3.433, -3.627, -6.087], abs=0.02)
+    assert rewards == pytest.approx(REWARDS, abs=0.02)
+
+
+@pytest.mark.slow
+def test_the_readmes_example_prints_what_it_says(workplace, monkeypatch, capsys):
+    """Texts to rewards: the lines as they stand there, and the rewards that distill.py gives the same rows (above)."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    [lines] = [block for block in blocks if "score_texts" in block]
+    (workplace / "data").symlink_to(ROOT / "data")
+    monkeypatch.chdir(workplace)
+    exec(lines, {})
+    *_, printed = capsys.readouterr().out.splitlines()
+    assert json.loads(printed) == pytest.approx(json.loads(lines.rpartition("# ")[2]), abs=0.011)
+    assert json.loads(printed) == pytest.approx(REWARDS, abs=0.02)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from rlt.prompts import EXPLANATION, Prompts
 
 import pytest
 import torch
-from conftest import call
+from conftest import call, mostly_slow
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from bench import zoo
@@ -96,7 +96,7 @@ def test_each_of_them_closes_an_explanation(tmp_path, end):
 # -- evaluation
 
 
-@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("end", mostly_slow(ENDS, plain=[LISTED_END]))
 def test_an_evaluation_reads_the_answer_without_its_end(tmp_path, end):
     chain_model(tmp_path / "model", end)
     (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "How many?", "answer": "7"}) + "\n")
@@ -105,6 +105,29 @@ def test_an_evaluation_reads_the_answer_without_its_end(tmp_path, end):
     assert result["exact_match"]["mean"] == 1 and result["truncated"] == 0 and result["length"] == len(ANSWER) + 1
     [line] = map(json.loads, (tmp_path / "runs/eval/model/eval_gsm8k_samples.jsonl").read_text().splitlines())
     assert line["output"] == ANSWER and line["finished"]
+
+
+def test_a_thought_that_the_prompt_opens_is_part_of_the_turn(tmp_path):
+    """One that never closes has no answer yet, whatever it says: in evaluations, in rewards and in a solver's rows."""
+    chain_model(tmp_path / "model", TEMPLATE_END)
+    template = tmp_path / "model/chat_template.jinja"
+    opened = "<|im_start|>assistant\n<think>\n"
+    template.write_text("{% for m in messages %}{% if m.role == 'assistant' %}" + opened + "{% else %}<|im_start|>"
+                        "{{ m.role }}\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+                        "{% if add_generation_prompt %}" + opened + "{% endif %}")
+    row = {"question": "How many?", "solution": "7", "nums": [7], "target": 7}
+    (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 2)
+    flags = ["--task", "countdown", "--data", "rows.jsonl", "--model", "model", "--max-new-tokens", 25]
+    call(tmp_path, "evaluate.py", *flags)
+    result = json.loads((tmp_path / "runs/eval/model/eval_countdown.json").read_text())
+    line = json.loads((tmp_path / "runs/eval/model/eval_countdown_samples.jsonl").read_text().splitlines()[0])
+    assert line["output"] == "<think>" + ANSWER and line["answer"] is None and result["exact_match"]["mean"] == 0
+    scope = call(tmp_path, "rl_student.py", *flags, "--steps", 1, "--prompts-per-step", 1, "--group-size", 2,
+                 "--eval-every", 0, "--keep-zero-groups")
+    assert scope["rewards"].tolist() == [-1, -1] and scope["texts"] == ["<think>" + ANSWER] * 2
+    call(tmp_path, "distill.py", *flags, "--solver", "--keep-wrong", "--out", "rows_out.jsonl")
+    line = json.loads((tmp_path / "rows_out.jsonl").read_text().splitlines()[0])
+    assert not line["right"] and line["messages"][-1]["content"] == ANSWER, "the template writes the tag itself"
 
 
 # -- training and saving
@@ -119,8 +142,8 @@ def test_training_rows_end_by_the_templates_own(tmp_path):
         assert [i for i in ids[start:] if i in turn_ends(tokenizer)] == ids_of(tokenizer, TEMPLATE_END) == ids[-1:]
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("rank", mostly_slow([0, 2], plain=[0]))
+@pytest.mark.parametrize("end", mostly_slow(ENDS, plain=[LISTED_END]))
 def test_a_trained_folder_stops_where_its_base_does(tmp_path, end, rank):
     """By our sampler and by transformers' own generate; full weights and adapters, the latter's tokenizer gone, too."""
     chain_model(tmp_path / "base", end)
@@ -157,3 +180,10 @@ def test_ends_may_stand_in_the_config_alone(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": eos}))
         ends = turn_ends(models.load_tokenizer(str(tmp_path)))
         assert ends == tuple(ids_of(tokenizer, TEMPLATE_END, TOKENIZER_END, *believed))
+
+
+@pytest.mark.parametrize("listed", [[], None, "2", [[2]], [-1], [10**6], True])
+def test_what_is_no_id_is_no_end(tmp_path, listed):
+    chain_model(tmp_path, LISTED_END, listed=())
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
+    assert turn_ends(models.load_tokenizer(str(tmp_path))) == tuple(ids_of(words(), TEMPLATE_END, TOKENIZER_END))
