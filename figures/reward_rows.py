@@ -24,6 +24,11 @@ class Settings:
     kl: str
     unclosed_penalty: float
 
+    @property
+    def kl_name(self):
+        """What a token's number is called: --kl sampled takes the log-ratio of the sampled token."""
+        return "KL" if self.kl == "exact" else "log-ratio"
+
 
 @dataclass(frozen=True)
 class Scored:
