@@ -100,7 +100,8 @@ def card(rank, scored, settings):
     facts = ["closed" if row["closed"] else "not closed", "leaks the solution" if row.get("leak") else "no leak"]
     notes = []
     if scored.hardest is not None:
-        notes.append(f"▲ hardest leap: {settings.kl_name} {number(scored.kl_max)}, token {scored.hardest + 1} of {len(scored.thought)}")
+        notes.append(f"▲ hardest leap: {settings.kl_name} {number(scored.kl_max)}, token {scored.hardest + 1} of "
+                     f"{len(scored.thought)}")
     notes.append(f"▼ least understood: log-prob {number(scored.score_min)}, token {scored.least + 1} of "
                  f"{len(scored.solution)} of the solution")
     return "\n".join([
