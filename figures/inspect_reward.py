@@ -100,12 +100,13 @@ def card(rank, scored, settings):
     facts = ["closed" if row["closed"] else "not closed", "leaks the solution" if row.get("leak") else "no leak"]
     notes = []
     if scored.hardest is not None:
-        notes.append(f"▲ hardest leap: KL {number(scored.kl_max)}, token {scored.hardest + 1} of {len(scored.thought)}")
+        notes.append(f"▲ hardest leap: {settings.kl_name} {number(scored.kl_max)}, token {scored.hardest + 1} of "
+                     f"{len(scored.thought)}")
     notes.append(f"▼ least understood: log-prob {number(scored.score_min)}, token {scored.least + 1} of "
                  f"{len(scored.solution)} of the solution")
     return "\n".join([
         f"<article><h3>{rank}. reward {number(scored.reward)}</h3>", f'<p class="note">{", ".join(facts)}</p>',
-        f"<table>{''.join(rows)}</table>", "<h4>explanation, by KL</h4>",
+        f"<table>{''.join(rows)}</table>", f"<h4>explanation, by {settings.kl_name}</h4>",
         token_spans("kl", scored.thought, scored.token_kl, scored.hardest, "▲"), "<h4>solution, by log-prob</h4>",
         token_spans("lp", scored.solution, scored.logprobs, scored.least, "▼"),
         *(f'<p class="note">{note}</p>' for note in notes), "</article>"])
@@ -121,7 +122,7 @@ def legend(kind, name):
 
 def page(source, settings, groups):
     """The whole page as text: HTML with its style and script in it."""
-    kl = "KL" if settings.kl == "exact" else "log-ratio"
+    kl = settings.kl_name
     source = html.escape(visible(str(source)))
     body = []
     for i, group in enumerate(groups, 1):

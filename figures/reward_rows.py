@@ -24,6 +24,11 @@ class Settings:
     kl: str
     unclosed_penalty: float
 
+    @property
+    def kl_name(self):
+        """What a token's number is called: --kl sampled takes the log-ratio of the sampled token."""
+        return "KL" if self.kl == "exact" else "log-ratio"
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -71,7 +76,10 @@ def read_scored(source):
         rows_path, config_path = source / "samples.jsonl", source / "config.json"
     if not rows_path.exists():
         raise UserError(f"{rows_path} does not exist: expected a run folder of train_rlt.py, or a file by distill.py.")
-    rows = [row for row in read_jsonl(rows_path) if "tokens" in row]
+    try:
+        rows = [row for row in read_jsonl(rows_path) if "tokens" in row]
+    except UserError as error:
+        raise UserError(f"{error} Rows in any other format are scored with --model and --student.") from None
     if not rows:
         raise UserError(f"{rows_path} has no rewards token by token: pass --model (the teacher) and --student to score "
                         "its explanations now.")

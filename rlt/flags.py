@@ -92,7 +92,9 @@ def make_parser(doc):
 
 def flags_of_run(out, script):
     """{flag: value} that a run folder, or a file by distill.py, was started with; {} if this script did not do it."""
-    path = Path(out or "") / "config.json" if os.path.isdir(out or "") else Path(f"{out}.config.json")
+    if out is None:
+        return {}
+    path = Path(out) / "config.json" if os.path.isdir(out) else Path(f"{out}.config.json")
     try:
         config = json.loads(path.read_text())
         return renamed(config["flags"]) if config["command"].split()[0] == script else {}

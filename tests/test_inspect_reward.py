@@ -273,6 +273,9 @@ def test_rows_that_cannot_be_shown(tmp_path, rows, flags, complaint):
         complaint = "rows.jsonl.config.json is missing or can't be read: it holds lambda and alpha"
     with pytest.raises(UserError, match=re.escape(complaint)):
         reward_rows.read_scored(path)
+    (tmp_path / "rows.csv").write_text("question,solution\n1,2\n")
+    with pytest.raises(UserError, match="rows.csv:1 is not a JSON object .* are scored with --model and --student"):
+        reward_rows.read_scored(tmp_path / "rows.csv")
     with pytest.raises(UserError, match="nowhere does not exist: expected a run folder"):
         reward_rows.read_scored(tmp_path / "nowhere")
 
