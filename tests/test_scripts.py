@@ -47,6 +47,12 @@ def equal(a, b):
 # -- what the README promises
 
 
+def test_every_module_has_its_line_in_the_overview():
+    table = (ROOT / "rlt/README.md").read_text().partition("The reward is in")[0]
+    named = set(re.findall(r"`(\w+)`", table))
+    assert named == {path.stem for path in (ROOT / "rlt").glob("*.py")} - {"__init__"}
+
+
 def test_the_readmes_commands(workshop, capsys):
     """Every python line of the README's quick start, one after the other, with flags that make it small."""
     text = (ROOT / "README.md").read_text()
