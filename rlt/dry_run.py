@@ -226,13 +226,15 @@ KERNELS_PER_LAYER = 88  # of a decode step with an adapter on every linear layer
 VLLM_ROWS = 256  # the most that it runs at a time
 MEAN, SCALE = 0.25, 0.255  # of an exponential distribution cut at the limit, as fractions of the limit
 HOURS_ASSUMPTIONS = (
-    "Hours are arithmetic, not measured: completions a quarter as long as the limit on average, exponentially "
-    "distributed and cut at the limit. With transformers each batch waits for its longest row; a decode step reads the "
-    "weights, copies and reads the cache (repeated for each query head where prompts are padded) at 70 to 90 % of the "
-    "GPU's bandwidth, and launches 88 kernels a layer of 5 to 10 us. vLLM runs up to 256 rows, as many as its pages "
-    "(40 % of the memory, less its weights) hold, at 30 to 70 % of the bandwidth. Scoring, reference and update run at "
-    "25 to 45 % of the GPU's bfloat16 FLOP/s, with activations recomputed. Not counted: loading, evaluation, "
-    "checkpoints, and ranks that wait for each other.")
+    "Completions are a quarter as long as the limit on average, exponentially distributed, and cut at the limit.",
+    "transformers: each batch waits for its longest row. A decode step reads the weights, copies and reads the cache "
+    "(once for each query head where prompts are padded) at 70 to 90 % of the GPU's bandwidth, and launches 88 kernels "
+    "a layer, 5 to 10 us each.",
+    "vLLM: up to 256 rows at a time, as many as its pages hold (40 % of the memory, less its weights), at 30 to 70 % "
+    "of the bandwidth.",
+    "Scoring, reference and update: 25 to 45 % of the GPU's bfloat16 FLOP/s, activations are recomputed.",
+    "Not counted: loading, evaluation, checkpoints, ranks that wait for each other.",
+)
 
 
 def expected_hours(machine, *, parameters=7.6e9, layers=28, hidden=3584, heads=28, kv_heads=4, bits=16,
