@@ -316,7 +316,7 @@ def test_bad_updates_in_a_row_stop_the_run(tmp_path):
 
     for factor in (float("nan"), 1.0, float("nan")):  # not in a row
         take(factor)
-    with pytest.raises(UserError, match="step 0: loss inf, gradient norm inf: not finite for 2 updates in a row"):
+    with pytest.raises(UserError, match="step 0: loss -inf, gradient norm inf: not finite for 2 updates in a row"):
         take(float("inf"))
 
 
