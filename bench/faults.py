@@ -227,7 +227,7 @@ PARTS = {"kills": kills, "folders": folders, "inputs": inputs, "fuzz": fuzz, "so
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, what in (("kills", "interruptions a script"), ("folders", "damaged run folders"),
-                       ("inputs", "wrong inputs"), ("fuzz", "minutes of fuzzing"),
+                       ("inputs", "wrong inputs"), ("fuzz", "minutes of a core to fuzz"),
                        ("soak", "steps of one run")):
         parser.add_argument(f"--{name}", type=float if name == "fuzz" else int, default=0, metavar="N",
                             help=f"{what}; 0: leave the part out")
