@@ -227,7 +227,7 @@ PARTS = {"kills": kills, "folders": folders, "inputs": inputs, "fuzz": fuzz, "so
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, what in (("kills", "interruptions a script"), ("folders", "damaged run folders"),
-                       ("inputs", "wrong inputs"), ("fuzz", "minutes of fuzzing"),
+                       ("inputs", "wrong inputs"), ("fuzz", "minutes of a core to fuzz"),
                        ("soak", "steps of one run")):
         parser.add_argument(f"--{name}", type=float if name == "fuzz" else int, default=0, metavar="N",
                             help=f"{what}; 0: leave the part out")
@@ -235,7 +235,7 @@ def main():
     parser.add_argument("--log", type=Path, default=ROOT / "figures/logs/faults.jsonl", metavar="FILE")
     args = parser.parse_args()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and theirs, ignore Ctrl-C
-    log = Log(args.log, command=" ".join(["python bench/faults.py", *sys.argv[1:]]), **machine("peft"))
+    log = Log(args.log, **machine("peft"))
     failures = 0
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -245,9 +245,10 @@ def main():
         if warm_up.wait():
             raise SystemExit(ended_badly(warm_up))
         for name, part in PARTS.items():
-            began = time.monotonic()
-            for counts in part(folder, getattr(args, name), random.Random(args.seed)) if getattr(args, name) else []:
-                log(part=name, seed=args.seed, **counts, seconds=round(time.monotonic() - began))
+            began, size = time.monotonic(), getattr(args, name)
+            for counts in part(folder, size, random.Random(args.seed)) if size else []:
+                log(part=name, command=f"python bench/faults.py --{name} {size} --seed {args.seed}", **counts,
+                    seconds=round(time.monotonic() - began))
                 began, failures = time.monotonic(), failures + counts["failures"]
     sys.exit(bool(failures))
 

@@ -198,8 +198,8 @@ def faults_list():
 
 def kills_text(rows, n):
     scripts = ", ".join(f"{row['script']} {row['kills']}" for row in rows)
-    return (f"{n['kills']} runs ended by kill -9, SIGTERM or Ctrl-C at a random moment and called again ({scripts}): "
-            f"{n['identical']} of {n['runs']} left, bit for bit, what a run that nobody touched leaves.")
+    return (f"{n['kills']} ends by kill -9, SIGTERM or Ctrl-C at random moments ({scripts}), each followed by the same "
+            f"command: {n['identical']} of {n['runs']} runs left, bit for bit, what an undisturbed run leaves.")
 
 
 def folders_text(_, n):

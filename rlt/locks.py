@@ -8,7 +8,7 @@ import errno
 import fcntl
 import os
 import platform
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rlt.errors import UserError
@@ -24,7 +24,10 @@ def hold_lock(path, what):
     path = Path(path).resolve()
     if path in _HELD and path.exists():
         return
-    file = path.open("a+")
+    try:
+        file = path.open("a+")
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror}. Make room, or pass another --out.") from None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # lockf: a forked child does not inherit it, and NFS has it
     except OSError as error:
@@ -58,6 +61,7 @@ def exclusive(path, waiting):
 
 
 def _write_holder(file):
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
-    file.flush()
+    """For messages. The lock holds without it, where the disk is full."""
+    with suppress(OSError):
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), f"process {os.getpid()} on {platform.node()}\n".encode())

@@ -379,9 +379,9 @@ class Run:
             raise UserError(f"{self.folder} was made by another process since this one started. Pass another --out.")
         if vars(self.args).get("report"):  # first: it may refuse
             self.report = open_report(self.args.report, self.folder, self.config, self.step)
+        write_atomically(self.folder / "config.json", json.dumps(self.config, indent=2) + "\n")  # what makes it a run
         for log in (self.metrics, self.samples):
             self._cut_back(log)
-        write_atomically(self.folder / "config.json", json.dumps(self.config, indent=2) + "\n")
 
     def _cut_back(self, log):
         """Drop what the log says of steps after the checkpoint. What can't be read is kept, and said."""
