@@ -1,0 +1,135 @@
+"""Every command of the README passes its own --dry-run on the card it is for.   pytest tests/test_readme_commands.py"""
+
+import contextlib
+import io
+import json
+import re
+import shlex
+import shutil
+import sys
+
+from rlt import distributed, dry_run, models, rows
+from rlt.footprint import ModelFootprint
+
+import pytest
+from conftest import ROOT, call
+from peft import LoraConfig
+from small_tokenizers import make_tokenizer
+from transformers import Qwen2Config
+
+sys.path.insert(0, str(ROOT / "figures"))
+
+import benchmarks  # noqa: E402
+
+SCRIPTS = ("train_rlt.py", "distill.py", "sft_student.py", "rl_student.py", "evaluate.py")
+QWEN, STUDENT, DATA = "Qwen/Qwen2.5-7B-Instruct", "bespokelabs/Bespoke-Stratos-7B", "bespokelabs/Bespoke-Stratos-17k"
+
+
+def commands():
+    """(line of the README, GB of a GPU, its peak in GB where it says one, ranks, script, flags) of each command."""
+    text = re.sub(r"\\\n\s*", " ", (ROOT / "README.md").read_text())
+    recipe = re.search(r'RECIPE="(.*?)"', text, re.S)[1]
+    found = []
+    for line in text.splitlines():
+        for launcher, script, given in re.findall(r"\b(python|torchrun [^`]*?) (\w+\.py)([^`#]*)", line):
+            if script in SCRIPTS and "..." not in given:
+                card = re.search(r"(\d+) GB GPU", line)
+                peak = re.search(r"(\d+) GB in \w+ \(estimated\)", line)
+                ranks = eval("*".join(re.findall(r"--n\w+=(\d+)", launcher)) or "1")  # digits and * alone
+                found.append((line, int(card[1]) if card else 80, int(peak[1]) if peak else None, ranks, script,
+                              shlex.split(given.replace("$RECIPE", recipe))))
+    return found
+
+
+class LayersMultiplied:
+    """The ModelFootprint of a model whose layers are alike: those of one layer and of two, and the line through them."""
+
+    measured = {}  # one model is measured once
+
+    def __init__(self, config, **options):
+        few = [Qwen2Config(**{**config.to_dict(), "num_hidden_layers": n, "layer_types": None}) for n in (1, 2)]
+        self.layers = config.num_hidden_layers
+        self.key = (json.dumps(few[0].to_dict(), default=str), *sorted(options.items(), key=str))
+        if self.key not in self.measured:
+            self.measured[self.key] = [ModelFootprint(part, **options) for part in few], {}
+        self.parts, self.known = self.measured[self.key]
+
+    def line(self, one, two):
+        return one + (two - one) * (self.layers - 1)
+
+    def __getattr__(self, name):
+        one, two = (getattr(part, name) for part in self.parts)
+        if not callable(one):
+            return self.line(one, two) if isinstance(one, int) and name not in ("gpu", "largest") else two
+
+        def measure(*arguments):
+            if (name, *arguments) not in self.known:
+                values = one(*arguments), two(*arguments)
+                self.known[name, *arguments] = (self.line(*values) if isinstance(values[0], int) else
+                                                tuple(map(self.line, *values)))
+            return self.known[name, *arguments]
+
+        return measure
+
+
+@pytest.fixture(scope="module")
+def folder(workshop, tmp_path_factory):
+    """What the commands read: the toy and what earlier commands leave, configs of 7B models, no weights."""
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copytree(workshop / "runs/toy", folder / "runs/toy")
+    for name in ("toy-teacher", "teacher", "student"):
+        shutil.copytree(workshop / "runs/toy-teacher", folder / "runs" / name)
+    shutil.copy(workshop / "runs/toy/train.jsonl", folder / "runs/distilled.jsonl")
+    tokenizer = make_tokenizer("byte-level")
+    for name in (QWEN, STUDENT):
+        Qwen2Config(**benchmarks.QWEN_7B).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    LoraConfig(r=benchmarks.RANK, target_modules="all-linear", task_type="CAUSAL_LM",
+               base_model_name_or_path=str(folder / QWEN)).save_pretrained(folder / "runs/warm-up/final")
+    return folder
+
+
+COMMANDS = commands()
+
+
+def test_the_commands_are_found():
+    assert len(COMMANDS) == 4 + 2 + 1 + len(benchmarks.PLANS), "quick start, recipe, and the table of machines"
+    assert {script for *_, script, _ in COMMANDS} == {*SCRIPTS} - {"rl_student.py"}
+    assert [ranks for _, _, peak, ranks, *_ in COMMANDS if peak] == [plan.gpus for plan in benchmarks.PLANS]
+    assert [gb for _, gb, peak, *_ in COMMANDS if peak] == [24, 80, 80, 80, 80]
+
+
+@pytest.mark.parametrize(("line", "gb", "peak", "ranks", "script", "flags"), COMMANDS)
+def test_a_command_of_the_readme_fits(folder, monkeypatch, line, gb, peak, ranks, script, flags):
+    """With prompts of 1,024 tokens and explanations beyond the limit. The peak is the one that the README says."""
+    load_rows, load_tokenizer = rows.load_rows, models.load_tokenizer
+
+    def qwen_sized(name):
+        tokenizer = load_tokenizer(name)
+        if models.base_of(name).endswith("-7B") or "Qwen" in models.base_of(name):
+            tokenizer.__class__ = type("Wide", (type(tokenizer),), {"__len__": lambda _: benchmarks.VOCAB})
+        return tokenizer
+
+    def seven_b(config, **options):
+        return (LayersMultiplied if config.hidden_size == 3584 else ModelFootprint)(config, **options)
+
+    def long_rows(source, **options):
+        if source != DATA:
+            return load_rows(source, **options)
+        row = {"question": "7 " * 100, "solution": "7 " * 316, "explanation": "7 " * 9000, "where": "row"}
+        return [row] * 200
+
+    monkeypatch.setattr(models, "load_tokenizer", qwen_sized)
+    monkeypatch.setattr(rows, "load_rows", long_rows)
+    monkeypatch.setattr(dry_run, "ModelFootprint", seven_b)
+    monkeypatch.setattr(distributed, "init_distributed", lambda device: (0, ranks))
+    out = [] if script == "evaluate.py" else ["--out", "runs/never"]
+    with pytest.raises(SystemExit) as end, contextlib.redirect_stdout(io.StringIO()) as printed:
+        call(folder, script, *flags, *out, "--dry-run", gb)
+    verdict = printed.getvalue().splitlines()[-1]
+    assert end.value.code == 0 and verdict.startswith("fits: "), f"{line}\n{printed.getvalue()}"
+    if peak:
+        rows_of = int(re.search(r"rows of up to ([\d,]+) tokens", printed.getvalue())[1].replace(",", ""))
+        limit = int(flags[flags.index("--max-new-tokens") + 1])
+        assert rows_of - limit == pytest.approx(benchmarks.PROMPT, abs=4), "the table's prompts"
+        assert float(re.search(r"fits: ([\d.]+) GB", verdict)[1]) == pytest.approx(peak, rel=0.03)
