@@ -113,6 +113,10 @@ def _split_names(targets):
 class _AdapterMatrix(torch.nn.Linear):
     """A layer whose weight is float32 and whose product has the type of its input, as under torch.autocast."""
 
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+
     def forward(self, x):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return torch.nn.functional.linear(x, self.weight.to(x.dtype), bias)
@@ -129,8 +133,10 @@ def compute_in_input_type(model):
     for layer in model.modules():
         if isinstance(layer, LoraLayer) and not layer.lora_variant:
             layer.cast_input_dtype_enabled = False  # peft's, as its helper disable_input_dtype_casting sets it
-            for matrix in (*layer.lora_A.values(), *layer.lora_B.values()):
-                matrix.__class__ = _AdapterMatrix
+            for matrices in (layer.lora_A, layer.lora_B):
+                for name, matrix in list(matrices.items()):
+                    if type(matrix) is torch.nn.Linear:
+                        matrices[name] = _AdapterMatrix(matrix)
 
 
 # ---------------------------------------------------------------------------------------------------------
