@@ -98,7 +98,8 @@ def machine_table():
         lines.append(f"| {plan.name} | `{plan.command}` | {size / dry_run.GB:.0f} GB in {phase} (estimated) | "
                      f"{low:,.0f} to {high:,.0f} (estimated) |")
     lines += ["", "Peaks are those of `--dry-run` for Qwen2.5-7B as teacher and student, with prompts of 1,024 tokens. "
-              "Hours are those of the whole recipe, 128,000 completions. They are arithmetic, not measured, and assume:",
+              "Hours are those of the whole recipe, 128,000 completions. They are arithmetic, not measured, and "
+              "assume:",
               "", *(f"- {assumption}" for assumption in dry_run.HOURS_ASSUMPTIONS)]
     return "\n".join([*lines, *measured_steps(), ""])
 

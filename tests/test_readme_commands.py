@@ -19,7 +19,7 @@ from transformers import Qwen2Config
 
 sys.path.insert(0, str(ROOT / "figures"))
 
-import benchmarks  # noqa: E402
+import machines  # noqa: E402
 
 SCRIPTS = ("train_rlt.py", "distill.py", "sft_student.py", "rl_student.py", "evaluate.py")
 QWEN, STUDENT, DATA = "Qwen/Qwen2.5-7B-Instruct", "bespokelabs/Bespoke-Stratos-7B", "bespokelabs/Bespoke-Stratos-17k"
@@ -42,34 +42,43 @@ def commands():
 
 
 class LayersMultiplied:
-    """The ModelFootprint of a model whose layers are alike: those of one layer and of two, and the line through them."""
+    """The ModelFootprint of a model whose layers are alike: those of two layers and of three, and the line through
+    them. With one layer it would not be a line: nothing is kept of a layer while another one computes."""
 
     measured = {}  # one model is measured once
 
     def __init__(self, config, **options):
-        few = [Qwen2Config(**{**config.to_dict(), "num_hidden_layers": n, "layer_types": None}) for n in (1, 2)]
+        few = [Qwen2Config(**{**config.to_dict(), "num_hidden_layers": n, "layer_types": None}) for n in (2, 3)]
         self.layers = config.num_hidden_layers
         self.key = (json.dumps(few[0].to_dict(), default=str), *sorted(options.items(), key=str))
         if self.key not in self.measured:
             self.measured[self.key] = [ModelFootprint(part, **options) for part in few], {}
         self.parts, self.known = self.measured[self.key]
 
-    def line(self, one, two):
-        return one + (two - one) * (self.layers - 1)
+    def line(self, two, three):
+        return two + (three - two) * (self.layers - 2)
 
     def __getattr__(self, name):
-        one, two = (getattr(part, name) for part in self.parts)
-        if not callable(one):
-            return self.line(one, two) if isinstance(one, int) and name not in ("gpu", "largest") else two
+        two, three = (getattr(part, name) for part in self.parts)
+        return self.line(two, three) if type(two) is int else three
 
-        def measure(*arguments):
-            if (name, *arguments) not in self.known:
-                values = one(*arguments), two(*arguments)
-                self.known[name, *arguments] = (self.line(*values) if isinstance(values[0], int) else
-                                                tuple(map(self.line, *values)))
-            return self.known[name, *arguments]
+    def measure(self, name, *arguments):
+        if (name, *arguments) not in self.known:
+            values = zip(*(getattr(part, name)(*arguments) for part in self.parts), strict=True)
+            self.known[name, *arguments] = [self.line(*pair) for pair in values]
+        return self.known[name, *arguments]
 
-        return measure
+    def forward_bytes(self, tokens):
+        return self.measure("forward_bytes", tokens)
+
+    def training_bytes(self, tokens, checkpointing):
+        return self.measure("training_bytes", tokens, checkpointing)
+
+    def generate_bytes(self, batch, prompt, new):
+        """Reading the prompts and the last step are a line each; the larger of the two is not."""
+        reading = self.measure("generate_bytes", batch, prompt, 2)
+        last_step = self.measure("generate_bytes", batch, 1, prompt + new - 1)
+        return [max(pair) for pair in zip(reading, last_step, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +89,14 @@ def folder(workshop, tmp_path_factory):
     for name in ("toy-teacher", "teacher", "student"):
         shutil.copytree(workshop / "runs/toy-teacher", folder / "runs" / name)
     shutil.copy(workshop / "runs/toy/train.jsonl", folder / "runs/distilled.jsonl")
+    shutil.copytree(ROOT / "data", folder / "data")
     tokenizer = make_tokenizer("byte-level")
-    for name in (QWEN, STUDENT):
-        Qwen2Config(**benchmarks.QWEN_7B).save_pretrained(folder / name)
+    smollm2 = machines.QWEN_7B | {"hidden_size": 576, "num_hidden_layers": 2, "num_attention_heads": 8}
+    for name, sizes in ((QWEN, machines.QWEN_7B), (STUDENT, machines.QWEN_7B), ("runs/smollm2", smollm2)):
+        Qwen2Config(**sizes).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    LoraConfig(r=benchmarks.RANK, target_modules="all-linear", task_type="CAUSAL_LM",
+    (folder / "runs/smollm2/model.safetensors").touch()  # else it would be made
+    LoraConfig(r=machines.RANK, target_modules="all-linear", task_type="CAUSAL_LM",
                base_model_name_or_path=str(folder / QWEN)).save_pretrained(folder / "runs/warm-up/final")
     return folder
 
@@ -93,9 +105,9 @@ COMMANDS = commands()
 
 
 def test_the_commands_are_found():
-    assert len(COMMANDS) == 4 + 2 + 1 + len(benchmarks.PLANS), "quick start, recipe, and the table of machines"
+    assert len(COMMANDS) == 4 + 1 + 2 + 1 + len(machines.PLANS), "quick start, a score, recipe, the table of machines"
     assert {script for *_, script, _ in COMMANDS} == {*SCRIPTS} - {"rl_student.py"}
-    assert [ranks for _, _, peak, ranks, *_ in COMMANDS if peak] == [plan.gpus for plan in benchmarks.PLANS]
+    assert [ranks for _, _, peak, ranks, *_ in COMMANDS if peak] == [plan.gpus for plan in machines.PLANS]
     assert [gb for _, gb, peak, *_ in COMMANDS if peak] == [24, 80, 80, 80, 80]
 
 
@@ -107,7 +119,7 @@ def test_a_command_of_the_readme_fits(folder, monkeypatch, line, gb, peak, ranks
     def qwen_sized(name):
         tokenizer = load_tokenizer(name)
         if models.base_of(name).endswith("-7B") or "Qwen" in models.base_of(name):
-            tokenizer.__class__ = type("Wide", (type(tokenizer),), {"__len__": lambda _: benchmarks.VOCAB})
+            tokenizer.__class__ = type("Wide", (type(tokenizer),), {"__len__": lambda _: machines.VOCAB})
         return tokenizer
 
     def seven_b(config, **options):
@@ -131,5 +143,5 @@ def test_a_command_of_the_readme_fits(folder, monkeypatch, line, gb, peak, ranks
     if peak:
         rows_of = int(re.search(r"rows of up to ([\d,]+) tokens", printed.getvalue())[1].replace(",", ""))
         limit = int(flags[flags.index("--max-new-tokens") + 1])
-        assert rows_of - limit == pytest.approx(benchmarks.PROMPT, abs=4), "the table's prompts"
-        assert float(re.search(r"fits: ([\d.]+) GB", verdict)[1]) == pytest.approx(peak, rel=0.03)
+        assert rows_of - limit == pytest.approx(machines.PROMPT, abs=4), "the table's prompts"
+        assert float(re.search(r"fits: ([\d.]+) GB", verdict)[1]) == pytest.approx(peak, abs=0.55), "rounded"
