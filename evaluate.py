@@ -211,7 +211,8 @@ def main():
     questions_hash = hashlib.sha256(questions.encode()).hexdigest()[:16]
     for path in paths.values():
         check_writable(path.parent)
-        check_same_settings(path, args, questions_hash)
+        if args.dry_run is None:
+            check_same_settings(path, args, questions_hash)
 
     prompt_ids = {name: [ids for row in rows for ids in [encode(row)] * args.samples]
                   for name, encode in encoders.items()}

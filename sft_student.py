@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from rlt import flags, models
 from rlt.console import progress_bar
+from rlt.defaults import DEFAULTS, settle
 from rlt.distributed import all_reduce_sum, init_distributed
 from rlt.dry_run import ModelFootprint, dry_run
 from rlt.errors import UserError
@@ -45,8 +46,9 @@ flags.add_solution_in(group)
 group.add_argument("--max-tokens", type=flags.number(int, 2), default=16384, metavar="N",
                    help="longer rows are cut to N tokens, or to the model's context")
 group = parser.add_argument_group("optimisation")
-flags.add_optimizer(group, steps=150, lr=2e-3, warmup_steps=10)
-group.add_argument("--batch-size", type=flags.number(int, 1), default=64, metavar="N", help="rows a step")
+flags.add_optimizer(group, steps=DEFAULTS["SFT steps"], lr=DEFAULTS["SFT lr"], warmup_steps=DEFAULTS["SFT warm-up"])
+group.add_argument("--batch-size", type=flags.number(int, 1), default=DEFAULTS["SFT batch"], metavar="N",
+                   help="rows a step")
 group.add_argument("--weight-decay", type=flags.number(float, 0), default=0.0, metavar="W", help="of AdamW")
 group = parser.add_argument_group("system")
 flags.add_micro_batches(group)
@@ -66,13 +68,14 @@ if train_all and args.bits != 32:
 device = models.pick_device(args.device)
 flags.choose_bits(parser, args, device)
 rank, world = init_distributed(device)
-run = Run(args)
-if args.steps > run.lr_steps:
-    raise UserError(f"the learning rate is 0 from step {run.lr_steps} on: pass --lr-steps {args.steps} to raise it.")
 
 # rows and tokens
 rows = load_rows(models.data_source(args.data, "train"), **flags.row_options(args))
 tokenizer = models.load_tokenizer(args.model)
+settle(parser, args, rows, tokenizer)
+run = Run(args)
+if args.steps > run.lr_steps:
+    raise UserError(f"the learning rate is 0 from step {run.lr_steps} on: pass --lr-steps {args.steps} to raise it.")
 prompts, vocab = Prompts(tokenizer, args.solution_in), len(tokenizer)
 if args.show_rows:
     print(show_rows(prompts, rows, args.show_rows))

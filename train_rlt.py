@@ -18,6 +18,7 @@ import sys
 
 from rlt import flags, models
 from rlt.console import progress_bar
+from rlt.defaults import settle
 from rlt.distributed import all_reduce_mean, all_reduce_sum, init_distributed
 from rlt.dry_run import dry_run_rl
 from rlt.episodes import Episode, completion_lengths, pack, split_into_micro_batches, unpack
@@ -65,8 +66,8 @@ group = parser.add_argument_group("reward")
 flags.add_reward(group, kl="sampled")
 group.add_argument("--kl-gradient", action="store_true", help="with --kl exact: add the KL's gradient through the "
                    "teacher's distribution, which the score function misses")
-flags.add_rollouts(parser.add_argument_group("sampling"), prompts_per_step=16, group_size=16, max_new_tokens=48)
-flags.add_grpo(parser.add_argument_group("policy update"), LOSSES, steps=60, lr=2e-3, warmup_steps=5)
+flags.add_rollouts(parser.add_argument_group("sampling"), prompts_per_step=16, group_size=16)
+flags.add_grpo(parser.add_argument_group("policy update"), LOSSES, steps=60, warmup_steps=5)
 group = parser.add_argument_group("system")
 flags.add_micro_batches(group)
 flags.add_checkpointing(group)
@@ -84,18 +85,19 @@ device = models.pick_device(args.device)
 flags.choose_bits(parser, args, device)
 rank, world = init_distributed(device)
 flags.check_prompts_per_rank(args, world)
-run = Run(args)
 
 # rows and tokens
-student_name = args.student or models.base_of(args.model)
+rows = load_rows(models.data_source(args.data, "train"), **flags.row_options(args))
 tokenizer = models.load_tokenizer(args.model)
+settle(parser, args, rows, tokenizer)
+run = Run(args)
+student_name = args.student or models.base_of(args.model)
 models.check_same_tokenizer(tokenizer, models.load_tokenizer(student_name))
 shared = models.shares_base(args.model, args.teacher_bits, student_name, args.student_bits)
 if shared and args.offload_student:
     raise UserError("--offload-student: the student is the teacher's base at the same bits, so its weights are the "
                     "teacher's and take no memory. Leave the flag out.")
 prompts, vocab = Prompts(tokenizer, args.solution_in), len(tokenizer)
-rows = load_rows(models.data_source(args.data, "train"), **flags.row_options(args))
 context = models.context_length(args.model, student_name) - args.max_new_tokens
 rows, held_out = split_held_out(prompts.drop_overlong(rows, context, skip=args.skip_bad_rows), args)
 if args.show_rows:

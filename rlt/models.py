@@ -164,6 +164,11 @@ def model_and_adapter_config(name):
     return {"config": config} | ({"rank": adapter.r, "targets": adapter.target_modules} if is_lora else {})
 
 
+def is_toy(name):
+    """Whether a model is the toy, or trained from one: the base reads less than 1,000 tokens, as no language model."""
+    return model_and_adapter_config(name)["config"].get_text_config().vocab_size < 1000
+
+
 def context_length(*names):
     """Tokens that all of these models can read; infinite where none has a limit.
 

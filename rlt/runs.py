@@ -112,7 +112,7 @@ def quantiles(name, values):
 
 def split_held_out(rows, args):
     """(rows to train on, the last --eval-rows rows, none if nothing is measured on them)."""
-    held_out = rows[len(rows) - args.eval_rows :] if args.eval_every and args.eval_rows else []
+    held_out = rows[-args.eval_rows :] if args.eval_every and args.eval_rows else []
     rows = rows[: len(rows) - len(held_out)]
     if len(rows) < args.prompts_per_step:
         raise UserError(f"{len(rows)} rows are left to train on, a step takes {args.prompts_per_step}: give more rows, "
@@ -278,6 +278,11 @@ def continued(config, before):
     return config | {"command": before["command"], "resumed_by": [*before.get("resumed_by", []), config["command"]]}
 
 
+def only_looks(args):
+    """Whether a script will stop before it writes anything: its --out may exist."""
+    return bool(vars(args).get("show_rows")) or vars(args).get("dry_run") is not None
+
+
 def check_same_flags(out, before, now):
     """A resumed run continues with the flags it was started with. before, now: flags as dicts; all differences are
     named at once. Flags that have been renamed since are compared under their new names, paths as what they mean."""
@@ -331,7 +336,7 @@ class Run:
             raise UserError(f"--out {self.folder} is a file, expected a folder. Pass another --out.")
         check_writable(self.folder)
         self.existed = self._has_files()
-        if self.existed and not args.resume and not vars(args).get("show_rows"):
+        if self.existed and not (args.resume or only_looks(args)):
             raise UserError(f"{self.folder} already exists. Pass --resume to continue a run, or another --out.")
         self.config = describe(args)
         if self.existed and args.resume:
