@@ -16,10 +16,11 @@ questions, and what the grader accepts is kept.
 
 import json
 import math
+import shlex
 import sys
 
 from rlt import flags, models
-from rlt.console import progress_bar
+from rlt.console import print_next, progress_bar
 from rlt.defaults import settle
 from rlt.distributed import all_gather_object, init_distributed
 from rlt.dry_run import ModelFootprint, dry_run
@@ -222,10 +223,10 @@ if args.partition:
     write_partitions(lines, args.partition)
 shown = [key for key in ("reward", "score", "kl", "right", "closed", "leak", "length") if lines and key in lines[0]]
 means = " | ".join(f"{key} {sum(line[key] for line in lines) / len(lines):.4g}" for key in shown)
-following = flags.carry(parser, args, data="out")
-if args.data != "toy" or args.score_file:
-    following += f" --model {student_name}"
 if output.dropped:
     print(f"{output.dropped} explanations have a reward that is NaN or infinite: they are left out")
 print(f"{output.path}: {len(lines)} explanations of {len(rows)} rows | {means}")
-print(f"Next: python sft_student.py{following}")
+following = flags.carry(parser, args, "device", data="out") + flags.following_out(parser, args, "-student")
+if (base := models.short_name(student_name)) != "toy":
+    following += f" --model {shlex.quote(base)}"
+print_next("sft_student.py" + following)

@@ -23,6 +23,7 @@ from rlt.defaults import settle
 from rlt.distributed import all_reduce_mean, all_reduce_sum, init_distributed
 from rlt.dry_run import dry_run_rl
 from rlt.episodes import Episode, completion_lengths, pack, split_into_micro_batches, unpack
+from rlt.evaluations import print_evaluation_command
 from rlt.grading import GOLD, TASKS, answer_of, gradable, grade_all
 from rlt.grpo import LOSSES, group_advantages, grpo_loss, guided_loss, step_denominator, tis_weights
 from rlt.logprobs import batched_logprobs, completion_logprobs
@@ -58,7 +59,7 @@ flags.add_lora(group)
 group = parser.add_argument_group("data")
 group.add_argument("--task", choices=TASKS, default="toy", metavar="NAME",
                    help=f"how answers are graded: {', '.join(TASKS)}")
-flags.add_data(group, data="toy", what="what the task is graded by")
+flags.add_data(group, data="toy", what="what the task is graded by", columns=("question", "solution"))
 group = parser.add_argument_group("reward, and groups in which all answers fail")
 group.add_argument("--rewards", type=flags.number(float), nargs=3, default=[-1.0, -0.5, 1.0],
                    metavar=("NONE", "WRONG", "RIGHT"), help="of no answer, a wrong, a right one; --hints take 0 0 1")
@@ -298,6 +299,5 @@ for step in run.steps(progress, save):
         } for i in sorted({0, int(rewards.argmax())})])
 
 final = run.finish(lambda folder: models.save_model(policy, tokenizer, folder))
-following = flags.carry(parser, args, "bits", "task")
-data = "" if args.data == "toy" else " --data TEST_ROWS"
-print(f"The student is in {final}. Next: python evaluate.py --model {args.model} {args.out}{following}{data}")
+print(f"The student is in {final}.")
+print_evaluation_command(parser, args, args.task)

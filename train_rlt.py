@@ -17,7 +17,7 @@ explanation, and says how likely the solution now is:
 import sys
 
 from rlt import flags, models
-from rlt.console import progress_bar
+from rlt.console import print_next, progress_bar
 from rlt.defaults import settle
 from rlt.distributed import all_reduce_mean, all_reduce_sum, init_distributed
 from rlt.dry_run import dry_run_rl
@@ -34,6 +34,7 @@ from rlt.rows import leaks, load_rows
 from rlt.runs import (
     Run,
     StepTimer,
+    advice_on_closing,
     batch_indices,
     check_logprob_diff,
     digest,
@@ -283,6 +284,8 @@ for step in run.steps(progress, save):
         **timer.numbers, "tokens_per_s": tokens / timer.seconds,
     }
     run.log(entry, progress)
+    if step == 0 and entry["closed"] < 0.1:
+        progress.write(f"warning: {advice_on_closing(entry, args)}")
     if warning := reward_is_dropping(run.metrics):
         progress.write(f"warning: {warning} Lower --lr or raise --beta.")
     if step % 10 == 0 or step + 1 == args.steps:
@@ -296,6 +299,8 @@ for step in run.steps(progress, save):
         } for i in sorted({0, int(first_group.argmin()), int(first_group.argmax())})])
 
 final = run.finish(lambda folder: models.save_model(policy, tokenizer, folder))
+print(f"The teacher is in {final}.")
 following = flags.carry(parser, args, "student", "teacher_bits", "student_bits", "data", "question_column",
-                        "solution_column", "solution_in", "temperature", "max_new_tokens", model="out")
-print(f"The teacher is in {final}. Next: python distill.py{following}")
+                        "solution_column", "skip_bad_rows", "solution_in", "temperature", "max_new_tokens", "alpha",
+                        "engine", "device", **{"lambda": "lam", "model": "out"})
+print_next("distill.py" + following + flags.following_out(parser, args, "-distilled.jsonl"))

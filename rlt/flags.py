@@ -145,9 +145,17 @@ def carry(parser, args, *names, **renamed):
     """
     text = ""
     for there, here in [*((name, name) for name in names), *renamed.items()]:
-        if getattr(args, here) != parser.get_default(here):
-            text += f" --{there.replace('_', '-')} {shlex.quote(str(getattr(args, here)))}"
+        value = getattr(args, here)
+        if value != parser.get_default(here):
+            text += f" --{there.replace('_', '-')}" + ("" if value is True else f" {shlex.quote(str(value))}")
     return text
+
+
+def following_out(parser, args, ending):
+    """--out of the next command, as text: beside this one's where that is not the default."""
+    if args.out == parser.get_default("out"):
+        return ""
+    return f" --out {shlex.quote(os.path.splitext(args.out)[0].rstrip('/') + ending)}"
 
 
 def add_bits(group, flag, what, default=None):
