@@ -15,7 +15,7 @@ from rlt.rows import load_rows
 from rlt.runs import read_jsonl, split_held_out
 
 import pytest
-from conftest import ROOT, call, ended
+from conftest import ROOT, call, ended, run_script
 from test_scripts import parser_of
 
 from bench import zoo
@@ -192,6 +192,32 @@ def test_from_ones_own_rows_to_an_evaluation_by_the_printed_commands(own, capsys
     script, *flags = following(capsys.readouterr().out)
     call(own, script, *flags, *SMALL[script])
     assert (own / "runs/rl_student/eval_gsm8k.json").exists()
+
+
+def test_the_readmes_path(own, capsys):
+    """Every command of "Your rows, your model", with small steps and another model, in its order."""
+    with (own / "pairs.csv").open("w") as file:
+        csv.writer(file).writerows([["question", "answer"], *([f"What is {i} + {i}?", 2 * i] for i in range(1, 25))])
+    (own / "test.csv").write_text((own / "pairs.csv").read_text())
+    section = (ROOT / "README.md").read_text().partition("## Your rows, your model")[2]
+    block = re.search(r"```sh\n(.*?)```", section, re.S)[1].replace("\\\n", " ").replace("smollm2 ", "'my model' ")
+    extra = re.search('SMALL="(.*?)"', block)[1]
+    scripts = []
+    for line in block.replace("$SMALL", extra).splitlines():
+        if not line.startswith("python"):
+            continue
+        script, *flags = shlex.split(line, comments=True)[1:]
+        scripts.append(script)
+        small = [*SMALL.get(script, ()), *(["--max-new-tokens", "8"] if "--max-new-tokens" in flags else [])]
+        if "--show-rows" in flags or "--dry-run" in flags:
+            assert ended(own, script, *flags).code == 0
+        elif script.startswith("figures/"):
+            run_script(own, script, *flags)
+        else:
+            call(own, script, *flags, *small)
+    assert scripts == ["data/word_problems.py", "train_rlt.py", "sft_student.py", "train_rlt.py", "train_rlt.py",
+                       "figures/inspect_reward.py", "distill.py", "sft_student.py", "evaluate.py"]
+    assert (own / "runs/reward.html").exists() and (own / "runs/my-student/eval_gsm8k.json").exists()
 
 
 def test_the_toys_path_with_an_out_of_ones_own(workshop, capsys):
