@@ -16,10 +16,12 @@ questions, and what the grader accepts is kept.
 
 import json
 import math
+import shlex
 import sys
 
 from rlt import flags, models
-from rlt.console import progress_bar
+from rlt.console import print_next, progress_bar
+from rlt.defaults import settle
 from rlt.distributed import all_gather_object, init_distributed
 from rlt.dry_run import ModelFootprint, dry_run
 from rlt.grading import GOLD, TASKS, gradable, grade_all
@@ -57,7 +59,7 @@ group.add_argument("--keep", choices=("all", "best"), default="all", metavar="WH
 group.add_argument("--drop-unclosed", action="store_true", help="leave out explanations that do not end properly")
 group.add_argument("--partition", type=flags.number(int, 2), metavar="K",
                    help="also split the rows by reward into K files, overall and within each question")
-flags.add_sampling(group, max_new_tokens=48, batch_flag="--batch-size")
+flags.add_sampling(group, batch_flag="--batch-size")
 flags.add_reward(parser.add_argument_group("reward"), kl="exact")
 group = parser.add_argument_group("system")
 flags.add_micro_batches(group)
@@ -79,14 +81,15 @@ if args.keep_wrong and not args.solver:
 device = models.pick_device(args.device)
 flags.choose_bits(parser, args, device)
 rank, world = init_distributed(device)
-output = RowsFile(args)
 
 # rows and tokens
-student_name = args.student or models.base_of(args.model)
 rows = load_rows(args.score_file or models.data_source(args.data, "train"), **flags.row_options(args))
+tokenizer = models.load_tokenizer(args.model)
+settle(parser, args, rows, tokenizer)
+output = RowsFile(args)
+student_name = args.student or models.base_of(args.model)
 if args.solver:
     rows = gradable(args.task, rows)
-tokenizer = models.load_tokenizer(args.model)
 models.check_same_tokenizer(tokenizer, models.load_tokenizer(student_name))
 shared = models.shares_base(args.model, args.teacher_bits, student_name, args.student_bits)
 prompts, vocab = Prompts(tokenizer, args.solution_in), len(tokenizer)
@@ -220,10 +223,10 @@ if args.partition:
     write_partitions(lines, args.partition)
 shown = [key for key in ("reward", "score", "kl", "right", "closed", "leak", "length") if lines and key in lines[0]]
 means = " | ".join(f"{key} {sum(line[key] for line in lines) / len(lines):.4g}" for key in shown)
-following = flags.carry(parser, args, data="out")
-if args.data != "toy" or args.score_file:
-    following += f" --model {student_name}"
 if output.dropped:
     print(f"{output.dropped} explanations have a reward that is NaN or infinite: they are left out")
 print(f"{output.path}: {len(lines)} explanations of {len(rows)} rows | {means}")
-print(f"Next: python sft_student.py{following}")
+following = flags.carry(parser, args, "device", data="out") + flags.following_out(parser, args, "-student")
+if (base := models.short_name(student_name)) != "toy":
+    following += f" --model {shlex.quote(base)}"
+print_next("sft_student.py" + following)

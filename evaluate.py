@@ -10,7 +10,8 @@ Sample answers from one or several models, grade them, and compare.
 A model sees the question alone and thinks in its tags; what follows its thought is graded (rlt/grading.py). With
 --samples n the table has pass@k, the chance that one of k answers is right, estimated without bias (arXiv 2107.03374).
 Results are eval_<task>.json and every sample in eval_<task>_samples.jsonl, in the run folder of the model. An answer
-has up to 64 tokens on the toy, 4096 elsewhere, if --max-new-tokens and --protocol say nothing else.
+has up to 64 tokens on the toy, elsewhere 4096 or half the model's context, if --max-new-tokens and --protocol say
+nothing else.
 
 --compare splits what training did to pass@1 by two such evaluations: questions that were within the first model's
 reach (self-distillation), new ones (capability gain), and lost ones (regression).
@@ -73,7 +74,7 @@ def parse_flags():
     flags.add_bits(group, "--bits", "weights of the models' bases")
     group.add_argument("--task", choices=TASKS, default="toy", metavar="NAME",
                        help=f"what is asked and how it is graded: {', '.join(TASKS)}")
-    flags.add_data(group, data="toy", what="what the task is graded by")
+    flags.add_data(group, data="toy", what="what the task is graded by", columns=("question", "solution"))
     group.add_argument("--hinted", action="store_true", help="ask with each row's column `hint`; --compare: read such "
                        "evaluations, too")
     group = parser.add_argument_group("comparison, without a model")
@@ -100,7 +101,6 @@ def parse_flags():
         parser.error("--compare runs no model: call it by python, not by torchrun")
     if args.data == "toy" and args.task != "toy" and not args.compare:
         parser.error(f"--task {args.task} needs --data, rows with {' and '.join(GOLD[args.task])}: see data/README.md")
-    args.max_new_tokens = args.max_new_tokens or (64 if args.task == "toy" else 4096)
     return parser, args
 
 
@@ -196,7 +196,10 @@ def main():
     paths = {name: result_path(name, models.resolve(name), args) for name in args.model}
     tokenizers = {name: models.load_tokenizer(name) for name in paths}
     prompts = {name: Prompts(tokenizer) for name, tokenizer in tokenizers.items()}
-    encoders = {name: prompt_encoder(name, prompts[name], models.context_length(name), args) for name in paths}
+    contexts = {name: models.context_length(name) for name in paths}
+    if args.max_new_tokens is None:
+        args.max_new_tokens = 64 if args.task == "toy" else int(min(4096, *(n // 2 for n in contexts.values())))
+    encoders = {name: prompt_encoder(name, prompts[name], contexts[name], args) for name in paths}
 
     # the questions: all models get the same
     rows = load_rows(models.data_source(args.data, "test"), require_solution=False, **flags.row_options(args))
@@ -211,7 +214,8 @@ def main():
     questions_hash = hashlib.sha256(questions.encode()).hexdigest()[:16]
     for path in paths.values():
         check_writable(path.parent)
-        check_same_settings(path, args, questions_hash)
+        if args.dry_run is None:
+            check_same_settings(path, args, questions_hash)
 
     prompt_ids = {name: [ids for row in rows for ids in [encode(row)] * args.samples]
                   for name, encode in encoders.items()}

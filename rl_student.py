@@ -19,9 +19,11 @@ import sys
 
 from rlt import flags, models
 from rlt.console import progress_bar
+from rlt.defaults import settle
 from rlt.distributed import all_reduce_mean, all_reduce_sum, init_distributed
 from rlt.dry_run import dry_run_rl
 from rlt.episodes import Episode, completion_lengths, pack, split_into_micro_batches, unpack
+from rlt.evaluations import print_evaluation_command
 from rlt.grading import GOLD, TASKS, answer_of, gradable, grade_all
 from rlt.grpo import LOSSES, group_advantages, grpo_loss, guided_loss, step_denominator, tis_weights
 from rlt.logprobs import batched_logprobs, completion_logprobs
@@ -57,7 +59,7 @@ flags.add_lora(group)
 group = parser.add_argument_group("data")
 group.add_argument("--task", choices=TASKS, default="toy", metavar="NAME",
                    help=f"how answers are graded: {', '.join(TASKS)}")
-flags.add_data(group, data="toy", what="what the task is graded by")
+flags.add_data(group, data="toy", what="what the task is graded by", columns=("question", "solution"))
 group = parser.add_argument_group("reward, and groups in which all answers fail")
 group.add_argument("--rewards", type=flags.number(float), nargs=3, default=[-1.0, -0.5, 1.0],
                    metavar=("NONE", "WRONG", "RIGHT"), help="of no answer, a wrong, a right one; --hints take 0 0 1")
@@ -66,8 +68,8 @@ group.add_argument("--keep-zero-groups", action="store_true", help="count groups
 group.add_argument("--hints", action="store_true", help="Guide-GRPO, with the rows' column `hint`")
 group.add_argument("--hint-ratio", choices=("guide", "naive"), default="guide", metavar="KIND", help="old log-probs of "
                    "hinted answers: guide: with the hint; naive: without, as if they had been sampled so")
-flags.add_rollouts(parser.add_argument_group("sampling"), prompts_per_step=16, group_size=16, max_new_tokens=48)
-flags.add_grpo(parser.add_argument_group("policy update"), LOSSES, steps=60, lr=2e-3, warmup_steps=5)
+flags.add_rollouts(parser.add_argument_group("sampling"), prompts_per_step=16, group_size=16)
+flags.add_grpo(parser.add_argument_group("policy update"), LOSSES, steps=60, warmup_steps=5)
 group = parser.add_argument_group("system")
 flags.add_micro_batches(group)
 flags.add_checkpointing(group)
@@ -87,12 +89,13 @@ device = models.pick_device(args.device)
 flags.choose_bits(parser, args, device)
 rank, world = init_distributed(device)
 flags.check_prompts_per_rank(args, world)
-run = Run(args)
 
 # rows and tokens
-tokenizer = models.load_tokenizer(args.model)
-prompts, vocab = Prompts(tokenizer), len(tokenizer)
 rows = load_rows(models.data_source(args.data, "train"), require_solution=False, **flags.row_options(args))
+tokenizer = models.load_tokenizer(args.model)
+settle(parser, args, rows, tokenizer)
+run = Run(args)
+prompts, vocab = Prompts(tokenizer), len(tokenizer)
 context = models.context_length(args.model) - args.max_new_tokens
 rows = prompts.drop_overlong(gradable(args.task, rows), context, skip=args.skip_bad_rows,
                              also=[prompts.hinted_prompt] if args.hints else [])
@@ -296,6 +299,5 @@ for step in run.steps(progress, save):
         } for i in sorted({0, int(rewards.argmax())})])
 
 final = run.finish(lambda folder: models.save_model(policy, tokenizer, folder))
-following = flags.carry(parser, args, "bits", "task")
-data = "" if args.data == "toy" else " --data TEST_ROWS"
-print(f"The student is in {final}. Next: python evaluate.py --model {args.model} {args.out}{following}{data}")
+print(f"The student is in {final}.")
+print_evaluation_command(parser, args, args.task)

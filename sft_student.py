@@ -16,10 +16,12 @@ import sys
 from typing import NamedTuple
 
 from rlt import flags, models
-from rlt.console import progress_bar
+from rlt.console import print_next, progress_bar
+from rlt.defaults import DEFAULTS, settle
 from rlt.distributed import all_reduce_sum, init_distributed
 from rlt.dry_run import ModelFootprint, dry_run
 from rlt.errors import UserError
+from rlt.evaluations import print_evaluation_command
 from rlt.logprobs import completion_logprobs
 from rlt.memory import MicroBatched
 from rlt.prompts import Prompts, show_rows
@@ -30,6 +32,12 @@ from rlt.updates import Updates
 import torch
 
 from rewards import micro_batches
+
+NO_EXPLANATIONS = {
+    "student": "let a teacher write them: distill.py.",
+    "teacher": "warm up on a set that has them, as README.md shows (GSM8K: --explanation-column answer), and give your "
+               "rows to train_rlt.py, which needs none. It also trains a model without a warm-up.",
+}
 
 # ---------------------------------------------------------------------------------------------------------
 parser = flags.make_parser(__doc__)
@@ -45,8 +53,9 @@ flags.add_solution_in(group)
 group.add_argument("--max-tokens", type=flags.number(int, 2), default=16384, metavar="N",
                    help="longer rows are cut to N tokens, or to the model's context")
 group = parser.add_argument_group("optimisation")
-flags.add_optimizer(group, steps=150, lr=2e-3, warmup_steps=10)
-group.add_argument("--batch-size", type=flags.number(int, 1), default=64, metavar="N", help="rows a step")
+flags.add_optimizer(group, steps=DEFAULTS["SFT steps"], lr=DEFAULTS["SFT lr"], warmup_steps=DEFAULTS["SFT warm-up"])
+group.add_argument("--batch-size", type=flags.number(int, 1), default=DEFAULTS["SFT batch"], metavar="N",
+                   help="rows a step")
 group.add_argument("--weight-decay", type=flags.number(float, 0), default=0.0, metavar="W", help="of AdamW")
 group = parser.add_argument_group("system")
 flags.add_micro_batches(group)
@@ -55,8 +64,9 @@ flags.add_system(group)
 flags.add_run_folder(parser.add_argument_group("run folder"), None, save_every=0, eval_every=50,
                      eval_what="validation loss", eval_flag="--val-rows")
 args = parser.parse_args()
-args.out = args.out or {"student": "runs/student", "teacher": "runs/toy-teacher"}[args.format]
-args.data = args.data or {"student": "runs/distilled.jsonl", "teacher": "toy"}[args.format]
+parser.set_defaults(**{"student": {"out": "runs/student", "data": "runs/distilled.jsonl"},
+                       "teacher": {"out": "runs/toy-teacher", "data": "toy"}}[args.format])
+args.out, args.data = args.out or parser.get_default("out"), args.data or parser.get_default("data")
 train_all = args.lora_rank == 0
 args.bits = args.bits or (32 if train_all else None)
 if train_all and args.bits != 32:
@@ -66,13 +76,17 @@ if train_all and args.bits != 32:
 device = models.pick_device(args.device)
 flags.choose_bits(parser, args, device)
 rank, world = init_distributed(device)
-run = Run(args)
-if args.steps > run.lr_steps:
-    raise UserError(f"the learning rate is 0 from step {run.lr_steps} on: pass --lr-steps {args.steps} to raise it.")
 
 # rows and tokens
 rows = load_rows(models.data_source(args.data, "train"), **flags.row_options(args))
 tokenizer = models.load_tokenizer(args.model)
+settle(parser, args, rows, tokenizer)
+run = Run(args)
+if args.steps > run.lr_steps:
+    raise UserError(f"the learning rate is 0 from step {run.lr_steps} on: pass --lr-steps {args.steps} to raise it.")
+if not any(isinstance(row.get("explanation"), str) or args.format == "student" and "messages" in row for row in rows):
+    raise UserError(f"{args.data} has no explanations. If they have a column, name it by --explanation-column. Else "
+                    + NO_EXPLANATIONS[args.format])
 prompts, vocab = Prompts(tokenizer, args.solution_in), len(tokenizer)
 if args.show_rows:
     print(show_rows(prompts, rows, args.show_rows))
@@ -184,9 +198,10 @@ for step in run.steps(progress, save):
     progress.set_postfix_str(f"loss {loss:.4g}")
 
 final = run.finish(lambda folder: models.save_model(model, tokenizer, folder))
+print(f"The {args.format} is in {final}.")
 if args.format == "teacher":
-    columns = ("data", "question_column", "solution_column", "explanation_column", "solution_in")
-    following = f"train_rlt.py --model {args.out}{flags.carry(parser, args, *columns)}"
+    carried = ("data", "question_column", "solution_column", "skip_bad_rows", "solution_in", "device")
+    following = flags.carry(parser, args, *carried, teacher_bits="bits", model="out")
+    print_next("train_rlt.py" + following + flags.following_out(parser, args, "-rlt"))
 else:
-    following = f"evaluate.py --model {args.model} {args.out}"
-print(f"The {args.format} is in {final}. Next: python {following}")
+    print_evaluation_command(parser, args)

@@ -17,7 +17,8 @@ explanation, and says how likely the solution now is:
 import sys
 
 from rlt import flags, models
-from rlt.console import progress_bar
+from rlt.console import print_next, progress_bar
+from rlt.defaults import settle
 from rlt.distributed import all_reduce_mean, all_reduce_sum, init_distributed
 from rlt.dry_run import dry_run_rl
 from rlt.episodes import Episode, completion_lengths, pack, split_into_micro_batches, unpack
@@ -33,6 +34,7 @@ from rlt.rows import leaks, load_rows
 from rlt.runs import (
     Run,
     StepTimer,
+    advice_on_closing,
     batch_indices,
     check_logprob_diff,
     digest,
@@ -65,8 +67,8 @@ group = parser.add_argument_group("reward")
 flags.add_reward(group, kl="sampled")
 group.add_argument("--kl-gradient", action="store_true", help="with --kl exact: add the KL's gradient through the "
                    "teacher's distribution, which the score function misses")
-flags.add_rollouts(parser.add_argument_group("sampling"), prompts_per_step=16, group_size=16, max_new_tokens=48)
-flags.add_grpo(parser.add_argument_group("policy update"), LOSSES, steps=60, lr=2e-3, warmup_steps=5)
+flags.add_rollouts(parser.add_argument_group("sampling"), prompts_per_step=16, group_size=16)
+flags.add_grpo(parser.add_argument_group("policy update"), LOSSES, steps=60, warmup_steps=5)
 group = parser.add_argument_group("system")
 flags.add_micro_batches(group)
 flags.add_checkpointing(group)
@@ -84,18 +86,19 @@ device = models.pick_device(args.device)
 flags.choose_bits(parser, args, device)
 rank, world = init_distributed(device)
 flags.check_prompts_per_rank(args, world)
-run = Run(args)
 
 # rows and tokens
-student_name = args.student or models.base_of(args.model)
+rows = load_rows(models.data_source(args.data, "train"), **flags.row_options(args))
 tokenizer = models.load_tokenizer(args.model)
+settle(parser, args, rows, tokenizer)
+run = Run(args)
+student_name = args.student or models.base_of(args.model)
 models.check_same_tokenizer(tokenizer, models.load_tokenizer(student_name))
 shared = models.shares_base(args.model, args.teacher_bits, student_name, args.student_bits)
 if shared and args.offload_student:
     raise UserError("--offload-student: the student is the teacher's base at the same bits, so its weights are the "
                     "teacher's and take no memory. Leave the flag out.")
 prompts, vocab = Prompts(tokenizer, args.solution_in), len(tokenizer)
-rows = load_rows(models.data_source(args.data, "train"), **flags.row_options(args))
 context = models.context_length(args.model, student_name) - args.max_new_tokens
 rows, held_out = split_held_out(prompts.drop_overlong(rows, context, skip=args.skip_bad_rows), args)
 if args.show_rows:
@@ -281,6 +284,8 @@ for step in run.steps(progress, save):
         **timer.numbers, "tokens_per_s": tokens / timer.seconds,
     }
     run.log(entry, progress)
+    if step == 0 and entry["closed"] < 0.1:
+        progress.write(f"warning: {advice_on_closing(entry, args)}")
     if warning := reward_is_dropping(run.metrics):
         progress.write(f"warning: {warning} Lower --lr or raise --beta.")
     if step % 10 == 0 or step + 1 == args.steps:
@@ -294,6 +299,8 @@ for step in run.steps(progress, save):
         } for i in sorted({0, int(first_group.argmin()), int(first_group.argmax())})])
 
 final = run.finish(lambda folder: models.save_model(policy, tokenizer, folder))
+print(f"The teacher is in {final}.")
 following = flags.carry(parser, args, "student", "teacher_bits", "student_bits", "data", "question_column",
-                        "solution_column", "solution_in", "temperature", "max_new_tokens", model="out")
-print(f"The teacher is in {final}. Next: python distill.py{following}")
+                        "solution_column", "skip_bad_rows", "solution_in", "temperature", "max_new_tokens", "alpha",
+                        "engine", "device", **{"lambda": "lam", "model": "out"})
+print_next("distill.py" + following + flags.following_out(parser, args, "-distilled.jsonl"))

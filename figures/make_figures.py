@@ -16,7 +16,7 @@ import toy_map
 import toy_results
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", ROOT / "figures/README.md")
+PAGES = (ROOT / "README.md", ROOT / "figures/README.md", ROOT / "rlt/README.md")
 TABLES = {  # what a page calls the block: the function that writes it
     "toy table": study_tables.accuracy_table,
     "claims": study_tables.claims_table,

@@ -180,6 +180,8 @@ def gold_answer(task, row):
         return {"nums": nums, "target": target}
     ((column, value),) = values.items()
     value = _one_of_one(value)
+    if value is None and task in MATH_TASKS:
+        value = _answer_in_solution(row.get("solution"))
     if task in MATH_TASKS and re.fullmatch(r"-?\d+(?:\.\d+)?e-\d{2,3}", str(value).strip(), re.ASCII):
         raise UserError(f"{row['where']} has the {column} {value}, a rounded float, and math-verify compares six "
                         "decimals: write it as text, 10^{-5} or 0.00001, or leave that row out.")
@@ -192,6 +194,14 @@ def gold_answer(task, row):
         raise UserError(f"{row['where']} has no {column} that --task {task} can be graded by (found {value!r:.60}): "
                         "leave that row out.")
     return text
+
+
+def _answer_in_solution(solution):
+    """What a solution has in its last box, or all of it where it is a number: rows of questions and solutions alone."""
+    if not isinstance(solution, str):
+        return None
+    in_box = answer_of("math500", solution)
+    return solution if in_box is None and re.fullmatch(r"\s*[-+$]?\d[\d.,/]*%?\s*", solution) else in_box
 
 
 def _one_of_one(value):

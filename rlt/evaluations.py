@@ -6,10 +6,16 @@ Evaluations as files and tables: where they are written, when they may be replac
     eval_<task>_samples.jsonl    one object a sample: question, gold, output, answer, grade
 """
 
+import argparse
 import json
+import shlex
 from pathlib import Path
 
+from rlt.console import print_next
 from rlt.errors import UserError
+from rlt.flags import carry, flags_of_run
+from rlt.grading import task_of
+from rlt.rows import load_rows
 from rlt.runs import read_jsonl, write_atomically
 
 SETTINGS = ("samples", "temperature", "max_new_tokens", "seed", "bits", "batch_size", "engine")  # of the draws
@@ -61,6 +67,38 @@ def check_same_settings(path, args, questions_hash):
         different.append("other questions")
     if different:
         raise UserError(f"{path} was made with {'; '.join(different)}. Pass --out FOLDER to keep both.")
+
+
+def print_evaluation_command(parser, args, task=None):
+    """Print the command that evaluates the student in args.out beside the model that it was trained from.
+
+    The questions are those that its training began with: of distilled rows, those that distill.py was given. task: how
+    they are graded, if the script knows.
+    """
+    from rlt import models
+
+    toy, columns = models.is_toy(args.model), ("question_column", "solution_column")
+    distilled = flags_of_run(args.data, "distill.py")
+    asked = argparse.Namespace(**{"limit": None} | vars(args) | distilled)
+    asked.data = distilled.get("score_file") or asked.data
+    command = f"evaluate.py --model {shlex.quote(models.short_name(args.model))} {shlex.quote(args.out)}"
+    command += carry(parser, args, "bits", "device")
+    if toy and asked.data == "toy":
+        return print_next(command)
+    if task is None and not toy:
+        options = {name: getattr(asked, name, None) for name in columns}
+        rows = load_rows(asked.data, **options, limit=100, skip_bad=True, require_solution=False)
+        task = task_of(rows)
+    elif toy:
+        task = "toy"
+    if task is None:
+        return print(f"evaluate.py can't grade the rows of {asked.data}: it needs a column `answer`, or solutions with "
+                     "a \\boxed{} answer (data/README.md).")
+    for name in ("data", *columns):
+        if getattr(asked, name, None):
+            command += f" --{name.replace('_', '-')} {shlex.quote(str(getattr(asked, name)))}"
+    command += " --skip-bad-rows" * bool(asked.skip_bad_rows)
+    print_next(f"{command} --task {task}", "on the questions that it was trained on: give --data others, if you can")
 
 
 def write_evaluation(path, summary, samples):

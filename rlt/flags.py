@@ -13,6 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from rlt.defaults import DEFAULTS
 from rlt.distributed import RANK
 from rlt.errors import UserError, print_user_errors
 from rlt.report import REPORTS
@@ -144,9 +145,17 @@ def carry(parser, args, *names, **renamed):
     """
     text = ""
     for there, here in [*((name, name) for name in names), *renamed.items()]:
-        if getattr(args, here) != parser.get_default(here):
-            text += f" --{there.replace('_', '-')} {shlex.quote(str(getattr(args, here)))}"
+        value = getattr(args, here)
+        if value != parser.get_default(here):
+            text += f" --{there.replace('_', '-')}" + ("" if value is True else f" {shlex.quote(str(value))}")
     return text
+
+
+def following_out(parser, args, ending):
+    """--out of the next command, as text: beside this one's where that is not the default."""
+    if args.out == parser.get_default("out"):
+        return ""
+    return f" --out {shlex.quote(os.path.splitext(args.out)[0].rstrip('/') + ending)}"
 
 
 def add_bits(group, flag, what, default=None):
@@ -158,7 +167,7 @@ def add_bits(group, flag, what, default=None):
 
 def add_student_bits(group):
     add_bits(group, "--student-bits", "weights of the student; the teacher's own base at the teacher's bits takes no "
-             "memory of its own", default=4)
+             "memory of its own", default=DEFAULTS["student bits"])
 
 
 def choose_bits(parser, args, device):
@@ -217,7 +226,8 @@ def add_reward(group, kl):
                        help="subtracted from the reward of an explanation that does not end properly")
 
 
-def add_sampling(group, *, max_new_tokens, temperature=1.0, batch_flag="--rollout-batch", batch=256):
+def add_sampling(group, *, max_new_tokens=DEFAULTS["new tokens"], temperature=1.0,
+                 batch_flag="--rollout-batch", batch=256):
     """How completions are sampled."""
     low = {"low": 0} if temperature == 0 else {"above": 0}
     group.add_argument("--temperature", type=number(float, **low), default=temperature, metavar="T",
@@ -230,13 +240,13 @@ def add_sampling(group, *, max_new_tokens, temperature=1.0, batch_flag="--rollou
                        help="what samples: transformers, or vllm (requirements-vllm.txt)")
 
 
-def add_rollouts(group, *, prompts_per_step=16, group_size=16, max_new_tokens=48):
+def add_rollouts(group, *, prompts_per_step=16, group_size=16):
     """A step's questions, and a group of completions for each."""
     group.add_argument("--prompts-per-step", type=number(int, 1), default=prompts_per_step, metavar="P",
                        help="questions a step")
     group.add_argument("--group-size", type=number(int, 2), default=group_size, metavar="G",
                        help="completions a question")
-    add_sampling(group, max_new_tokens=max_new_tokens)
+    add_sampling(group)
     group.add_argument("--max-logprob-diff", type=number(float, above=0), default=0.1, metavar="D",
                        help="stop when sampler and trainer differ by more, nats a token on average")
     group.add_argument("--tis-cap", type=_tis_cap, default=2.0, metavar="C",
@@ -270,9 +280,9 @@ def add_optimizer(group, *, steps, lr, warmup_steps):
                        help="stop after N updates in a row whose loss or gradient is not finite; each is skipped")
 
 
-def add_grpo(group, losses, *, steps=60, lr=2e-3, warmup_steps=5):
+def add_grpo(group, losses, *, steps=60, warmup_steps=5):
     """The policy update. losses: the names of grpo.py."""
-    add_optimizer(group, steps=steps, lr=lr, warmup_steps=warmup_steps)
+    add_optimizer(group, steps=steps, lr=DEFAULTS["RL lr"], warmup_steps=warmup_steps)
     group.add_argument("--final-lr-fraction", type=number(float, 0, 1), default=0.1, metavar="F",
                        help="the learning rate falls linearly to this fraction of --lr; 1: constant, as released")
     group.add_argument("--loss", choices=losses, default="grpo", metavar="NAME",
@@ -312,7 +322,7 @@ def add_system(group):
     group.add_argument("--quiet", action="store_true", help="no progress bar, and no line a step")
 
 
-def add_run_folder(group, out, *, save_every, eval_every, eval_what, eval_flag="--eval-rows", eval_rows=64):
+def add_run_folder(group, out, *, save_every, eval_every, eval_what, eval_flag="--eval-rows"):
     """Where a training run writes. eval_what: what is measured on the held-out rows."""
     group.add_argument("--out", type=path, default=out, metavar="FOLDER", help="run folder")
     group.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --out, or "
@@ -325,5 +335,5 @@ def add_run_folder(group, out, *, save_every, eval_every, eval_what, eval_flag="
                        help="the last N checkpoints are kept; 0: all")
     group.add_argument("--eval-every", type=number(int, 0), default=eval_every, metavar="N",
                        help=f"steps between measurements of the {eval_what}; 0: never")
-    group.add_argument(eval_flag, type=number(int, 0), default=eval_rows, metavar="N",
+    group.add_argument(eval_flag, type=number(int, 0), default=DEFAULTS["held-out rows"], metavar="N",
                        help="rows at the end of --data that are held out for it")

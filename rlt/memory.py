@@ -3,6 +3,8 @@
 
 import gc
 
+from rlt.console import show_activity
+
 import torch
 
 
@@ -20,6 +22,7 @@ class MicroBatched:
         from here on: it must be a function that can begin anew. Raises torch.OutOfMemoryError if it does so again,
         which ends a script in one line (rlt/errors.py).
         """
+        show_activity(function.__name__.replace("_", " "))
         try:
             return function(*arguments, micro_batch_tokens=self.tokens, **options)
         except torch.OutOfMemoryError:

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rlt.checkpoints import damaged_file
+from rlt.console import STEP_OF_ANOTHER
 from rlt.distributed import RANK, WORLD
 from rlt.errors import UserError
 from rlt.locks import exclusive
@@ -96,7 +97,7 @@ def _make_on_first_use(folder, command, what):
                 print(f"{folder} is missing: making {what}, once.", flush=True)
                 try:
                     subprocess.run([sys.executable, str(ROOT / script), *flags, "--out", folder], check=True,
-                                   env={**os.environ, "WORLD_SIZE": "1"}, pass_fds=[held])
+                                   env={**os.environ, "WORLD_SIZE": "1", STEP_OF_ANOTHER: "1"}, pass_fds=[held])
                 except subprocess.CalledProcessError:
                     raise UserError(f"{folder} could not be made: {script} says why above.") from None
     return folder
@@ -164,6 +165,11 @@ def model_and_adapter_config(name):
     return {"config": config} | ({"rank": adapter.r, "targets": adapter.target_modules} if is_lora else {})
 
 
+def is_toy(name):
+    """Whether a model is the toy, or trained from one: the base reads less than 1,000 tokens, as no language model."""
+    return model_and_adapter_config(name)["config"].get_text_config().vocab_size < 1000
+
+
 def context_length(*names):
     """Tokens that all of these models can read; infinite where none has a limit.
 
@@ -179,6 +185,16 @@ def context_length(*names):
             if isinstance(part, dict) and part.get("rope_type") == "longrope":
                 limits.append(part["original_max_position_embeddings"])
     return min(limits)
+
+
+def short_name(name):
+    """A model's name as one would type it here: the toy's own, a path below this folder, or as it is."""
+    path = Path(name)
+    if not path.is_dir():
+        return str(name)
+    here = os.path.relpath(path)
+    names = {os.path.relpath(folder): short for short, (folder, _, _) in MADE_ON_FIRST_USE.items()}
+    return names.get(here, str(name) if here.startswith("..") else here)
 
 
 @contextmanager

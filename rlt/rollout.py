@@ -14,6 +14,7 @@ import weakref
 from typing import NamedTuple
 
 from rlt.chat_template import turn_ends
+from rlt.console import show_activity
 from rlt.errors import UserError
 from rlt.runs import seed_for
 
@@ -102,7 +103,7 @@ def generate(model, tokenizer, prompts, *, max_new_tokens, temperature, seed):
             model, tokenizer, [prompt], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed_for(seed, i))]
     ends = turn_ends(tokenizer)
     config = _generation_config(max_new_tokens, temperature, ends, tokenizer.pad_token_id)
-    sampler = _LogprobRecorder(temperature or 1.0, len(tokenizer))
+    sampler = _LogprobRecorder(temperature or 1.0, len(tokenizer), max_new_tokens)
     ids, mask = _left_padded(prompts, tokenizer.pad_token_id)
     device = next(model.parameters()).device
     training = model.training
@@ -181,13 +182,14 @@ def _cut_at_end(ids, logprobs, ends):
 class _LogprobRecorder:
     """A logits processor: divides by the temperature, masks, and keeps the log-prob of each id once it is drawn."""
 
-    def __init__(self, temperature, vocab):
-        self.temperature, self.vocab = temperature, vocab
+    def __init__(self, temperature, vocab, max_new_tokens):
+        self.temperature, self.vocab, self.max_new_tokens = temperature, vocab, max_new_tokens
         self.log_softmax, self.drawn = None, []
 
     def __call__(self, ids, logits):
         if self.log_softmax is not None:
             self._record(ids)
+        show_activity(f"sampling token {len(self.drawn) + 1} of at most {self.max_new_tokens}")
         logits = logits.float()
         logits[:, self.vocab :] = float("-inf")
         self.log_softmax = torch.log_softmax(logits / self.temperature, -1)

@@ -102,6 +102,8 @@ def _row(raw, named, require_solution):
     if "messages" in columns and not named:
         row |= _messages(columns["messages"], "explanation" in raw)
     row |= {ours: _number_as_text(raw[name]) for ours, name in named.items()}
+    if named.get("explanation") == "answer" and "solution" not in named and "####" in str(raw["answer"]):  # GSM8K
+        row["explanation"], _, row["solution"] = _solution_of(raw["answer"]).rpartition("\n")
 
     required = {"question", *named, *(["solution"] if require_solution else [])}
     for column in ("question", "solution", "explanation", "hint"):

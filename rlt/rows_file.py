@@ -17,6 +17,7 @@ from rlt.runs import (
     config_of,
     continued,
     describe,
+    only_looks,
     read_jsonl,
     write_atomically,
 )
@@ -33,9 +34,9 @@ class RowsFile:
             raise UserError(f"--out {self.path} is a folder, expected a file. Pass another --out.")
         check_writable(self.path.parent)
         self.existed = self.path.exists()
-        if self.existed and not args.resume:
+        if self.existed and not (args.resume or only_looks(args)):
             raise UserError(f"{self.path} already exists. Pass --resume to continue, or another --out.")
-        if self.existed:
+        if self.existed and args.resume:
             self.config_before = config_of(self.config_path, self.path, self.config["command"])
             self._lock()
             check_same_flags(self.path, self.config_before["flags"], vars(args))

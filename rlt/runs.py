@@ -91,6 +91,17 @@ def reward_is_dropping(metrics, key="reward", window=10):
         return f"the {key} has dropped for {3 * window} steps ({means[0]:.3g} -> {means[1]:.3g} -> {means[2]:.3g})."
 
 
+def advice_on_closing(entry, args):
+    """What to do where hardly an explanation of the first step ends as it should. entry: the step's metrics."""
+    found = f"{entry['closed']:.0%} of the first explanations are closed: they end with neither their tag nor the turn."
+    if entry["length_p50"] >= args.max_new_tokens:
+        found += f" Most are cut off at --max-new-tokens {args.max_new_tokens}: raise it if they make sense so far."
+    return (f"{found} A teacher that has not learned the format gets little from RL. Stop, warm it up on rows with "
+            f"explanations:\n    python sft_student.py --format teacher --model {args.model} --data ROWS --out "
+            "runs/warm-up\nand train --model runs/warm-up. If your rows have none, take others for the warm-up alone, "
+            "such as GSM8K (--explanation-column answer) or Bespoke-Stratos: it is the format that is learned.")
+
+
 def check_logprob_diff(sampler_logprobs, trainer_logprobs, limit):
     """Mean difference of the sampler's log-probs (N,) to the trainer's, nats a token, over all ranks.
 
@@ -112,7 +123,7 @@ def quantiles(name, values):
 
 def split_held_out(rows, args):
     """(rows to train on, the last --eval-rows rows, none if nothing is measured on them)."""
-    held_out = rows[len(rows) - args.eval_rows :] if args.eval_every and args.eval_rows else []
+    held_out = rows[-args.eval_rows :] if args.eval_every and args.eval_rows else []
     rows = rows[: len(rows) - len(held_out)]
     if len(rows) < args.prompts_per_step:
         raise UserError(f"{len(rows)} rows are left to train on, a step takes {args.prompts_per_step}: give more rows, "
@@ -278,6 +289,11 @@ def continued(config, before):
     return config | {"command": before["command"], "resumed_by": [*before.get("resumed_by", []), config["command"]]}
 
 
+def only_looks(args):
+    """Whether a script will stop before it writes anything: its --out may exist."""
+    return bool(vars(args).get("show_rows")) or vars(args).get("dry_run") is not None
+
+
 def check_same_flags(out, before, now):
     """A resumed run continues with the flags it was started with. before, now: flags as dicts; all differences are
     named at once. Flags that have been renamed since are compared under their new names, paths as what they mean."""
@@ -331,7 +347,7 @@ class Run:
             raise UserError(f"--out {self.folder} is a file, expected a folder. Pass another --out.")
         check_writable(self.folder)
         self.existed = self._has_files()
-        if self.existed and not args.resume and not vars(args).get("show_rows"):
+        if self.existed and not (args.resume or only_looks(args)):
             raise UserError(f"{self.folder} already exists. Pass --resume to continue a run, or another --out.")
         self.config = describe(args)
         if self.existed and args.resume:

@@ -4,6 +4,7 @@
 import json
 import math
 
+from rlt.console import show_activity
 from rlt.distributed import RANK, all_gather_object, all_reduce_gradients, all_reduce_sum
 from rlt.errors import UserError
 from rlt.runs import write_atomically
@@ -37,6 +38,7 @@ class Updates:
         Loss, stats and the gradient's norm stay on the device until the step: reading them here would wait for it.
         """
         loss.backward()
+        show_activity(f"gradients of micro-batch {len(self.micro_batches) + 1}")
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         self.micro_batches.append((list(rows), loss.detach(), grad_norm))
         for name, value in {"loss": loss, **(stats or {})}.items():

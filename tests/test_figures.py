@@ -43,7 +43,7 @@ def test_every_table_and_figure_is_made_from_the_committed_logs(tmp_path):
     tmp_path /= "rlt"
     done = subprocess.run([sys.executable, "figures/make_figures.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for page in ("README.md", "figures/README.md"):
+    for page in ("README.md", "figures/README.md", "rlt/README.md"):
         assert (tmp_path / page).read_text() == (ROOT / page).read_text(), f"{page}: run figures/make_figures.py"
     drawn = {path.name for path in (tmp_path / "figures").glob("*.png")}
     assert drawn == {path.name for path in FIGURES.glob("*.png")}
