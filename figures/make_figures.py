@@ -3,13 +3,19 @@
 Draw every figure and write every table of the READMEs from the committed logs.
 
     python figures/make_figures.py
+    python figures/make_figures.py --runs runs/student runs/eval/toy    one's own evaluations beside the paper's tables
 """
 
 import re
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from rlt import flags
 
 import benchmarks
 import machines
+import paper_results
 import reward_picture
 import study_tables
 import toy_map
@@ -41,8 +47,20 @@ def replace_block(pages, name, text):
         raise ValueError(f"{found} blocks are marked <!-- {name}: ... --> in {names}, expected one: change the marks.")
 
 
-if __name__ == "__main__":
+def main():
+    parser = flags.make_parser(__doc__)
+    parser.add_argument("--runs", nargs="+", type=flags.path, metavar="RUN", help="draw these folders' evaluations "
+                        "(eval_math500.json and the like) over the paper's Table 1, Table 2 and Figure 1, nothing else")
+    parser.add_argument("--out", type=Path, default=Path("runs/paper"), metavar="FOLDER", help="of --runs: for the "
+                        "pictures")
+    args = parser.parse_args()
+    if args.runs:
+        return paper_results.draw(args.runs, args.out)
     for draw in (*toy_results.FIGURES, *toy_map.FIGURES, *benchmarks.FIGURES, *reward_picture.FIGURES):
         draw()
     for name, write in TABLES.items():
         replace_block(PAGES, name, write())
+
+
+if __name__ == "__main__":
+    main()

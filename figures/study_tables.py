@@ -2,17 +2,24 @@
 """The tables of the toy study: accuracy of students, and the papers' claims with a verdict each."""
 
 import statistics
+import sys
+from pathlib import Path
 from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from rlt.paper import COUNTDOWN, overall
 
 from plotting import LABELS
 from study_log import correlations, differences, greedy, interval, reward_fifths, rows_of, sampled, study_rows
 from toy_results import MAIN_ARMS
 
-# Overall score of 7B students in arXiv 2506.08388: mean of AIME 2024, MATH-500 and GPQA diamond, %.
-PAPER_17K_ROWS = {"R1 traces": 46.60, "RLT": 49.50}  # Table 1
-PAPER_1K_ROWS = {"R1 traces": 42.37, "RLT": 47.43}  # Table 1
-PAPER_COLD_START = {"direct RL": 40.77, "RL after RL traces, raw": 38.60, "RL after RL traces, filtered": 43.93,
-                    "RL after RLT": 50.53}  # Table 2
+# Overall score of 7B students in the paper
+PAPER_17K_ROWS = {"R1 traces": overall("Bespoke-7B"), "RLT": overall("RLT-7B")}
+PAPER_1K_ROWS = {"R1 traces": overall("Bespoke-7B-1K"), "RLT": overall("RLT-7B-1K")}
+PAPER_COLD_START = {"direct RL": overall("7B + RL, no cold start"),
+                    "RL after RL traces, raw": overall("RL-teacher traces, raw, + RL"),
+                    "RL after RL traces, filtered": overall("RL-teacher traces, GPT-edited, + RL"),
+                    "RL after RLT": overall("RLT-7B + RL")}
 POINTS = "exact match, points, greedy"
 SAMPLED_POINTS = "exact match, points, sampled at T = 1"
 
@@ -134,11 +141,13 @@ def cold_start_claims():
 
 
 def transfer_claims():
+    direct, of_rlt = COUNTDOWN["direct RL on Countdown"][0], COUNTDOWN["SFT on an RLT's traces, zero-shot"]
+    known = f"{min(of_rlt) - direct:+.1f} to {max(of_rlt) - direct:+.1f} (Countdown; secondary sources)"
     return [
         Claim("RLT above the warm-up teacher on the task that its RL did not see",
               differences("RLT", "warm-up teacher", greedy, "rooms")),
         Claim("RLT above direct RL on that task", differences("RLT", "direct RL", greedy, "rooms"),
-              paper="+1.5 to +5.8 (Countdown; secondary sources)"),
+              paper=known),
         Claim("RLT above best of 10 without RL on that task", differences("RLT", "best of 10", greedy, "rooms"),
               paper="not in the paper"),
     ]

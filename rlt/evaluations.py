@@ -15,16 +15,12 @@ from rlt.console import print_next
 from rlt.errors import UserError
 from rlt.flags import carry, flags_of_run
 from rlt.grading import task_of
+from rlt.paper import QUESTIONS, TABLE_1
 from rlt.rows import load_rows
 from rlt.runs import read_jsonl, write_atomically
 
 SETTINGS = ("samples", "temperature", "max_new_tokens", "seed", "bits", "batch_size", "engine")  # of the draws
-PAPER = {  # arXiv 2506.08388, Table 1: % right, one answer a question, SkyThought's grader
-    "Qwen2.5-7B-Instruct": {"aime24": 10.0, "math500": 74.2, "gpqa": 33.3},
-    "Bespoke-7B": {"aime24": 20.0, "math500": 82.0, "gpqa": 37.8},
-    "RLT-7B": {"aime24": 23.3, "math500": 82.8, "gpqa": 42.4},
-    "RLT-32B": {"aime24": 66.7, "math500": 93.4, "gpqa": 59.6},
-}
+SHOWN = ("Qwen2.5-7B-Instruct", "Bespoke-7B", "RLT-7B", "RLT-32B")  # of the paper, below one's own results
 
 
 def result_path(name, folder, args):
@@ -47,7 +43,7 @@ def _is_run_folder(folder):
     return isinstance(config, dict) and ("flags" in config or (folder / "test.jsonl").is_file())
 
 
-def _read_summary(path):
+def read_summary(path):
     """The summary of an evaluation. Raises UserError where the file is something else."""
     try:
         summary = json.loads(path.read_text())
@@ -60,7 +56,7 @@ def check_same_settings(path, args, questions_hash):
     """An evaluation is replaced only by one with the same settings and questions."""
     if not path.exists():
         return
-    before = _read_summary(path)
+    before = read_summary(path)
     flags, now = before["flags"], vars(args)
     different = [f"{key} = {flags[key]}, now {now[key]}" for key in SETTINGS if flags.get(key, now[key]) != now[key]]
     if before.get("questions_hash", questions_hash) != questions_hash:
@@ -118,7 +114,7 @@ def read_evaluations(paths):
     for label, path in paths.items():
         if not path.is_file():
             raise UserError(f"{path} is missing: evaluate first, --samples 64 --temperature 1, say.")
-        settings, samples = _read_summary(path)["flags"], read_jsonl(path.with_name(f"{path.stem}_samples.jsonl"))
+        settings, samples = read_summary(path)["flags"], read_jsonl(path.with_name(f"{path.stem}_samples.jsonl"))
         if not samples or len(samples) % settings["samples"]:
             raise UserError(f"{path.stem}_samples.jsonl beside {path} has {len(samples)} lines, expected "
                             f"{settings['samples']} for each question: evaluate again.")
@@ -156,7 +152,7 @@ def print_results(results, args):
     """The table of all models, the paper's numbers of the same task, and what the columns mean."""
     pass_ks = [k for k in results[0]["pass_at"] if k > 1]
     twice = "string_match" in results[0]
-    paper = {name: scores[args.task] for name, scores in PAPER.items() if args.task in scores}
+    paper = {name: TABLE_1[name][args.task] for name in SHOWN if args.task in QUESTIONS}
     table = [["model", "task", "questions", "exact match", *["string match"] * twice,
               *(f"pass@{k}" for k in pass_ks), "truncated", "length", "grader"]]
     for r in results:

@@ -163,6 +163,8 @@ def _by_schema(columns):
             return {"question": BOXED + _text(columns, name), "solution": _solution_of(columns["answer"])}
     if names >= {"nums", "target"}:
         return _countdown(columns["nums"], columns["target"])
+    if names >= {"input", "output"} and re.fullmatch(r"\d+(?:,\d+)+", str(columns["input"])):  # countdown of d1
+        return _countdown(columns["input"].split(","), columns["output"])
     if names >= {"instruction", "output"}:  # Alpaca
         question = "\n\n".join(_text(columns, name) for name in ("instruction", "input") if name in names)
         return {"question": question, "solution": columns["output"]}
@@ -192,6 +194,12 @@ def _solution_of(answer):
     return answer if "\\boxed" in answer or "\n" in answer else f"\\boxed{{{answer}}}"
 
 
+def countdown_question(nums, target):
+    """The question of a countdown problem: whole numbers, and one to reach with them."""
+    return (f"{BOXED}Using each of the numbers {', '.join(map(str, nums))} exactly once, with + - * / and "
+            f"parentheses, write an expression that equals {target}.")
+
+
 def _countdown(nums, target):
     """Numbers to reach a target with; there is no solution, any right expression counts."""
     if isinstance(nums, str) and nums.startswith("["):  # from a CSV file
@@ -201,8 +209,7 @@ def _countdown(nums, target):
     nums, target = [whole_number(number) for number in nums], whole_number(target)
     if not nums or None in (*nums, target):
         raise UserError("has nums and a target that are not whole numbers")
-    question = (f"{BOXED}Using each of the numbers {', '.join(map(str, nums))} exactly once, with + - * / and "
-                f"parentheses, write an expression that equals {target}.")
+    question = countdown_question(nums, target)
     return {"question": question, "solution": None, "nums": nums, "target": target}
 
 
