@@ -87,7 +87,9 @@ def implementation(impl, device_type):
     """
     if impl not in ("auto", "torch", "triton"):
         raise ValueError(f"impl is {impl!r}, expected 'auto', 'torch' or 'triton'")
-    chosen = impl if impl != "auto" else "triton" if device_type == "cuda" else "torch"
+    chosen = impl
+    if impl == "auto":
+        chosen = "triton" if device_type == "cuda" else "torch"
     if chosen == "triton" and triton is None:
         raise RuntimeError("Triton is not installed: pip install triton, or pass impl='torch'")
     if chosen == "triton" and device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":

@@ -64,8 +64,9 @@ class _Parser(argparse.ArgumentParser):
             if name in before and name not in given | {"resume", "show_rows", "dry_run", "quiet", "out"}:
                 value = before[name]
                 if value != getattr(parsed, name):
-                    words = value if isinstance(value, list) else [] if value is True else [value]
-                    taken += [flag, *map(str, words)]
+                    taken.append(flag)
+                    if value is not True:  # a switch
+                        taken += map(str, value if isinstance(value, list) else [value])
                 setattr(parsed, name, value)
         if taken:
             print(f"{parsed.out} goes on with the flags it was started with: {shlex.join(taken)}")
@@ -300,8 +301,8 @@ def add_grpo(group, losses, *, steps=60, warmup_steps=5):
     group.add_argument("--sync-ref-every", type=number(int, 0), default=32, metavar="N",
                        help="steps between moves of the reference towards the policy; 0: never")
     group.add_argument("--sync-ref-mix", type=number(float, 0, 1), default=0.9, metavar="M",
-                       help="share of the policy in the new reference, for A and B each: the product BA then misses "
-                       "the average of both BA by M (1 - M) dB dA")
+                       help="share of the policy in the new reference: its matrices A and B are averaged, each with its "
+                       "own, and not their products")
 
 
 def add_micro_batches(group):

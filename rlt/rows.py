@@ -136,9 +136,13 @@ def _is_empty(value):
 def _number_as_text(value):
     """72 as "72", and so 72.0, which a column of whole numbers with a null holds; 1e-05 as Python writes it, so that a
     grader knows what it was; any value that is no number as it is."""
-    if isinstance(value, float):
-        return str(int(value)) if value.is_integer() else str(value) if math.isfinite(value) else value
-    return as_text(value) or value if isinstance(value, int) else value
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, float) and math.isfinite(value):
+        return str(value)
+    if isinstance(value, int):
+        return as_text(value) or value
+    return value
 
 
 def _by_schema(columns):
