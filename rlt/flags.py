@@ -301,8 +301,8 @@ def add_grpo(group, losses, *, steps=60, warmup_steps=5):
     group.add_argument("--sync-ref-every", type=number(int, 0), default=32, metavar="N",
                        help="steps between moves of the reference towards the policy; 0: never")
     group.add_argument("--sync-ref-mix", type=number(float, 0, 1), default=0.9, metavar="M",
-                       help="share of the policy in the new reference: its matrices A and B are averaged, each with its "
-                       "own, and not their products")
+                       help="share of the policy in the new reference: A and B are averaged, each with its own, "
+                       "not their product")
 
 
 def add_micro_batches(group):
