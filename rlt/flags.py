@@ -63,8 +63,8 @@ class _Parser(argparse.ArgumentParser):
         for action in self._actions:
             name, flag = action.dest, action.option_strings[0]
             if name in before and name not in given | {"resume", "show_rows", "dry_run", "quiet", "out"}:
-                value = before[name]
-                if value != getattr(parsed, name):
+                value, default = before[name], getattr(parsed, name)
+                if value not in (default, getattr(default, "toy", default)):
                     taken.append(flag)
                     if value is not True:  # a switch
                         taken += map(str, value if isinstance(value, list) else [value])
