@@ -32,8 +32,18 @@ def print_user_errors():
     sys.excepthook = _excepthook
 
 
-OUT_OF_MEMORY = ("Pass --dry-run to see what this takes; then a smaller --micro-batch-tokens, --rollout-batch or "
-                 "--batch-size, or --gradient-checkpointing. What was written goes on with --resume.")
+FLAGS = set()  # of the script that runs: an error advises no others
+
+
+def _out_of_memory():
+    """What helps where a GPU's memory is full."""
+    remedies = [f"a smaller {flag}" for flag in ("--micro-batch-tokens", "--rollout-batch", "--batch-size")]
+    remedies = [remedy for remedy in [*remedies, "--gradient-checkpointing"] if remedy.split()[-1] in FLAGS]
+    return f"Pass --dry-run to see what this takes; then {' or '.join(remedies)}.{_resume()}" if remedies else ""
+
+
+def _resume():
+    return " What was written goes on with --resume." if "--resume" in FLAGS else ""
 
 
 def _one_line(kind, error):
@@ -41,9 +51,9 @@ def _one_line(kind, error):
     if issubclass(kind, UserError):
         return 2, f"error: {error}"
     if issubclass(kind, KeyboardInterrupt):
-        return 130, "interrupted. What was written goes on with --resume."
+        return 130, f"interrupted.{_resume()}"
     if kind.__name__ == "OutOfMemoryError":  # torch's, of a GPU; torch may not be loaded
-        return 2, f"error: {printable(error, 200)} {OUT_OF_MEMORY}"
+        return 2, f"error: {printable(error, 200)} {_out_of_memory()}"
     return 1, None
 
 

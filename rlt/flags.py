@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rlt.defaults import DEFAULTS
 from rlt.distributed import RANK
-from rlt.errors import UserError, print_user_errors
+from rlt.errors import FLAGS, UserError, print_user_errors
 from rlt.report import REPORTS
 
 RENAMED = {  # old flag: what it is now. Config files of old runs are read with these, too
@@ -41,6 +41,7 @@ class _Parser(argparse.ArgumentParser):
     """No abbreviations, a hint for a flag that is not known, and a resumed run's own flags."""
 
     def parse_args(self, args=None, namespace=None):
+        FLAGS.update(self._option_string_actions)
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.error(self._explain_unknown(unknown[0]))
@@ -62,8 +63,8 @@ class _Parser(argparse.ArgumentParser):
         for action in self._actions:
             name, flag = action.dest, action.option_strings[0]
             if name in before and name not in given | {"resume", "show_rows", "dry_run", "quiet", "out"}:
-                value = before[name]
-                if value != getattr(parsed, name):
+                value, default = before[name], getattr(parsed, name)
+                if value not in (default, getattr(default, "toy", default)):
                     taken.append(flag)
                     if value is not True:  # a switch
                         taken += map(str, value if isinstance(value, list) else [value])

@@ -93,13 +93,13 @@ def reward_is_dropping(metrics, key="reward", window=10):
 
 def advice_on_closing(entry, args):
     """What to do where hardly an explanation of the first step ends as it should. entry: the step's metrics."""
-    found = f"{entry['closed']:.0%} of the first explanations are closed: they end with neither their tag nor the turn."
+    found = f"{entry['closed']:.0%} of the first explanations are closed, which is to end with their tag and the turn."
     if entry["length_p50"] >= args.max_new_tokens:
         found += f" Most are cut off at --max-new-tokens {args.max_new_tokens}: raise it if they make sense so far."
     return (f"{found} A teacher that has not learned the format gets little from RL. Stop, warm it up on rows with "
-            f"explanations:\n    python sft_student.py --format teacher --model {args.model} --data ROWS --out "
-            "runs/warm-up\nand train --model runs/warm-up. If your rows have none, take others for the warm-up alone, "
-            "such as GSM8K (--explanation-column answer) or Bespoke-Stratos: it is the format that is learned.")
+            "explanations:\n    python sft_student.py --format teacher --data ROWS --out runs/warm-up --model "
+            f"{shlex.quote(args.model)}\nand train --model runs/warm-up. Where your rows have none, take others for "
+            "the warm-up, such as GSM8K (--explanation-column answer): it is the format that is learned.")
 
 
 def check_logprob_diff(sampler_logprobs, trainer_logprobs, limit):

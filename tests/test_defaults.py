@@ -274,4 +274,4 @@ def test_a_teacher_that_was_never_warmed_up_is_noticed(own, workshop, capsys):
     call(own, "train_rlt.py", "--model", "my model", *flags)
     shown = capsys.readouterr().out
     assert "0% of the first explanations are closed" in shown and "cut off at --max-new-tokens 8" in shown
-    assert "sft_student.py --format teacher --model" in shown
+    assert "sft_student.py --format teacher --data ROWS" in shown

@@ -735,11 +735,25 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path):
     (UserError("a\nb"), 2, r"error: a\nb")])
 def test_what_ends_in_one_line(error, code, said, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["scripts/train_rlt.py"])
+    monkeypatch.setattr(errors, "FLAGS", {"--micro-batch-tokens", "--resume"})
     with pytest.raises(SystemExit) as ended_with:
         errors._excepthook(type(error), error, None)
     assert ended_with.value.code == code
     stderr = capsys.readouterr().err
     assert len(stderr.splitlines()) == 1 and stderr.startswith("train_rlt.py: ") and said in stderr
+
+
+@pytest.mark.parametrize("script", ["train_rlt.py", "distill.py", "evaluate.py", "data/toy.py"])
+def test_errors_advise_the_flags_that_the_script_has(script):
+    """Where memory is full, and after Ctrl-C."""
+    errors.FLAGS.clear()  # of the scripts that other tests have called
+    help_text = ended(ROOT, script, "--help").stdout
+    full = type("OutOfMemoryError", (RuntimeError,), {})
+    said = errors._one_line(full, full("full"))[1] + errors._one_line(KeyboardInterrupt, None)[1]
+    named = set(re.findall(r"--[a-z-]+", said))
+    assert "full" in said and "interrupted" in said
+    assert all(re.search(rf"^  {flag}\b", help_text, re.M) for flag in named), named
+    assert ("--resume" in named) == (script in ("train_rlt.py", "distill.py"))
 
 
 # -- models that are no models

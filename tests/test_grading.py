@@ -17,6 +17,7 @@ from rlt.evaluations import read_evaluations
 from rlt.grading import (
     answer_of,
     compare,
+    gold_answer,
     gradable,
     grade,
     grade_all,
@@ -24,6 +25,7 @@ from rlt.grading import (
     pass_at_k,
     pass_curve,
     solved_sets,
+    task_of,
     with_choices,
 )
 
@@ -703,3 +705,25 @@ def test_other_questions_and_the_same_seed_are_refused(tmp_path):
         read_evaluations({"before": before, "after": after})
     with pytest.raises(UserError, match="eval_gsm8k.json is missing: evaluate first"):
         read_evaluations({"before": before.with_name("eval_gsm8k.json")})
+
+
+@pytest.mark.parametrize(("solution", "gold"), [
+    (r"2+3 is \boxed{4}, no: \boxed{5}.", "5"), ("1,024", "1,024"), (" -3.5 ", "-3.5"), ("1/2", "1/2"),
+    ("It is 5.", None), ("5 apples", None), ("", None), (None, None)])
+def test_a_row_of_question_and_solution_alone_is_graded_by_its_solution(solution, gold):
+    """By the last box, or by a solution that is a number. A column answer goes before it."""
+    row = {"where": "row", "solution": solution}
+    if gold is None:
+        with pytest.raises(UserError, match="no answer that --task math500 can be graded by"):
+            gold_answer("math500", row)
+    else:
+        assert gold_answer("math500", row) == gold and grade("math500", rf"\boxed{{{gold}}}", row)
+    assert gold_answer("math500", row | {"answer": "9"}) == "9"
+
+
+@pytest.mark.parametrize(("row", "task"), [
+    ({"nums": [3, 4], "target": 7}, "countdown"), ({"answer": "B"}, "gpqa"), ({"answer": "72"}, "gsm8k"),
+    ({"solution": r"\boxed{x^2}"}, "gsm8k"), ({"solution": "in words"}, None), ({}, None)])
+def test_the_task_of_rows_that_nobody_named(row, task):
+    assert task_of([row | {"where": "row", "question": "Q"}] * 3) == task
+    assert task_of([row | {"where": "row", "question": "Q"}, {"where": "row", "question": "Q"}]) is None
