@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 from rlt import merge, models
@@ -45,14 +46,20 @@ def ids(folder, monkeypatch):
     return Prompts(models.load_tokenizer("runs/adapter")).sft_row(row, "student")[0]
 
 
-def test_an_adapter_in_plain_peft(folder, ids):
+def test_an_adapter_in_plain_peft(folder, ids, tmp_path):
     from peft import AutoPeftModelForCausalLM
 
-    plain = AutoPeftModelForCausalLM.from_pretrained("runs/adapter/final")
+    final = tmp_path / "final"
+    shutil.copytree("runs/adapter/final", final)
+    config = json.loads((final / "tokenizer_config.json").read_text())
+    del config["auto_map"]  # of the toy alone: AutoTokenizer can't read it without a config.json
+    (final / "tokenizer_config.json").write_text(json.dumps(config))
+    plain = AutoPeftModelForCausalLM.from_pretrained(final)
     ours = models.load_model("runs/adapter", bits=32, device=CPU)
     assert torch.equal(logits(plain, ids), logits(ours, ids))
     text = "x 3 y 7 s1 x+=y"
-    assert AutoTokenizer.from_pretrained("runs/adapter/final")(text) == models.load_tokenizer("runs/adapter")(text)
+    theirs, ours = AutoTokenizer.from_pretrained(final), models.load_tokenizer("runs/adapter")
+    assert theirs(text).input_ids == ours(text).input_ids and theirs.chat_template == ours.chat_template
 
 
 def test_an_adapter_merged_is_a_plain_model(folder, ids, monkeypatch, capsys):
