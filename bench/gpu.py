@@ -10,7 +10,8 @@ Parts
     kernels   logits to numbers: eager torch, torch.compile, Liger and TRL where they are installed, and rewards.py;
               GB/s as a share of a copy's in the same run, and the error against float64
     step      for each size of models, with random weights: a rollout, a scoring pass, a reference pass and an update;
-              tokens/s, and the peak memory beside the one that --dry-run expects
+              tokens/s, and the peak memory beside the one that --dry-run expects. The rollout by vLLM too, with what it
+              takes of a GPU, where it is installed
 
 Bits are the widest that fit, by the dry run. One log: a line of JSON for each measurement, appended to --out. One table
 at the end, printed and written beside the log (.md). A part that would start after --minutes is logged as skipped.
@@ -68,17 +69,28 @@ def widest_bits(size, shape):
     return None
 
 
+def longest_rollout(size):
+    """(tokens, rows) of a rollout of the longest completions: half as many cached tokens as it may hold."""
+    return size.lengths[-1], max(1, size.cached // size.lengths[-1] // 2)
+
+
 def measure_step(log, name, matmul):
-    """All phases at the longest completions: one row a pass, and half as many cached tokens as a rollout holds."""
+    """All phases at the longest completions, one row a pass."""
     size = step.size_of(name)
-    length = size.lengths[-1]
-    shape = dict(length=length, count=1, batch=max(1, size.cached // length // 2))
+    length, batch = longest_rollout(size)
+    shape = dict(length=length, count=1, batch=batch)
     bits = widest_bits(size, shape)
     if bits is None:
         log(part=f"step, {name}", failed="does not fit, says the dry run")
         return
     log = Log(log.path, **log.machine | {"size": name})
-    step.whole_step(log, size, *bits, matmul, part="step", rollout_rows=shape["batch"], **shape)
+    step.whole_step(log, size, *bits, matmul, part="step", rollout_rows=batch, **shape)
+
+
+def measure_vllm(log, name, matmul):
+    """The same rollout by vLLM."""
+    size = step.size_of(name)
+    step.measure_vllm(Log(log.path, **log.machine | {"size": name}), size, [longest_rollout(size)], matmul)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -102,6 +114,9 @@ def describe(entry):
         rows = entry["rollout_rows"] if entry["phase"] == "rollout" else 1
         bits = f"{entry['teacher_bits']} and {entry['student_bits']} bits"
         return f"{entry['size']}, {bits}: {entry['phase']}, {rows} x {entry['length']:,} tokens"
+    if entry["part"] == "rollout":
+        shape = f", {entry['batch']} x {entry['context']:,} tokens" if "batch" in entry else ""
+        return f"{entry['size']}, {entry['engine']}: rollout{shape}"
     return entry["part"]
 
 
@@ -120,8 +135,8 @@ def results(entry):
         peak = "" if entry["peak_mb"] is None else f"{entry['peak_mb'] / 1000:.2f}"
         return [f"{entry['ms']:.3g} ms, {entry['gb_s']:,.3g} GB/s, error {entry['error']:.0e}",
                 f"{entry['of_copy']:.0%} of a copy", peak, ""]
-    return [f"{entry['tokens_per_s']:,.0f} tokens/s", f"{entry['of_matmul']:.0%} of matmul", f"{entry['peak_gb']:.3g}",
-            f"{entry['expected_gb']:.3g}"]
+    peaks = ["" if entry.get(key) is None else f"{entry[key]:.3g}" for key in ("peak_gb", "expected_gb")]
+    return [f"{entry['tokens_per_s']:,.0f} tokens/s", f"{entry['of_matmul']:.0%} of matmul", *peaks]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -155,7 +170,9 @@ def main():
             jobs.append((f"kernels, {tokens} x {vocab} {dtype}",
                          lambda n=tokens, v=vocab, d=dtype: scoring.reduce(log, n, v, d, copy)))
     if "step" in args.parts:
-        jobs += [(f"step, {name}", lambda name=name: measure_step(log, name, matmul)) for name in args.size]
+        for name in args.size:
+            jobs += [(f"step, {name}", lambda name=name: measure_step(log, name, matmul)),
+                     (f"vLLM, {name}", lambda name=name: measure_vllm(log, name, matmul))]
     for name, job in jobs:
         if left() <= 0:
             log(part=name, skipped=f"--minutes {args.minutes:g} were over")

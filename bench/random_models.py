@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Models with random weights, made on the device: nothing is downloaded, and no model in 16 bits exists at 4 bits."""
 
+import gc
 import sys
 from unittest import mock
 
@@ -59,6 +60,18 @@ def make_teacher(config, bits):
     optimizer.step()
     optimizer.zero_grad()
     return teacher.eval(), optimizer
+
+
+def save_folders(config, bits, folder):
+    """Write config.json, and an adapter of random weights into a folder below, whose path is returned."""
+    config.architectures = ["Qwen2ForCausalLM"]
+    config.save_pretrained(folder)
+    teacher, _ = make_teacher(config, bits)
+    teacher.save_pretrained(f"{folder}/adapter", selected_adapters=["default"], save_embedding_layers=False)
+    del teacher
+    gc.collect()
+    torch.cuda.empty_cache()
+    return f"{folder}/adapter"
 
 
 def can_quantise():

@@ -6,7 +6,8 @@ Measure every phase of a training step on this machine, and what the paper's rec
     python bench/step.py --size tiny     the same code on a CPU: a minute
 
 Weights are random and made on the device: nothing is downloaded. Parts
-    rollout    decoding at a prefilled context: seconds of a step in which every row gets a token
+    rollout    decoding at a prefilled context: seconds of a step in which every row gets a token; by transformers, and
+               by vLLM where it is installed
     score      score_explanations, the student in 16 bits and in 4
     reference  completion_logprobs without gradient, under the reference adapter
     update     completion_logprobs and grpo_loss with gradient and backward, gradient checkpointing on
@@ -21,9 +22,14 @@ missing is named; running out of memory is a result.
 
 import argparse
 import gc
+import importlib.util
+import itertools
+import multiprocessing
 import statistics
 import sys
+import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -33,18 +39,21 @@ sys.path.insert(0, str(ROOT))
 
 from rlt import models  # noqa: E402
 from rlt.dry_run import ModelFootprint, phases  # noqa: E402
+from rlt.errors import UserError  # noqa: E402
 from rlt.grpo import grpo_loss  # noqa: E402
 from rlt.logprobs import completion_logprobs  # noqa: E402
 from rlt.rollout import can_batch, generate  # noqa: E402
 from rlt.runs import describe  # noqa: E402
+from rlt.vllm_engine import INSTALL, VLLMEngine  # noqa: E402
 
 import torch  # noqa: E402
 from measure import CUDA, DEVICE, DTYPE, LOGS, Log, machine, matmul_rate, model_bytes, peak_bytes, seconds  # noqa: E402
-from random_models import RANK, can_quantise, make_teacher, random_model  # noqa: E402
+from random_models import RANK, can_quantise, make_teacher, random_model, save_folders  # noqa: E402
 
 from rewards import Row, score_explanations  # noqa: E402
 
 DECODED = 32  # steps timed at each context
+DECODED_BY_VLLM = 128  # far more than the steps in which it reads the prompts: those are not to be the median
 COMPLETIONS, PAPER = 125 * 16 * 64, 280.4  # the paper's recipe, and its H100-hours for it
 WIDE = 16 if CUDA else 32  # bits of models that are not quantised
 
@@ -76,8 +85,8 @@ SIZES = {  # Qwen2.5's, and a small one: config, completions, tokens that a roll
                 num_key_value_heads=4, vocab_size=152_064), (1024, 4096, 16_384), 2**18),
     "1.5b": (dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
                   num_key_value_heads=2, vocab_size=151_936, tie_word_embeddings=True), (1024, 4096, 16_384), 2**18),
-    "tiny": (dict(hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4,
-                  num_key_value_heads=2, vocab_size=8192), (64, 256, 1024), 2**12),
+    "tiny": (dict(hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=2,
+                  num_key_value_heads=1, vocab_size=8192), (64, 256, 1024), 2**12),
 }
 
 
@@ -162,6 +171,53 @@ def decode(teacher, size, batch, context, matmul):
     step = statistics.median(end - start for start, end in zip(times[1:], times[2:], strict=False))
     return dict(seconds=step, tokens_per_s=batch / step, of_matmul=batch / step * flops(config, [1], [1]) / matmul,
                 peak_gb=peak / 1e9)
+
+
+def median_step(engine, prompts):
+    """Seconds of a step of a VLLMEngine: nearly all are those in which every prompt gets a token."""
+    times, step = [], engine.llm.llm_engine.step
+
+    def timed_step():
+        times.append(time.perf_counter())
+        return step()
+
+    with mock.patch.object(engine.llm.llm_engine, "step", timed_step):
+        engine.generate(prompts, max_new_tokens=DECODED_BY_VLLM, temperature=0.7, key=(0,))
+    return statistics.median(end - start for start, end in zip(times, times[1:], strict=False))
+
+
+def decode_by_vllm(size, shapes, matmul):
+    """As decode, by vLLM with an adapter: a dict for each (context, batch). Fewer rows where its cache has no room."""
+    with tempfile.TemporaryDirectory() as folder:
+        adapter = save_folders(size.config, WIDE, folder)
+        longest = max(context for context, _ in shapes) + DECODED_BY_VLLM
+        engine = VLLMEngine(folder, EndlessTokenizer(size), bits=WIDE, device=DEVICE, load_format="dummy",
+                            max_model_len=longest, stop_ids=[size.vocab], lora_rank=RANK)
+        engine.load_adapter_folder(adapter)
+    limits = engine.llm.llm_engine.vllm_config
+    cached, most, results = limits.cache_config.kv_cache_size_tokens, limits.scheduler_config.max_num_seqs, []
+    for context, batch in shapes:
+        batch = min(batch, most, cached // (context + DECODED_BY_VLLM))
+        step = median_step(engine, torch.randint(1, 1000, (batch, context)).tolist())  # no two share their cache
+        results.append(dict(context=context, batch=batch, seconds=step, tokens_per_s=batch / step,
+                            of_matmul=batch / step * flops(size.config, [1], [1]) / matmul,
+                            peak_gb=torch.cuda.max_memory_allocated() / 1e9 if CUDA else None))
+    return results
+
+
+def measure_vllm(log, size, shapes, matmul):
+    """Rollouts by vLLM, in a process that leaves the GPU's memory at its end -> the rows logged."""
+    what = dict(part="rollout", engine="vllm")
+    if importlib.util.find_spec("vllm") is None:
+        return [log(**what, skipped=f"vLLM is not installed: {INSTALL}")]
+    gc.collect()
+    torch.cuda.empty_cache()
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            results = process.submit(decode_by_vllm, size, shapes, matmul).result()
+    except (UserError, torch.OutOfMemoryError) as error:
+        return [log(**what, failed=str(error))]
+    return [log(**what, **result) for result in results]
 
 
 def measured(function, work, tokens, matmul, *resident):
@@ -309,10 +365,13 @@ def recipe(log, size, rows):
         return [(row[at], 1 / row["tokens_per_s"]) for row in done
                 if row["part"] == part and all(row[key] == value for key, value in only.items())]
 
-    for bits in sorted({row["student_bits"] for row in done if row["part"] == "score"}):
-        measured = {"rollout": points("rollout", at="context"), "score": points("score", student_bits=bits),
+    engines = sorted({row["engine"] for row in done if row["part"] == "rollout"}) or ["transformers"]
+    students = sorted({row["student_bits"] for row in done if row["part"] == "score"})
+    for engine, bits in itertools.product(engines, students):
+        measured = {"rollout": points("rollout", at="context", engine=engine),
+                    "score": points("score", student_bits=bits),
                     "reference": points("reference"), "update": points("update")}
-        asked = dict(part="recipe", engine="transformers", student_bits=bits)
+        asked = dict(part="recipe", engine=engine, student_bits=bits)
         if not all(measured.values()):
             log(**asked, failed=f"not measured: {', '.join(part for part in measured if not measured[part])}")
             continue
@@ -384,6 +443,8 @@ def main():
         for bits in quantised:
             whole_step(log, size, WIDE, bits, offloaded=True, **shape)
             whole_step(log, size, bits, bits, offloaded=True, **shape)
+    if "rollout" in args.parts:
+        rows += measure_vllm(log, size, [(n, max(1, size.cached // n)) for n in size.lengths], matmul)
     if "recipe" in args.parts:
         recipe(log, size, rows)
 

@@ -40,7 +40,7 @@ class VLLMEngine:
     """
 
     def __init__(self, base_folder, tokenizer, *, bits, device, max_model_len, stop_ids, lora_rank=None,
-                 gpu_memory_utilization=MEMORY_SHARE, seed=0):
+                 gpu_memory_utilization=MEMORY_SHARE, load_format="auto", seed=0):
         """
         base_folder: a Hugging Face folder with full-precision weights, not an adapter's.
         tokenizer: its length is the vocabulary that is sampled from.
@@ -51,6 +51,7 @@ class VLLMEngine:
         lora_rank: of the adapters to come; rounded up to one that vLLM accepts. None: no adapters.
         gpu_memory_utilization: share of the device's memory for weights and cache. On a CPU the cache has
             VLLM_CPU_KVCACHE_SPACE GiB, 1 where that is not set.
+        load_format: "auto" reads the folder's weights. "dummy" makes random ones, and config.json is all that it reads.
         seed: vLLM's own; draws go by the seeds that sample gets.
 
         Raises UserError, in one line: vLLM is missing or broken, was built for another device, does not take the
@@ -70,6 +71,7 @@ class VLLMEngine:
                     dtype="float32" if bits == 32 else "bfloat16",
                     max_model_len=max_model_len,
                     gpu_memory_utilization=gpu_memory_utilization,
+                    load_format=load_format,
                     seed=seed,
                     logprobs_mode="processed_logprobs",  # of the distribution that is drawn from
                     generation_config="vllm",  # a checkpoint's own top-p or repetition penalty must not leak in

@@ -2,9 +2,14 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 
+from rlt.errors import UserError
 from rlt.runs import read_jsonl
 
 import pytest
@@ -109,6 +114,11 @@ def test_the_recipe_adds_up():
     assert four["h_without_rollout"] == pytest.approx(tokens * (1 / 1000 + 2 / 500))
     step.recipe(lambda **entry: logged.append(entry), size, rows)
     assert logged[4]["failed"] == "not measured: rollout"
+    faster = [row | dict(engine="vllm", tokens_per_s=10 * row["tokens_per_s"]) for row in rollouts[:3]]
+    skipped = [dict(part="rollout", engine="vllm", skipped="vLLM is not installed")]
+    step.recipe(lambda **entry: logged.append(entry), size, rows + rollouts + faster + skipped)
+    assert [entry["engine"] for entry in logged[5:]] == ["transformers"] * 4 + ["vllm"] * 4
+    assert logged[7] == four and logged[11]["h_rollout"] == pytest.approx(four["h_rollout"] / 10)
 
 
 @pytest.mark.slow
@@ -157,11 +167,12 @@ def test_the_released_way_gives_the_sampled_reward(tiny_model):
 # bench/gpu.py
 
 
+@pytest.mark.slow
 def test_one_command_writes_a_log_and_a_table(tmp_path):
     done = run_script(tmp_path, "bench/gpu.py", "--size", "tiny", "--parts", "step", "--out", tmp_path / "gpu.jsonl")
     rows = read_jsonl(tmp_path / "gpu.jsonl")
-    assert [row["part"] for row in rows] == ["ceilings"] + ["step"] * 4
-    for row in rows[1:]:
+    assert [row["part"] for row in rows] == ["ceilings"] + ["step"] * 4 + ["rollout"]
+    for row in rows[1:5]:
         assert row["size"] == "tiny" and row["tokens_per_s"] > 0
         assert row["expected_gb"] == pytest.approx(row["peak_gb"], rel=0.1), row
     text = (tmp_path / "gpu.md").read_text()
@@ -172,9 +183,74 @@ def test_one_command_writes_a_log_and_a_table(tmp_path):
 def test_what_does_not_fit_into_the_time_is_named(tmp_path):
     run_script(tmp_path, "bench/gpu.py", "--size", "tiny", "--minutes", "0", "--out", tmp_path / "gpu.jsonl")
     rows = read_jsonl(tmp_path / "gpu.jsonl")
-    assert [row["part"] for row in rows[1:]] == ["tests", "kernels, 64 x 32000 torch.bfloat16", "step, tiny"]
+    assert [row["part"] for row in rows[1:]] == [
+        "tests", "kernels, 64 x 32000 torch.bfloat16", "step, tiny", "vLLM, tiny"]
     assert all(row["skipped"] == "--minutes 0 were over" for row in rows[1:])
-    assert (tmp_path / "gpu.md").read_text().count("skipped: --minutes 0 were over") == 3
+    assert (tmp_path / "gpu.md").read_text().count("skipped: --minutes 0 were over") == 4
+
+
+def test_without_vllm_its_rollout_is_skipped_with_the_reason(log, monkeypatch):
+    monkeypatch.setattr(step.importlib.util, "find_spec", lambda name: None)
+    gpu.measure_vllm(log, "tiny", matmul=1e9)
+    row, = read_jsonl(log.path)
+    assert (row["part"], row["engine"], row["size"]) == ("rollout", "vllm", "tiny") and "tokens_per_s" not in row
+    assert row["skipped"].startswith("vLLM is not installed: pip install ")
+    assert gpu.table([row]).splitlines()[2] == f"| tiny, vllm: rollout | skipped: {row['skipped']} |  |  |  |"
+
+
+@pytest.mark.parametrize(("error", "message"), [(UserError("vLLM can't load it"), "vLLM can't load it"),
+                                                (torch.OutOfMemoryError("CUDA out of memory."), "CUDA out of memory.")])
+def test_what_vllm_refuses_is_a_result(log, monkeypatch, error, message):
+    """Over the border of the two processes, which have no GPU and no vLLM to ask."""
+    monkeypatch.setattr(step.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(step, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+
+    def refuse(*_):
+        raise pickle.loads(pickle.dumps(error))
+
+    monkeypatch.setattr(step, "decode_by_vllm", refuse)
+    gpu.measure_vllm(log, "tiny", matmul=1e9)
+    assert read_jsonl(log.path)[0]["failed"] == message
+
+
+def test_a_rollout_by_vllm_is_as_large_as_its_limits(monkeypatch):
+    """Rows that would wait for others to end must not count as sampled in the same step."""
+    made, asked = {}, []
+
+    class Engine:
+        def __init__(self, folder, tokenizer, **options):
+            made.update(options, config=json.loads((Path(folder) / "config.json").read_text()), vocab=len(tokenizer))
+            limits = dict(cache_config=SimpleNamespace(kv_cache_size_tokens=10_000),
+                          scheduler_config=SimpleNamespace(max_num_seqs=40))
+            self.clock = 0.0
+            self.llm = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=SimpleNamespace(**limits), step=self.step))
+
+        def load_adapter_folder(self, folder):
+            made["adapter"] = sorted(path.name for path in Path(folder).iterdir())
+
+        def step(self):
+            self.clock += 9.0 if self.reads_prompts else 0.5
+            self.reads_prompts = False
+
+        def generate(self, prompts, *, max_new_tokens, **_):
+            asked.append((len(prompts[0]), len(prompts)))
+            assert len({tuple(prompt) for prompt in prompts}) == len(prompts), "equal prompts share their cache"
+            self.reads_prompts = True
+            with monkeypatch.context() as patch:
+                patch.setattr(step.time, "perf_counter", lambda: self.clock)
+                for _ in range(max_new_tokens):
+                    self.llm.llm_engine.step()
+
+    monkeypatch.setattr(step, "VLLMEngine", Engine)
+    size = step.size_of("tiny")
+    rows = step.decode_by_vllm(size, [(64, 64), (1024, 20), (1024, 4)], matmul=1e9)
+    assert asked == [(64, 40), (1024, 10_000 // (1024 + 128)), (1024, 4)]
+    assert [row["batch"] for row in rows] == [40, 8, 4] and [row["seconds"] for row in rows] == [0.5] * 3
+    assert [row["tokens_per_s"] for row in rows] == [80, 16, 8]
+    assert rows[0]["of_matmul"] == pytest.approx(80 * step.flops(size.config, [1], [1]) / 1e9)
+    assert made["load_format"] == "dummy" and made["max_model_len"] == 1024 + 128 and made["vocab"] == size.vocab
+    assert made["config"]["architectures"] == ["Qwen2ForCausalLM"]
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(made["adapter"])
 
 
 @pytest.mark.parametrize(("printed", "entry"), [

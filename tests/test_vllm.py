@@ -291,6 +291,19 @@ def test_every_rank_has_an_engine_of_its_own(measured, toy, tmp_path_factory):
     assert ids == [c[0] for c in measured["rows"]["one"]], "seeds alone decide, not the rank"
 
 
+@needs_vllm
+def test_a_rollout_of_random_weights_is_measured(tmp_path, monkeypatch):
+    """bench/gpu.py's: config.json and an adapter are all that the engine gets."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import measure
+    import step
+
+    size, log = step.size_of("tiny"), measure.Log(tmp_path / "log.jsonl", device="a device")
+    row, = step.measure_vllm(log, size, [(256, 3)], matmul=1e9)
+    assert (row["part"], row["engine"], row["context"], row["batch"]) == ("rollout", "vllm", 256, 3), row
+    assert row["tokens_per_s"] == pytest.approx(3 / row["seconds"], rel=1e-3) and 1e-4 < row["seconds"] < 10
+
+
 if __name__ == "__main__":
     result = (measure_ranks if "RANK" in os.environ else measure)(sys.argv[1])
     if result:
