@@ -98,10 +98,16 @@ def machine_table():
         lines.append(f"| {plan.name} | `{plan.command}` | {size / dry_run.GB:.0f} GB in {phase} (estimated) | "
                      f"{low:,.0f} to {high:,.0f} (estimated) |")
     lines += ["", "Peaks are those of `--dry-run` for Qwen2.5-7B as teacher and student, with prompts of 1,024 tokens. "
-              "Hours are those of the whole recipe, 128,000 completions. They are arithmetic, not measured, and "
-              "assume:",
-              "", *(f"- {assumption}" for assumption in dry_run.HOURS_ASSUMPTIONS)]
+              "Hours are those of the whole recipe, 128,000 completions: arithmetic, and what it assumes is in "
+              "[rlt/README.md](rlt/README.md#what-the-hours-assume)."]
     return "\n".join([*lines, *measured_steps(), ""])
+
+
+def hours_text():
+    """What the hours of the table assume."""
+    lines = ["The hours in the README's table are arithmetic, not measured: `expected_hours` in `rlt/dry_run.py`. They "
+             "assume:", "", *(f"- {assumption}" for assumption in dry_run.HOURS_ASSUMPTIONS)]
+    return "\n".join([*lines, ""])
 
 
 def main():

@@ -28,6 +28,7 @@ TABLES = {  # what a page calls the block: the function that writes it
     "claims": study_tables.claims_table,
     "bench text": benchmarks.scoring_table,
     "machines": machines.machine_table,
+    "hours": machines.hours_text,
     "faults": benchmarks.faults_list,
     "models": benchmarks.models_table,
 }

@@ -169,7 +169,7 @@ def add_bits(group, flag, what, default=None):
 
 def add_student_bits(group):
     add_bits(group, "--student-bits", "weights of the student; the teacher's own base at the teacher's bits takes no "
-             "memory of its own", default=DEFAULTS["student bits"])
+             "memory of its own", default=4)
 
 
 def choose_bits(parser, args, device):

@@ -223,7 +223,8 @@ def test_a_rollout_by_vllm_is_as_large_as_its_limits(monkeypatch):
             limits = dict(cache_config=SimpleNamespace(kv_cache_size_tokens=10_000),
                           scheduler_config=SimpleNamespace(max_num_seqs=40))
             self.clock = 0.0
-            self.llm = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=SimpleNamespace(**limits), step=self.step))
+            engine = SimpleNamespace(vllm_config=SimpleNamespace(**limits), step=self.step)
+            self.llm = SimpleNamespace(llm_engine=engine)
 
         def load_adapter_folder(self, folder):
             made["adapter"] = sorted(path.name for path in Path(folder).iterdir())

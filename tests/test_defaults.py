@@ -61,9 +61,9 @@ def test_the_toys_values_are_what_they_were(settled, script):
 def test_another_models_values(settled, script):
     """By hand, for 100 rows without explanations."""
     args, printed, parser = settled(script, [{}] * 100)
-    expected = {"train_rlt.py": dict(lr=2e-5, max_new_tokens=1024, eval_rows=10, student_bits=16, steps=60),
+    expected = {"train_rlt.py": dict(lr=2e-5, max_new_tokens=1024, eval_rows=10, steps=60),
                 "rl_student.py": dict(lr=2e-5, max_new_tokens=1024, eval_rows=10, steps=60),
-                "distill.py": dict(max_new_tokens=1024, student_bits=16),
+                "distill.py": dict(max_new_tokens=1024),
                 "sft_student.py": dict(lr=1e-4, batch_size=16, val_rows=10, steps=17, warmup_steps=1)}[script]
     assert {name: getattr(args, name) for name in expected} == expected  # steps: 3 * 90 / 16, rounded up
     assert printed.startswith("chosen for this model: --") and printed.count("\n") == 1
@@ -95,7 +95,7 @@ def test_help_shows_both(capsys):
     with pytest.raises(SystemExit):
         parser_of.__wrapped__("train_rlt.py").parse_args(["--help"])
     shown = capsys.readouterr().out
-    assert "[0.002 on the toy, else 2e-05]" in shown and "[4 on the toy, else --teacher-bits]" in shown
+    assert "[0.002 on the toy, else 2e-05]" in shown
 
 
 def test_the_table_is_in_the_readme():
@@ -170,6 +170,7 @@ def own(tmp_path, tiny_model):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_from_ones_own_rows_to_an_evaluation_by_the_printed_commands(own, capsys):
     columns = ("--question-column", "Q", "--solution-column", "A", "--skip-bad-rows")
     call(own, "sft_student.py", "--format", "teacher", "--model", "my model", "--data", "pairs.csv", *columns,
@@ -184,7 +185,7 @@ def test_from_ones_own_rows_to_an_evaluation_by_the_printed_commands(own, capsys
     for folder in ("runs/eval/my model", "runs/warm-rlt-distilled-student"):
         assert json.loads((own / folder / "eval_gsm8k.json").read_text())["questions"] == 4
     config = json.loads((own / "runs/warm-rlt/config.json").read_text())["flags"]
-    assert config["lr"] == 2e-5 and config["student_bits"] == config["teacher_bits"]
+    assert config["lr"] == 2e-5
     assert len(read_jsonl(own / "runs/warm-rlt-distilled.jsonl")) > 2
 
     call(own, "rl_student.py", "--task", "gsm8k", "--model", "my model", "--data", "pairs.csv", *columns,
@@ -194,6 +195,7 @@ def test_from_ones_own_rows_to_an_evaluation_by_the_printed_commands(own, capsys
     assert (own / "runs/rl_student/eval_gsm8k.json").exists()
 
 
+@pytest.mark.slow
 def test_the_readmes_path(own, capsys):
     """Every command of "Your rows, your model", with small steps and another model, in its order."""
     with (own / "pairs.csv").open("w") as file:

@@ -522,6 +522,7 @@ def test_full_weights_are_saved_in_shards_and_restored_bit_for_bit(base, tmp_pat
         assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), model.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_the_toys_model_is_the_same_for_the_same_seed(tmp_path, toy):
     run_script(tmp_path, "data/toy.py", "--out", "again", "--steps", "3")
     again = models.load_model(str(tmp_path / "again"), bits=32, device=CPU)

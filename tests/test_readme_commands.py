@@ -112,7 +112,8 @@ def test_the_commands_are_found():
     assert [gb for _, gb, peak, *_ in COMMANDS if peak] == [24, 80, 80, 80, 80]
 
 
-@pytest.mark.parametrize(("line", "gb", "peak", "ranks", "script", "flags"), COMMANDS)
+@pytest.mark.parametrize(("line", "gb", "peak", "ranks", "script", "flags"), [
+    pytest.param(*command, marks=[pytest.mark.slow] if i else []) for i, command in enumerate(COMMANDS)])
 def test_a_command_of_the_readme_fits(folder, monkeypatch, line, gb, peak, ranks, script, flags):
     """With prompts of 1,024 tokens and explanations beyond the limit. The peak is the one that the README says."""
     load_rows, load_tokenizer = rows.load_rows, models.load_tokenizer

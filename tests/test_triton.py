@@ -97,6 +97,7 @@ for target in (80, 90, 100):
 """
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_gpus_that_are_not_here(tmp_path):
     """Default tile, V = 152,064: no spills, few registers, 16-byte loads, no exchange in loops."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
