@@ -6,8 +6,7 @@ Measure every phase of a training step on this machine, and what the paper's rec
     python bench/step.py --size tiny     the same code on a CPU: a minute
 
 Weights are random and made on the device: nothing is downloaded. Parts
-    rollout    decoding at a prefilled context: seconds of a step in which every row gets a token; by transformers, and
-               by vLLM where it is installed
+    rollout    decoding at a given context, by transformers and by vLLM: seconds of a step in which all rows get a token
     score      score_explanations, the student in 16 bits and in 4
     reference  completion_logprobs without gradient, under the reference adapter
     update     completion_logprobs and grpo_loss with gradient and backward, gradient checkpointing on
@@ -368,10 +367,9 @@ def recipe(log, size, rows):
     engines = sorted({row["engine"] for row in done if row["part"] == "rollout"}) or ["transformers"]
     students = sorted({row["student_bits"] for row in done if row["part"] == "score"})
     for engine, bits in itertools.product(engines, students):
-        measured = {"rollout": points("rollout", at="context", engine=engine),
-                    "score": points("score", student_bits=bits),
-                    "reference": points("reference"), "update": points("update")}
         asked = dict(part="recipe", engine=engine, student_bits=bits)
+        measured = {"rollout": points("rollout", at="context", engine=engine), "reference": points("reference"),
+                    "score": points("score", student_bits=bits), "update": points("update")}
         if not all(measured.values()):
             log(**asked, failed=f"not measured: {', '.join(part for part in measured if not measured[part])}")
             continue

@@ -6,7 +6,6 @@ import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 from rlt.errors import UserError
@@ -219,15 +218,14 @@ def test_a_rollout_by_vllm_is_as_large_as_its_limits(monkeypatch):
 
     class Engine:
         def __init__(self, folder, tokenizer, **options):
-            made.update(options, config=json.loads((Path(folder) / "config.json").read_text()), vocab=len(tokenizer))
+            made.update(options, folder=folder, vocab=len(tokenizer))
             limits = dict(cache_config=SimpleNamespace(kv_cache_size_tokens=10_000),
                           scheduler_config=SimpleNamespace(max_num_seqs=40))
-            self.clock = 0.0
-            engine = SimpleNamespace(vllm_config=SimpleNamespace(**limits), step=self.step)
-            self.llm = SimpleNamespace(llm_engine=engine)
+            vllm = SimpleNamespace(vllm_config=SimpleNamespace(**limits), step=self.step)
+            self.clock, self.llm = 0.0, SimpleNamespace(llm_engine=vllm)
 
         def load_adapter_folder(self, folder):
-            made["adapter"] = sorted(path.name for path in Path(folder).iterdir())
+            made["adapter"] = folder
 
         def step(self):
             self.clock += 9.0 if self.reads_prompts else 0.5
@@ -243,6 +241,7 @@ def test_a_rollout_by_vllm_is_as_large_as_its_limits(monkeypatch):
                     self.llm.llm_engine.step()
 
     monkeypatch.setattr(step, "VLLMEngine", Engine)
+    monkeypatch.setattr(step, "save_folders", lambda config, bits, folder: folder + "/adapter")
     size = step.size_of("tiny")
     rows = step.decode_by_vllm(size, [(64, 64), (1024, 20), (1024, 4)], matmul=1e9)
     assert asked == [(64, 40), (1024, 10_000 // (1024 + 128)), (1024, 4)]
@@ -250,8 +249,7 @@ def test_a_rollout_by_vllm_is_as_large_as_its_limits(monkeypatch):
     assert [row["tokens_per_s"] for row in rows] == [80, 16, 8]
     assert rows[0]["of_matmul"] == pytest.approx(80 * step.flops(size.config, [1], [1]) / 1e9)
     assert made["load_format"] == "dummy" and made["max_model_len"] == 1024 + 128 and made["vocab"] == size.vocab
-    assert made["config"]["architectures"] == ["Qwen2ForCausalLM"]
-    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(made["adapter"])
+    assert made["adapter"] == made["folder"] + "/adapter"
 
 
 @pytest.mark.parametrize(("printed", "entry"), [
