@@ -170,6 +170,7 @@ def own(tmp_path, tiny_model):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_from_ones_own_rows_to_an_evaluation_by_the_printed_commands(own, capsys):
     columns = ("--question-column", "Q", "--solution-column", "A", "--skip-bad-rows")
     call(own, "sft_student.py", "--format", "teacher", "--model", "my model", "--data", "pairs.csv", *columns,
