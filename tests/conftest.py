@@ -25,6 +25,15 @@ def mostly_slow(values, plain):
     return [value if value in plain else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """The tests of slow.txt, which were measured to take seconds of a core, are marked slow."""
+    slow = set((ROOT / "tests/slow.txt").read_text().splitlines())
+    for item in items:
+        if item.nodeid in slow:
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_xdist_auto_num_workers(config):
     """Up to four processes for the whole suite; files and tests that are named run in this one."""
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
