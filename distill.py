@@ -30,7 +30,7 @@ from rlt.memory import MicroBatched
 from rlt.prompts import THOUGHT, Prompts, show_rows
 from rlt.rollout import check_finite, make_engine
 from rlt.rows import between, leaks, load_rows
-from rlt.rows_file import RowsFile
+from rlt.rows_file import RowsFile, check_rows_file
 from rlt.runs import digest, read_jsonl, write_atomically
 
 import torch
@@ -81,6 +81,7 @@ if args.keep_wrong and not args.solver:
 device = models.pick_device(args.device)
 flags.choose_bits(parser, args, device)
 rank, world = init_distributed(device)
+check_rows_file(args)
 
 # rows and tokens
 rows = load_rows(args.score_file or models.data_source(args.data, "train"), **flags.row_options(args))

@@ -26,7 +26,7 @@ from rlt.logprobs import completion_logprobs
 from rlt.memory import MicroBatched
 from rlt.prompts import Prompts, show_rows
 from rlt.rows import load_rows, map_rows
-from rlt.runs import Run, StepTimer, batch_indices, digest, lr_fraction, seed_for
+from rlt.runs import Run, StepTimer, batch_indices, check_run_folder, digest, lr_fraction, seed_for
 from rlt.updates import Updates
 
 import torch
@@ -76,6 +76,7 @@ if train_all and args.bits != 32:
 device = models.pick_device(args.device)
 flags.choose_bits(parser, args, device)
 rank, world = init_distributed(device)
+check_run_folder(args)
 
 # rows and tokens
 rows = load_rows(models.data_source(args.data, "train"), **flags.row_options(args))

@@ -37,6 +37,7 @@ from rlt.runs import (
     advice_on_closing,
     batch_indices,
     check_logprob_diff,
+    check_run_folder,
     digest,
     lr_fraction,
     quantiles,
@@ -86,6 +87,7 @@ device = models.pick_device(args.device)
 flags.choose_bits(parser, args, device)
 rank, world = init_distributed(device)
 flags.check_prompts_per_rank(args, world)
+check_run_folder(args)
 
 # rows and tokens
 rows = load_rows(models.data_source(args.data, "train"), **flags.row_options(args))

@@ -4,6 +4,7 @@
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 from rlt.checkpoints import check_writable
@@ -23,6 +24,20 @@ from rlt.runs import (
 )
 
 
+def check_rows_file(args):
+    """Whether the file --out exists. Raises UserError where it can't be this command's: a script calls it before it
+    makes or reads anything."""
+    path = Path(args.out)
+    if os.path.isdir(path):
+        raise UserError(f"--out {path} is a folder, expected a file. Pass another --out.")
+    check_writable(path.parent)
+    if path.exists() and not (args.resume or only_looks(args)):
+        raise UserError(f"{path} already exists. Pass --resume to continue, or another --out.")
+    if path.exists() and args.resume:
+        config_of(Path(f"{path}.config.json"), path, Path(sys.argv[0]).name)
+    return path.exists()
+
+
 class RowsFile:
     """`first_batch` is where the loop starts. Nothing is written before `start`."""
 
@@ -30,12 +45,7 @@ class RowsFile:
         self.path, self.config_path = Path(args.out), Path(f"{args.out}.config.json")
         self.first_batch, self.written, self.dropped = 0, [], 0
         self.config, self.config_before = describe(args), {}
-        if os.path.isdir(self.path):
-            raise UserError(f"--out {self.path} is a folder, expected a file. Pass another --out.")
-        check_writable(self.path.parent)
-        self.existed = self.path.exists()
-        if self.existed and not (args.resume or only_looks(args)):
-            raise UserError(f"{self.path} already exists. Pass --resume to continue, or another --out.")
+        self.existed = check_rows_file(args)
         if self.existed and args.resume:
             self.config_before = config_of(self.config_path, self.path, self.config["command"])
             self._lock()

@@ -327,6 +327,26 @@ def resume_command():
     return f"{launcher} {shlex.join([sys.argv[0], *arguments])}"
 
 
+def check_run_folder(args):
+    """Whether the folder --out has files. Raises UserError where it can't be this run's: a script calls it before it
+    makes or reads anything."""
+    folder = Path(args.out)
+    check_installed(args)
+    if os.path.isfile(folder):
+        raise UserError(f"--out {folder} is a file, expected a folder. Pass another --out.")
+    check_writable(folder)
+    exists = has_files(folder)
+    if exists and not (args.resume or only_looks(args)):
+        raise UserError(f"{folder} already exists. Pass --resume to continue a run, or another --out.")
+    if exists and args.resume:
+        config_of(folder / "config.json", folder, Path(sys.argv[0]).name)
+    return exists
+
+
+def has_files(folder):
+    return folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
+
+
 class Run:
     """The folder of one run. `step` is where the loop starts, `checkpoint` the folder to load first, or None.
     lr_steps: over which the learning rate falls; a resumed run keeps those that it was started with.
@@ -341,20 +361,11 @@ class Run:
         self.step, self.checkpoint, self.config_before = 0, None, {}
         self.lr_steps = args.lr_steps or args.steps
         self.report = None
-        check_installed(args)
         self.weights_changed = False  # since this step began: it can't be abandoned any more
-        if os.path.isfile(self.folder):
-            raise UserError(f"--out {self.folder} is a file, expected a folder. Pass another --out.")
-        check_writable(self.folder)
-        self.existed = self._has_files()
-        if self.existed and not (args.resume or only_looks(args)):
-            raise UserError(f"{self.folder} already exists. Pass --resume to continue a run, or another --out.")
+        self.existed = check_run_folder(args)
         self.config = describe(args)
         if self.existed and args.resume:
             self._find_checkpoint(args)
-
-    def _has_files(self):
-        return self.folder.is_dir() and any(path.name != LOCK for path in self.folder.iterdir())
 
     def _find_checkpoint(self, args):
         self.config_before = config_of(self.folder / "config.json", self.folder, self.config["command"])
@@ -391,7 +402,7 @@ class Run:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock()
-        if self._has_files() and not self.existed:
+        if has_files(self.folder) and not self.existed:
             raise UserError(f"{self.folder} was made by another process since this one started. Pass another --out.")
         if vars(self.args).get("report"):  # first: it may refuse
             self.report = open_report(self.args.report, self.folder, self.config, self.step)
