@@ -94,7 +94,7 @@ def test_a_flag_that_is_given_stays_and_the_toys_value_is_noticed(settled):
 def test_help_shows_both(capsys):
     with pytest.raises(SystemExit):
         parser_of.__wrapped__("train_rlt.py").parse_args(["--help"])
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())  # lines are broken anywhere
     assert "[0.002 on the toy, else 2e-05]" in shown
 
 

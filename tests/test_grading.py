@@ -244,7 +244,7 @@ def test_grading_another_task_is_an_error():
     with pytest.raises(UserError, match="task 'mmlu': expected one of toy, gsm8k"):
         grade("mmlu", "A", row(answer="A"))
     with pytest.raises(UserError, match="rows.jsonl line 1 has no answer that --task aime24 can be graded by"):
-        grade("aime24", r"\boxed{1}", row(solution="1"))
+        grade("aime24", r"\boxed{1}", row(solution="in words"))
 
 
 @pytest.mark.parametrize("gold", ["", " ", r"\text{}"])
@@ -553,7 +553,7 @@ def test_grades_come_in_order_whatever_the_workers():
 
 def test_a_bad_row_is_an_error_in_a_process_too():
     with pytest.raises(UserError, match="rows.jsonl line 1 has no answer"):
-        grade_all("gsm8k", [r"\boxed{1}"] * 3, [row(answer="1"), row(solution="1"), row(answer="1")])
+        grade_all("gsm8k", [r"\boxed{1}"] * 3, [row(answer="1"), row(solution="in words"), row(answer="1")])
     with pytest.raises(UserError, match="rows.jsonl line 1: math-verify can't read its own answer"):
         grade_all("math500", [r"\boxed{1}"] * 2, [row(answer="1"), row(answer=r"\text{}")])
 

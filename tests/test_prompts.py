@@ -381,7 +381,7 @@ def test_rewards_of_texts_are_those_of_the_models_own_logits(solution_in):
 
 @pytest.mark.parametrize("row, message", [
     ({"question": "Q", "explanation": "E"}, 'row 1 has no "solution" (columns found: question, explanation)'),
-    ({"question": "Q", "solution": 4, "explanation": "E"}, 'row 1 has no "solution"'),
+    ({"question": "Q", "solution": 4, "explanation": "E"}, "row 1 has solution of type int, expected text"),
     ({"question": "Q", "solution": " \n", "explanation": "E"}, "row 1 has an empty solution"),
     ({"question": "", "solution": "4", "explanation": "E"}, "row 1 has an empty question"),
     ({"question": "Q", "solution": "4"}, 'row 1 has no "explanation"'),
