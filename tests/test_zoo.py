@@ -325,7 +325,8 @@ def words_and_rows(folder, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["Llama", "Qwen3-MoE", "Mamba-2", "Granite", "Gemma 3 text", "RWKV", "GPT-OSS",
-                                  "Falcon-H1", "Qwen3-Next", "Phi-3, longrope", "GPT-2"])
+                                  "Falcon-H1", "Qwen3-Next", "Phi-3, longrope", "GPT-2", "Mistral", "Qwen2", "Qwen3",
+                                  "Phi-3", "OLMo 2", "SmolLM3", "DeepSeek-V3", "Cohere 2", "GLM-4"])
 def test_every_script_takes_it(tmp_path, name):
     words_and_rows(tmp_path, name)
     rows, limits = ("--data", "rows.jsonl", "--device", "cpu"), ("--max-new-tokens", 8)
