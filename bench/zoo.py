@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """
 Small models of many architectures, made from their configs, each taken through what a training run does with it:
 

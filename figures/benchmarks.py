@@ -157,7 +157,7 @@ def measured_steps():
     """Paragraphs and tables of the steps that were measured on GPUs."""
     on_gpus = {machine: rows for machine, rows in step_rows().items() if not machine[0].startswith("CPU")}
     if not on_gpus:
-        return ["", "None of it has been measured on a GPU. `python bench/gpu.py` does that in nine minutes."]
+        return ["", "None of it has been measured on a GPU: `python bench/gpu.py` does that, where there is one."]
     return [line for (device, size), rows in on_gpus.items() for line in ["", *measured_lines(device, size, rows)]]
 
 

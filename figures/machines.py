@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rlt import dry_run
+from rlt.runs import write_atomically
 
 import torch
 from benchmarks import measured_steps
@@ -111,12 +112,13 @@ def hours_text():
 
 
 def main():
-    with LOG.open("w") as file:
-        for plan in PLANS:
-            row = {"name": plan.name, "command": plan.command, "peaks": peaks(plan), "made_by": "figures/machines.py",
-                   "date": str(datetime.date.today()), "torch": torch.__version__}
-            file.write(json.dumps(row) + "\n")
-            print(plan.name, row["peaks"])
+    lines = []
+    for plan in PLANS:
+        row = {"name": plan.name, "command": plan.command, "peaks": peaks(plan), "made_by": "figures/machines.py",
+               "date": str(datetime.date.today()), "torch": torch.__version__}
+        lines.append(json.dumps(row) + "\n")
+        print(plan.name, row["peaks"])
+    write_atomically(LOG, "".join(lines))
 
 
 if __name__ == "__main__":

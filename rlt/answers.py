@@ -30,7 +30,9 @@ MATH_TASKS = ("gsm8k", "math500", "aime24", "aime25")  # compared by math-verify
 
 # <think>, </thinking>, <|begin_of_thought|>, <|END_THINKING|>, <seed:think>, <inner_reasoning> ...
 THOUGHT_TAG = re.compile(
-    r"<\|?(/?[\w:-]{0,40}(?:think|thought|reason|reflect|rationale|analysis|scratchpad|monologue|deliberat|internal|cot(?![a-z]))[\w-]{0,40})"
+    r"<\|?(/?[\w:-]{0,40}"
+    r"(?:think|thought|reason|reflect|rationale|analysis|scratchpad|monologue|deliberat|internal|cot(?![a-z]))"
+    r"[\w-]{0,40})"
     r"(?:\s[^<>]{0,99})?\|?>",
     re.IGNORECASE)
 OTHER_TAGS = (  # of thoughts: opening, closing

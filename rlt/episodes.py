@@ -45,16 +45,14 @@ def completion_lengths(episodes):
 
 
 def pack(episodes, name):
-    """The episodes' tensors of this name end to end, (N,); numbers as a tensor (B,). None where they have none."""
+    """The tensors of this name, end to end (N,); numbers as a tensor (B,). None where the episodes have none."""
     values = [getattr(e, name) for e in episodes]
-    if not values or values[0] is None:
+    if values[0] is None:
         return None
     return torch.cat(values) if values[0].ndim else torch.stack(values)
 
 
 def unpack(episodes, name, packed):
-    """The inverse of pack, for a tensor of all tokens (N,) or None: it becomes the episodes' attribute."""
-    lengths = completion_lengths(episodes).tolist()
-    values = [None] * len(episodes) if packed is None else packed.split(lengths)
-    for e, value in zip(episodes, values, strict=True):
-        setattr(e, name, value)
+    """Give each episode its part of a tensor of all tokens (N,), as the attribute of this name."""
+    for e, part in zip(episodes, packed.split(completion_lengths(episodes).tolist()), strict=True):
+        setattr(e, name, part)

@@ -647,7 +647,7 @@ def test_other_files_on_a_full_disk(tmp_path, monkeypatch):
         assert contents(tmp_path) == {Path(path.name): b"before"}
         with pytest.raises(UserError, match=r"the disk is full: .*config.json could not be written"):
             new_run(tmp_path / "run").start()
-    new_run(tmp_path / "run").start()  # what it has left behind is no run
+    new_run(tmp_path / "run").start()  # the start that failed left no run behind
 
 
 @pytest.mark.parametrize("script", [*TRAINERS, "distill.py", "evaluate.py"])
