@@ -24,7 +24,7 @@ import math
 import os
 import sys
 import weakref
-from collections import namedtuple
+from collections import Counter, namedtuple
 from typing import NamedTuple
 
 import torch
@@ -41,6 +41,7 @@ TokenStats = namedtuple("TokenStats", "kl teacher_logprob student_logprob teache
 SegmentStats = namedtuple("SegmentStats", "mean min max argmin argmax")
 RLTReward = namedtuple("RLTReward", "reward score kl score_mean score_min kl_mean kl_max")
 FLOOR = -1e4  # for centred log-weights: its exponential is 0, and 0 * FLOOR is 0 where 0 * -inf is NaN
+CPU = torch.device("cpu")
 LOGITS_CHUNK = 1024  # tokens whose logits exist at a time
 KNOWN_OPTIONS = {"scaling", "dropout", "is_causal", "position_ids", "use_cache", "output_attentions"}  # of attention
 
@@ -438,7 +439,7 @@ def score_explanations(teacher, student, rows, *, lam=3.0, alpha=0.01, kl="exact
         lengths.cumsum(0) - lengths for lengths in (n.thought, n_completion, n.solution))
 
     width = torch.maximum(n.teacher_prompt + n_completion, n.student_prompt + n.thought + n.bridge + n.solution)
-    for b in micro_batches(width.tolist(), micro_batch_tokens):
+    for b in micro_batches(width.tolist(), micro_batch_tokens, [r.teacher_prompt for r in rows]):
         thought, end, solution = _score_micro_batch(
             teacher, student, head_t, head_s, [rows[i] for i in b], temperature, head_chunk, impl)
         at = ranges(device, thought_start[b], n.thought[b])
@@ -525,29 +526,76 @@ def hidden_states(model, sequences, *spans):
 
     sequences: B lists of ids. A span is a pair of starts (B,) and lengths (B,): one part of every sequence. All
     sequences are packed into one row and none attends to another; models that can't do that read them one by one.
+    What comes before the first span is the prompt: where several sequences have the same, it is read once.
     """
     packed = check_model(model)
     model = causal_lm(model)
-    states = _packed_states(model, sequences) if packed else _states_one_by_one(model, sequences)
+    lengths = torch.tensor([len(s) for s in sequences])
+    begins = lengths.cumsum(0) - lengths
+    at = [ranges(CPU, begins + start - 1, length) for start, length in spans]
+    if packed:
+        packing = pack_sequences(sequences, spans[0][0].tolist())
+        states, at = _packed_states(model, packing), [packing.places[i] for i in at]
+    else:
+        states = _states_one_by_one(model, sequences)
     states = states.to(model.get_output_embeddings().weight.dtype)
     if (scale := _CHECKED[model].logit_scale) != 1:  # a model that multiplies its logits by a number
         states = states * scale
-    ends = torch.tensor([len(s) for s in sequences]).cumsum(0)
-    begins = ends - torch.tensor([len(s) for s in sequences])
-    return [states.index_select(0, ranges(states.device, begins + start - 1, length)) for start, length in spans]
+    return [states.index_select(0, to_device(states.device, i)) for i in at]
 
 
-def _packed_states(model, sequences):
-    """One forward pass of all sequences in one row -> (N, H)."""
-    lengths = [len(s) for s in sequences]
-    bounds = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
-    positions = ranges(model.device, torch.zeros(len(lengths), dtype=torch.long), torch.tensor(lengths))
+class Packing(NamedTuple):
+    """B sequences as one row of T tokens. Its segments are whole sequences, prompts that several sequences share, and
+    what follows those. A token sees its segment up to itself, and before that the prompt where the segment has one."""
+
+    ids: list[int]  # (T,)
+    positions: Tensor  # (T,) of each token in its sequence
+    places: Tensor  # (N,) where the tokens of the sequences, end to end, are in the row
+    lengths: list[int]  # of the segments
+    key_lengths: list[int]  # of what their last tokens see
+    keys: Tensor | None  # (sum of key_lengths,) where that is in the row; None: no prompt is shared, the row itself
+
+
+def pack_sequences(sequences, prompt_lengths):
+    """B lists of ids, of which the first prompt_lengths are prompts -> Packing. Equal prompts are there once."""
+    prompts = [tuple(s[:n]) for s, n in zip(sequences, prompt_lengths, strict=True)]
+    uses = Counter(prompts)
+    ids, positions, places, lengths, key_lengths, keys = [], [], [], [], [], []
+
+    def add_segment(tokens, prompt_places):
+        """-> the places of its tokens in the row"""
+        own = range(len(ids), len(ids) + len(tokens))
+        if tokens:
+            ids.extend(tokens)
+            positions.extend(range(len(prompt_places), len(prompt_places) + len(tokens)))
+            lengths.append(len(tokens))
+            key_lengths.append(len(prompt_places) + len(tokens))
+            keys.extend([*prompt_places, *own])
+        return own
+
+    shared = {}  # prompt: its places
+    for sequence, prompt in zip(sequences, prompts, strict=True):
+        if uses[prompt] == 1 or not prompt:
+            places += add_segment(sequence, ())
+            continue
+        if prompt not in shared:
+            shared[prompt] = add_segment(prompt, ())
+        places += [*shared[prompt], *add_segment(sequence[len(prompt) :], shared[prompt])]
+    return Packing(ids, torch.tensor(positions), torch.tensor(places), lengths, key_lengths,
+                   torch.tensor(keys) if shared else None)
+
+
+def _packed_states(model, packing):
+    """One forward pass of the packed row -> (T, H)."""
+    bounds, key_bounds = (to_device(model.device, F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int())
+                          for lengths in (packing.lengths, packing.key_lengths))
+    keys = packing.keys if packing.keys is None else to_device(model.device, packing.keys)
     # The empty mask keeps transformers from making one of T x T. A model that loses `packed` on the way to its
     # attention can't run with it.
     return decoder(model)(
-        input_ids=to_device(model.device, [[i for s in sequences for i in s]]), position_ids=positions[None],
+        input_ids=to_device(model.device, [packing.ids]), position_ids=to_device(model.device, packing.positions)[None],
         attention_mask=torch.empty(1, 1, 0, 0), use_cache=False,
-        packed=(lengths, to_device(model.device, bounds))).last_hidden_state[0]
+        packed=(packing.lengths, bounds, packing.key_lengths, key_bounds, keys)).last_hidden_state[0]
 
 
 def _states_one_by_one(model, sequences):
@@ -603,10 +651,17 @@ def flat_ids(lists, head):
     return to_device(weight.device, ids)
 
 
-def micro_batches(lengths, tokens):
-    """Lists of row numbers, longest rows first; a list of more than one row has at most `tokens` tokens."""
-    batch, left = [], tokens
+def micro_batches(lengths, tokens, prompts=None):
+    """Lists of row numbers, longest rows first; a list of more than one row has at most `tokens` tokens.
+
+    prompts: what the rows begin with, ids. Rows with the same prompt follow each other, so that it is read once.
+    """
+    groups = range(len(lengths)) if prompts is None else [tuple(prompt) for prompt in prompts]
+    place = {}  # group: its longest row, and the first one of that length
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place.setdefault(groups[i], (-lengths[i], i))
+    batch, left = [], tokens
+    for i in sorted(range(len(lengths)), key=lambda i: (place[groups[i]], -lengths[i])):
         if batch and lengths[i] > left:
             yield batch
             batch, left = [], tokens
@@ -769,7 +824,7 @@ def _packs(model, around, sequence, alone):
     n = len(around), len(around) + len(sequence)
 
     def states(around):
-        return _packed_states(model, [around, sequence, around])[n[0] : n[1]]
+        return _packed_states(model, pack_sequences([around, sequence, around], [0, 0, 0]))[n[0] : n[1]]
 
     def poison(module, inputs, output):
         output = output.clone()
@@ -822,10 +877,11 @@ def enable_packed_attention(model):
 
 
 def _packed_attention(module, query, key, value, attention_mask, packed=None, **options):
-    """Causal attention of sequences packed into one row, each on its own; no T x T mask.
+    """Causal attention of the segments of a `Packing`, each on its own or after its prompt; no T x T mask.
 
     query (1, heads, T, D), key and value of fewer heads, or as many -> (1, T, heads, D), None
-    packed: lengths (B,) on the host, and their running sums from 0 on (B + 1,), int32. None: this is sdpa.
+    packed: lengths and key_lengths (S,) on the host, each with its running sums from 0 on (S + 1,), int32, and keys.
+      None: this is sdpa.
     """
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
@@ -834,21 +890,28 @@ def _packed_attention(module, query, key, value, attention_mask, packed=None, **
     unknown = [name for name, value in options.items() if name not in KNOWN_OPTIONS and value is not None]
     if unknown or options.get("is_causal") is False or (attention_mask is not None and attention_mask.numel()):
         raise UnsupportedModel(f"attention that is not plainly causal can't be packed ({', '.join(unknown)})")
-    (lengths, bounds), scale, dropout = packed, options["scaling"], options.get("dropout", 0.0)
-    size = query.shape[3]
+    (lengths, bounds, key_lengths, key_bounds, keys), scale = packed, options["scaling"]
+    dropout, size = options.get("dropout", 0.0), query.shape[3]
+    if keys is not None:
+        key, value = key.index_select(2, keys), value.index_select(2, keys)
     flash = query.is_cuda and query.itemsize == 2 and torch.cuda.get_device_capability(query.device) >= (8, 0)
     if flash and size == value.shape[3] <= 256 and size % 8 == 0 and not dropout:
         from torch.nn.attention.varlen import varlen_attn
 
         gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-        out = varlen_attn(*(x[0].transpose(0, 1) for x in (query, key, value)), bounds, bounds, max(lengths),
-                          max(lengths), scale=scale, window_size=(-1, 0), **gqa)  # (-1, 0): causal
+        out = varlen_attn(*(x[0].transpose(0, 1) for x in (query, key, value)), bounds, key_bounds, max(lengths),
+                          max(key_lengths), scale=scale, window_size=(-1, 0), **gqa)  # (-1, 0): causal, ends aligned
         return out[None], None
     if query.is_cuda:  # with enable_gqa SDPA would take the kernel that holds all T x T scores
         key, value = (repeat_kv(x, query.shape[1] // x.shape[1]) for x in (key, value))
-    parts = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)
-    out = [F.scaled_dot_product_attention(*part, is_causal=True, scale=scale, dropout_p=dropout,
-                                          enable_gqa=not query.is_cuda) for part in parts]
+    out = []
+    for q, k, v in zip(query.split(lengths, 2), key.split(key_lengths, 2), value.split(key_lengths, 2), strict=True):
+        T, S = q.shape[2], k.shape[2]
+        causal = {"is_causal": True}
+        if T < S:  # after a shared prompt, all of which is seen
+            causal = {"attn_mask": torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)}
+        out.append(F.scaled_dot_product_attention(q, k, v, **causal, scale=scale, dropout_p=dropout,
+                                                  enable_gqa=not query.is_cuda))
     return torch.cat(out, 2).transpose(1, 2), None
 
 

@@ -216,7 +216,7 @@ def take_a_step(folder):
     stir(policy)
 
     # sampling: the log-probs of what was drawn are the trainer's
-    prompts = [list(b"What is 12 + 30?"), list(b"Why?"), list(b"Name a prime below 9.")]
+    prompts = [list(b"What is 12 + 30?"), list(b"Why?"), list(b"Name a prime below 9."), list(b"Why?")]
     completions = rollout.generate(policy, words, prompts, max_new_tokens=12, temperature=1.0, seed=1)
     ids = [c.ids for c in completions]
     ours, _ = completion_logprobs(policy, prompts, ids, vocab=len(words))

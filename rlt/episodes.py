@@ -32,7 +32,7 @@ class Episode:
 def split_into_micro_batches(episodes, tokens):
     """Lists of episodes of at most `tokens` tokens, or of one. Hinted ones are apart: their loss is another."""
     batches = []
-    for indices in micro_batches([e.width for e in episodes], tokens):
+    for indices in micro_batches([e.width for e in episodes], tokens, [e.prompt for e in episodes]):
         batch = [episodes[i] for i in indices]
         plain, hinted = [e for e in batch if not e.hinted_prompt], [e for e in batch if e.hinted_prompt]
         batches += [part for part in (plain, hinted) if part]

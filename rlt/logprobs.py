@@ -67,7 +67,7 @@ def batched_logprobs(model, prompts, completions, *, micro_batch_tokens, **optio
     lengths = [len(ids) for ids in completions]
     widths = [len(prompt) + length for prompt, length in zip(prompts, lengths, strict=True)]
     parts = {}
-    for indices in micro_batches(widths, micro_batch_tokens):
+    for indices in micro_batches(widths, micro_batch_tokens, prompts):
         packed = completion_logprobs(model, [prompts[i] for i in indices], [completions[i] for i in indices], **options)
         split = [values.split([lengths[i] for i in indices]) for values in packed]
         parts |= dict(zip(indices, zip(*split, strict=True), strict=True))

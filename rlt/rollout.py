@@ -20,7 +20,7 @@ from rlt.runs import seed_for
 
 import torch
 
-from rewards import causal_lm
+from rewards import causal_lm, decoder
 
 NOT_FINITE = "computes log-probs that are NaN or infinite: its weights are broken, or loaded in too few bits."
 _CAN_BATCH = weakref.WeakKeyDictionary()  # model: whether `can_batch`
@@ -108,10 +108,11 @@ def generate(model, tokenizer, prompts, *, max_new_tokens, temperature, seed):
     device = next(model.parameters()).device
     training = model.training
     model.eval()  # gradient checkpointing would switch the cache off
+    cache = _read_prompts_once(model, prompts, tokenizer.pad_token_id)
     torch.manual_seed(seed)
     try:
         sequences = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config,
+            input_ids=ids.to(device), attention_mask=mask.to(device), past_key_values=cache, generation_config=config,
             logits_processor=LogitsProcessorList([sampler]))
     except RuntimeError as error:
         if "probability tensor contains" not in str(error):
@@ -121,6 +122,25 @@ def generate(model, tokenizer, prompts, *, max_new_tokens, temperature, seed):
     sampled = sequences[:, ids.shape[1] :].tolist()
     logprobs = sampler.logprobs(sequences).tolist()
     return [_cut_at_end(*pair, ends) for pair in zip(sampled, logprobs, strict=True)]
+
+
+def _read_prompts_once(model, prompts, pad_id):
+    """The cache of all prompts but their last tokens, for which equal ones are read once. None where no two are equal,
+    or where the model keeps more than keys and values of all tokens."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    lm = causal_lm(model)
+    cache = DynamicCache(config=lm.config)
+    plain = not lm._is_stateful and {type(layer) for layer in cache.layers} == {DynamicLayer}
+    if len(numbers) == len(prompts) or not plain or min(map(len, numbers)) < 2:
+        return None
+    ids, mask = (x[:, :-1].to(lm.device) for x in _left_padded([*numbers], pad_id))
+    decoder(lm)(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                past_key_values=cache, use_cache=True)
+    cache.batch_select_indices(torch.tensor([numbers[tuple(prompt)] for prompt in prompts], device=lm.device))
+    return cache
 
 
 def _generation_config(max_new_tokens, temperature, ends, pad_id):

@@ -37,8 +37,9 @@ def tiny(seed=0, kv_heads=2, dtype=torch.float32, **changes):
 
 
 def sequences(seed=0, lengths=LENGTHS):
+    """Each with a first token of its own: as prompts of one token none is shared."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(V, (n,), generator=generator).tolist() for n in lengths]
+    return [[i, *torch.randint(V, (n - 1,), generator=generator).tolist()] for i, n in enumerate(lengths)]
 
 
 def whole(model, rows):
@@ -86,10 +87,61 @@ def test_no_sequence_sees_another():
         others = rows[:changed] + [sequences(seed=9)[changed]] + rows[changed + 1 :]
         after = whole(model, others).split([n - 1 for n in LENGTHS])
         for i, (x, y) in enumerate(zip(before, after, strict=True)):
-            assert torch.equal(x, y) == (i != changed or LENGTHS[i] == 1), f"{changed} is seen by {i}"
+            assert torch.equal(x, y) == (i != changed or LENGTHS[i] <= 2), f"{changed} is seen by {i}"
     back = whole(model, rows[::-1]).split([n - 1 for n in LENGTHS[::-1]])
     for x, y in zip(before, back[::-1], strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+def with_shared_prompts():
+    """Three prompts of 12, 1 and 7 tokens, of four, one and three sequences, in mixed order."""
+    prompts, ends = sequences(3, (12, 1, 7)), sequences(4, (3, 11, 5, 1, 6, 2, 8, 1))
+    uses = [0, 2, 0, 1, 2, 0, 2, 0]
+    rows = [prompts[use] + end for use, end in zip(uses, ends, strict=True)]
+    return rows, torch.tensor([len(prompts[use]) for use in uses]), torch.tensor([*map(len, ends)])
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_a_shared_prompt_is_read_once_and_changes_nothing(kv_heads):
+    model, (rows, starts, lengths) = tiny(kv_heads=kv_heads, dtype=torch.float64), with_shared_prompts()
+    by_one = [alone(model, [row])[start - 1 :] for row, start in zip(rows, starts, strict=True)]
+    wanted = torch.cat(by_one)
+    wanted_gradients = gradients(model, wanted)
+    seen = []
+    check_model(model)
+    model.model.register_forward_pre_hook(lambda *call: seen.append(call[2]["input_ids"].shape), with_kwargs=True)
+    got, = rewards.hidden_states(model, rows, (starts, lengths))
+    assert seen == [(1, 12 + 1 + 7 + int(lengths.sum()))]
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    found = gradients(model, got)
+    assert found.keys() == wanted_gradients.keys()
+    for name in found:  # Qwen2's norms round to float32, also the sum of a shared prompt's gradients
+        assert (found[name] - wanted_gradients[name]).norm() <= 1e-6 * wanted_gradients[name].norm(), name
+
+
+def test_behind_a_shared_prompt_no_sequence_sees_another():
+    """To the bit. The prompt, too, does not change with what comes after it."""
+    model, (rows, starts, _) = tiny(), with_shared_prompts()
+
+    def states(rows):
+        packing = rewards.pack_sequences(rows, starts.tolist())
+        row = rewards._packed_states(model, packing)
+        return row[packing.places].split([len(r) for r in rows])
+
+    check_model(model)
+    before = states(rows)
+    for changed in range(len(rows)):
+        others = [row[:-1] + [(row[-1] + 1) % V] if i == changed else row for i, row in enumerate(rows)]
+        for i, (x, y) in enumerate(zip(before, states(others), strict=True)):
+            assert torch.equal(x[:-1], y[:-1]), f"{i} changed with {changed}"
+            assert torch.equal(x[-1], y[-1]) == (i != changed)
+
+
+def test_sequences_that_are_nothing_but_the_shared_prompt():
+    packing = rewards.pack_sequences([[5, 6], [5, 6, 7], [5, 6]], [2, 2, 2])
+    assert packing.ids == [5, 6, 7] and packing.lengths == [2, 1] and packing.key_lengths == [2, 3]
+    assert packing.places.tolist() == [0, 1, 0, 1, 2, 0, 1] and packing.keys.tolist() == [0, 1, 0, 1, 2]
+    assert packing.positions.tolist() == [0, 1, 2]
 
 
 def test_nothing_is_as_large_as_all_tokens_squared():
@@ -243,6 +295,12 @@ def test_a_budget_counts_tokens():
     assert list(micro_batches([9, 1, 1], 9)) == [[0], [1, 2]] and list(micro_batches([], 9)) == []
 
 
+def test_rows_of_one_prompt_follow_each_other():
+    prompts = [[1], [2], [1], [2], [1], [3]]
+    assert list(micro_batches([5, 9, 7, 3, 6, 8], 20, prompts)) == [[1, 3, 5], [2, 4, 0]]
+    assert list(micro_batches([4, 4, 4, 4], 8, [[1], [2], [1], [2]])) == [[0, 2], [1, 3]]
+
+
 def test_scoring_passes_hold_no_more_tokens_than_asked_for():
     teacher, student, seen = tiny(0), tiny(1), []
     rows = [Row(*parts) for parts in zip(*(sequences(seed, (3, 7, 1, 12, 2)) for seed in range(6)), strict=True)]
@@ -283,7 +341,8 @@ def test_on_a_gpu_the_kernel_is_asked_for_the_same(monkeypatch):
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 58, heads, 16).bfloat16().transpose(1, 2) for heads in (8, 2, 2))
     lengths = [9, 1, 30, 18]
-    packed = lengths, torch.tensor([0, 9, 10, 40, 58], dtype=torch.int32)
+    bounds = torch.tensor([0, 9, 10, 40, 58], dtype=torch.int32)
+    packed = lengths, bounds, lengths, bounds, None
     here, there = (rewards._packed_attention(None, q, key, value, None, packed=packed, scaling=0.2)[0].float()
                    for q in (query, query.as_subclass(OnGPU)))
     assert here.shape == there.shape == (1, 58, 8, 16) and calls == ["kernel"]
