@@ -19,11 +19,12 @@ import math
 import shlex
 import sys
 
-from rlt import flags, models
+from rlt import flags, models, saving
 from rlt.console import print_next, progress_bar
 from rlt.defaults import settle
 from rlt.distributed import all_gather_object, init_distributed
 from rlt.dry_run import ModelFootprint, dry_run
+from rlt.files import read_jsonl, write_atomically
 from rlt.grading import GOLD, TASKS, gradable, grade_all
 from rlt.inspection import ROWS, token_numbers
 from rlt.memory import MicroBatched
@@ -31,7 +32,7 @@ from rlt.prompts import THOUGHT, Prompts, show_rows
 from rlt.rollout import check_finite, make_engine
 from rlt.rows import between, leaks, load_rows
 from rlt.rows_file import RowsFile, check_rows_file
-from rlt.runs import digest, read_jsonl, write_atomically
+from rlt.runs import digest
 
 import torch
 
@@ -128,8 +129,8 @@ if not args.score_file:
 if args.solver:  # scoring models are looked at when they are loaded
     check_finite(args.model, engine.generate([prompts.question_prompt(rows[0])], max_new_tokens=1, temperature=0.0,
                                              key=("check",)))
-output.start(base_hash=models.fingerprint(teacher), adapter_hash=models.adapter_hash(teacher),
-             student_hash=student and models.fingerprint(student),
+output.start(base_hash=saving.fingerprint(teacher), adapter_hash=saving.adapter_hash(teacher),
+             student_hash=student and saving.fingerprint(student),
              rows_hash=digest(rows, *(GOLD[args.task] if args.solver else ())))
 
 

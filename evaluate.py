@@ -37,6 +37,7 @@ from rlt.evaluations import (
     result_path,
     write_evaluation,
 )
+from rlt.files import write_atomically
 from rlt.grading import (
     GOLD,
     GRADERS,
@@ -54,7 +55,7 @@ from rlt.grading import (
     same_text,
 )
 from rlt.rows import load_rows, map_rows
-from rlt.runs import describe, write_atomically
+from rlt.runs import describe
 
 __all__ = ["grade", "pass_at_k"]  # for `from evaluate import grade`, which needs no torch: main() imports it
 LONG = 30_720  # tokens: Qwen2.5's context of 32,768, less 2,048 for the question

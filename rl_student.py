@@ -17,7 +17,7 @@ ratio is the new policy's, which doesn't see it, over the old one's, which did; 
 
 import sys
 
-from rlt import flags, models
+from rlt import flags, models, saving
 from rlt.console import progress_bar
 from rlt.defaults import settle
 from rlt.distributed import all_reduce_mean, all_reduce_sum, init_distributed
@@ -32,17 +32,8 @@ from rlt.memory import MicroBatched
 from rlt.prompts import Prompts, show_rows
 from rlt.rollout import make_engine
 from rlt.rows import load_rows
-from rlt.runs import (
-    Run,
-    StepTimer,
-    batch_indices,
-    check_logprob_diff,
-    check_run_folder,
-    digest,
-    lr_fraction,
-    quantiles,
-    split_held_out,
-)
+from rlt.runs import Run, check_run_folder, digest
+from rlt.steps import StepTimer, batch_indices, check_logprob_diff, lr_fraction, quantiles, split_held_out
 from rlt.updates import Updates
 
 import torch
@@ -120,11 +111,11 @@ optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
 updates = Updates(run, optimizer, parameters, tokenizer, STATS)
 micro_batched = MicroBatched(args.micro_batch_tokens)
 if run.checkpoint:
-    models.restore(policy, run.checkpoint)
-    models.restore_optimizer(optimizer, run.checkpoint)
+    saving.restore(policy, run.checkpoint)
+    saving.restore_optimizer(optimizer, run.checkpoint)
 engine = make_engine(args.engine, policy, tokenizer, base=models.base_of(args.model), bits=args.bits, device=device,
                      max_tokens=longest + args.max_new_tokens, batch=args.rollout_batch)
-run.start(base_hash=models.fingerprint(policy), rows_hash=digest(rows, *GOLD[args.task]), device=str(device),
+run.start(base_hash=saving.fingerprint(policy), rows_hash=digest(rows, *GOLD[args.task]), device=str(device),
           rows=len(rows))
 print(f"{run.folder}: {sum(p.numel() for p in parameters):,} trained parameters, {len(rows)} rows, {device}, "
       f"log-probs by {implementation('auto', device.type)}", flush=True)
@@ -133,7 +124,7 @@ distribution = dict(temperature=args.temperature, vocab=vocab)  # what is sample
 
 
 def save(folder):
-    models.save_model(policy, tokenizer, folder, adapters=list(policy.peft_config))
+    saving.save_model(policy, tokenizer, folder, adapters=list(policy.peft_config))
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
 
 
@@ -300,6 +291,6 @@ for step in run.steps(progress, save):
             "hinted": hinted_prompts[i] is not None, "reward": rewards[i].item(),
         } for i in sorted({0, int(rewards.argmax())})])
 
-final = run.finish(lambda folder: models.save_model(policy, tokenizer, folder))
+final = run.finish(lambda folder: saving.save_model(policy, tokenizer, folder))
 print(f"The student is in {final}.")
 print_evaluation_command(parser, args, args.task)

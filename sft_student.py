@@ -15,7 +15,7 @@ with the end of the turn exactly once.
 import sys
 from typing import NamedTuple
 
-from rlt import flags, models
+from rlt import flags, models, saving
 from rlt.console import print_next, progress_bar
 from rlt.defaults import DEFAULTS, settle
 from rlt.distributed import all_reduce_sum, init_distributed
@@ -26,7 +26,8 @@ from rlt.logprobs import completion_logprobs
 from rlt.memory import MicroBatched
 from rlt.prompts import Prompts, show_rows
 from rlt.rows import load_rows, map_rows
-from rlt.runs import Run, StepTimer, batch_indices, check_run_folder, digest, lr_fraction, seed_for
+from rlt.runs import Run, check_run_folder, digest
+from rlt.steps import StepTimer, batch_indices, lr_fraction, seed_for
 from rlt.updates import Updates
 
 import torch
@@ -138,17 +139,17 @@ else:
     parameters = models.adapter_parameters(model)
 optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
 updates, micro_batched = Updates(run, optimizer, parameters, tokenizer), MicroBatched(args.micro_batch_tokens)
-base_hash = models.fingerprint(model)
+base_hash = saving.fingerprint(model)
 if run.checkpoint:
-    models.restore(model, run.checkpoint)
-    models.restore_optimizer(optimizer, run.checkpoint)
+    saving.restore(model, run.checkpoint)
+    saving.restore_optimizer(optimizer, run.checkpoint)
 run.start(base_hash=base_hash, rows_hash=digest(rows), device=str(device), rows=len(examples), cut=cut)
 print(f"{run.folder}: {sum(p.numel() for p in parameters):,} trained parameters, {len(examples)} rows, {device}",
       flush=True)
 
 
 def save(folder):
-    models.save_model(model, tokenizer, folder)
+    saving.save_model(model, tokenizer, folder)
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
 
 
@@ -198,7 +199,7 @@ for step in run.steps(progress, save):
             progress if val_loss is not None else None)
     progress.set_postfix_str(f"loss {loss:.4g}")
 
-final = run.finish(lambda folder: models.save_model(model, tokenizer, folder))
+final = run.finish(lambda folder: saving.save_model(model, tokenizer, folder))
 print(f"The {args.format} is in {final}.")
 if args.format == "teacher":
     carried = ("data", "question_column", "solution_column", "skip_bad_rows", "solution_in", "device")

@@ -16,7 +16,7 @@ explanation, and says how likely the solution now is:
 
 import sys
 
-from rlt import flags, models
+from rlt import flags, models, saving
 from rlt.console import print_next, progress_bar
 from rlt.defaults import settle
 from rlt.distributed import all_reduce_mean, all_reduce_sum, init_distributed
@@ -31,14 +31,12 @@ from rlt.memory import MicroBatched
 from rlt.prompts import Prompts, show_rows
 from rlt.rollout import make_engine
 from rlt.rows import leaks, load_rows
-from rlt.runs import (
-    Run,
+from rlt.runs import Run, check_run_folder, digest
+from rlt.steps import (
     StepTimer,
     advice_on_closing,
     batch_indices,
     check_logprob_diff,
-    check_run_folder,
-    digest,
     lr_fraction,
     quantiles,
     reward_is_dropping,
@@ -119,7 +117,7 @@ if shared:
     student = models.without_adapter(policy)
 else:
     student = models.load_model(student_name, bits=args.student_bits, device=device, scores=True)
-student_hash = models.fingerprint(student)
+student_hash = saving.fingerprint(student)
 if args.offload_student:
     student.to("cpu")
 parameters = models.adapter_parameters(policy)
@@ -127,11 +125,11 @@ optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
 updates = Updates(run, optimizer, parameters, tokenizer, STATS)
 micro_batched = MicroBatched(args.micro_batch_tokens)
 if run.checkpoint:
-    models.restore(policy, run.checkpoint)
-    models.restore_optimizer(optimizer, run.checkpoint)
+    saving.restore(policy, run.checkpoint)
+    saving.restore_optimizer(optimizer, run.checkpoint)
 engine = make_engine(args.engine, policy, tokenizer, base=models.base_of(args.model), bits=args.teacher_bits,
                      device=device, max_tokens=longest + args.max_new_tokens, batch=args.rollout_batch)
-run.start(base_hash=models.fingerprint(policy), student_hash=student_hash, student=student_name,
+run.start(base_hash=saving.fingerprint(policy), student_hash=student_hash, student=student_name,
           rows_hash=digest(rows), device=str(device), rows=len(rows))
 print(f"{run.folder}: {sum(p.numel() for p in parameters):,} trained parameters, {len(rows)} rows, {device}, "
       f"log-probs by {implementation('auto', device.type)}", flush=True)
@@ -140,7 +138,7 @@ distribution = dict(temperature=args.temperature, vocab=vocab)  # what is sample
 
 
 def save(folder):
-    models.save_model(policy, tokenizer, folder, adapters=list(policy.peft_config))
+    saving.save_model(policy, tokenizer, folder, adapters=list(policy.peft_config))
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
 
 
@@ -300,7 +298,7 @@ for step in run.steps(progress, save):
             "tokens": token_numbers(prompts, scoring_rows[i], scored, i),
         } for i in sorted({0, int(first_group.argmin()), int(first_group.argmax())})])
 
-final = run.finish(lambda folder: models.save_model(policy, tokenizer, folder))
+final = run.finish(lambda folder: saving.save_model(policy, tokenizer, folder))
 print(f"The teacher is in {final}.")
 following = flags.carry(parser, args, "student", "teacher_bits", "student_bits", "data", "question_column",
                         "solution_column", "skip_bad_rows", "solution_in", "temperature", "max_new_tokens", "alpha",

@@ -37,6 +37,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 from rlt import checkpoints, runs  # noqa: E402
 from rlt.errors import UserError  # noqa: E402
+from rlt.files import read_jsonl  # noqa: E402
 
 from fuzz import fuzz  # noqa: E402
 from measure import Log, machine  # noqa: E402
@@ -73,11 +74,11 @@ def result_of(out):
     if out.suffix == ".jsonl":
         return {"rows": out.read_bytes()}
     if not (out / "metrics.jsonl").exists():
-        return {str(path.relative_to(out)): runs.read_jsonl(path) for path in sorted(out.glob("*/*.jsonl"))} | {
+        return {str(path.relative_to(out)): read_jsonl(path) for path in sorted(out.glob("*/*.jsonl"))} | {
             str(path.relative_to(out)): {key: value for key, value in json.loads(path.read_text()).items()
                                          if key not in ("flags", "command")} for path in sorted(out.glob("*/*.json"))}
     entries = [{key: value for key, value in entry.items() if not key.startswith("t_") and key != "tokens_per_s"}
-               for entry in runs.read_jsonl(out / "metrics.jsonl")]
+               for entry in read_jsonl(out / "metrics.jsonl")]
     return {"metrics": entries} | {path.name: path.read_bytes() for path in (out / "final").glob("*.safetensors")}
 
 
@@ -204,11 +205,11 @@ def soak(folder, steps, draw):
     while process.poll() is None:
         with contextlib.suppress(OSError, ValueError):  # it has ended
             pages = int((proc / "statm").read_text().split()[1])
-            done = len(runs.read_jsonl(out / "metrics.jsonl"))
+            done = len(read_jsonl(out / "metrics.jsonl"))
             samples.append((done, pages * os.sysconf("SC_PAGE_SIZE") / 1e6, len(list((proc / "fd").iterdir()))))
         time.sleep(1)
     seconds = [entry["t_rollout"] + entry["t_score"] + entry["t_update"]
-               for entry in runs.read_jsonl(out / "metrics.jsonl")]
+               for entry in read_jsonl(out / "metrics.jsonl")]
     quarters = {}
     for name, low, high in (("second", steps // 4, steps // 2), ("last", 3 * steps // 4, steps)):
         part = [sample for sample in samples if low <= sample[0] < high] or samples[-1:]

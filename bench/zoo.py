@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from rlt import models, rollout  # noqa: E402
+from rlt import models, rollout, saving  # noqa: E402
 from rlt.errors import UserError  # noqa: E402
 from rlt.logprobs import completion_logprobs  # noqa: E402
 from rlt.lora import update_mode  # noqa: E402
@@ -250,9 +250,9 @@ def take_a_step(folder):
         for p, gradient in zip(models.adapter_parameters(policy), gradients[0], strict=True):
             p -= 0.1 * gradient
         after = completion_logprobs(policy, prompts, ids, vocab=len(words))[0]
-        models.save_model(policy, words, f"{folder}/saved", adapters=list(policy.peft_config))
+        saving.save_model(policy, words, f"{folder}/saved", adapters=list(policy.peft_config))
         again = models.load_lora(folder, seed=7, **options)
-        models.restore(again, f"{folder}/saved")
+        saving.restore(again, f"{folder}/saved")
         loaded = models.load_model(f"{folder}/saved", bits=32, device=CPU, scores=True)
         for model in (again, loaded):
             assert torch.equal(completion_logprobs(model, prompts, ids, vocab=len(words))[0], after), "saved"

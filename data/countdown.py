@@ -12,7 +12,7 @@ import random
 from fractions import Fraction
 from itertools import product
 
-from rlt.runs import seed_for
+from rlt.steps import seed_for
 
 NUMBERS, TARGETS = (1, 99), (1, 100)  # drawn from these, both ends included
 LEVELS = (3, 4, 5)

@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rlt import flags
 from rlt.answers import GOLD, gold_answer
 from rlt.errors import UserError
+from rlt.files import write_atomically
 from rlt.grading import with_choices
 from rlt.rows import countdown_question, load_rows
-from rlt.runs import write_atomically
 
 from countdown import LEVELS, draw_problems, solve
 

@@ -34,7 +34,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rlt import flags
 from rlt.errors import UserError
-from rlt.runs import read_jsonl
+from rlt.files import read_jsonl
 
 START, CHANGE, LIMIT = (5, 30), (2, 15), 50  # counts: at the start, of a step, at most
 SPLITS = {  # split: (rows, numbers of steps)

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rlt import flags
 from rlt.errors import UserError
-from rlt.runs import read_jsonl
+from rlt.files import read_jsonl
 
 import matplotlib.pyplot as plt
 from plotting import BLUE, GREY, ORANGE, PURPLE, RED, smooth

@@ -22,8 +22,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rlt import flags
 from rlt.errors import UserError
+from rlt.files import write_atomically
 from rlt.inspection import ROWS
-from rlt.runs import write_atomically
 
 from reward_rows import LEVELS, equations, level, number, read_scored, visible
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rlt import dry_run
-from rlt.runs import write_atomically
+from rlt.files import write_atomically
 
 import torch
 from benchmarks import measured_steps

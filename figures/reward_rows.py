@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rlt.errors import UserError
-from rlt.runs import read_jsonl
+from rlt.files import read_jsonl
 
 LEVELS = (0.1, 0.5, 1.0, 3.0)  # nats: where a KL, or minus a log-prob, gets the next of five shades
 

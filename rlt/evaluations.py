@@ -13,11 +13,11 @@ from pathlib import Path
 
 from rlt.console import print_next
 from rlt.errors import UserError
+from rlt.files import read_jsonl, write_atomically
 from rlt.flags import carry, flags_of_run
 from rlt.grading import task_of
 from rlt.paper import QUESTIONS, TABLE_1
 from rlt.rows import load_rows
-from rlt.runs import read_jsonl, write_atomically
 
 SETTINGS = ("samples", "temperature", "max_new_tokens", "seed", "bits", "batch_size", "engine")  # of the draws
 SHOWN = ("Qwen2.5-7B-Instruct", "Bespoke-7B", "RLT-7B", "RLT-32B")  # of the paper, below one's own results

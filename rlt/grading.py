@@ -37,7 +37,7 @@ from rlt.answers import (
     same_text,
 )
 from rlt.errors import UserError
-from rlt.runs import seed_for
+from rlt.steps import seed_for
 
 __all__ = ["GOLD", "MATH_TASKS", "TASKS", "answer_of", "gold_answer", "same_text"]  # from rlt.answers
 GRADERS = {"toy": "exact match", "gpqa": "letter", "countdown": "exact fractions"}  # what is not math-verify's

@@ -10,7 +10,7 @@ Training never merges: 16-bit weights are rounded after the sum, so small update
 
 from pathlib import Path
 
-from rlt import flags, models
+from rlt import flags, models, saving
 from rlt.checkpoints import write_folder
 from rlt.errors import UserError
 
@@ -30,7 +30,7 @@ def merge(name, out, bits):
     tokenizer = models.load_tokenizer(name)
     model = models.load_model(name, bits=32, device=torch.device("cpu")).merge_and_unload()  # summed in float32
     model = model.to(torch.float32 if bits == 32 else torch.bfloat16)
-    write_folder(out, lambda path: models.save_model(model, tokenizer, path))
+    write_folder(out, lambda path: saving.save_model(model, tokenizer, path))
 
 
 def main():

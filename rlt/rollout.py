@@ -16,7 +16,7 @@ from typing import NamedTuple
 from rlt.chat_template import turn_ends
 from rlt.console import show_activity
 from rlt.errors import UserError
-from rlt.runs import seed_for
+from rlt.steps import seed_for
 
 import torch
 

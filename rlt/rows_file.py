@@ -10,18 +10,9 @@ from pathlib import Path
 from rlt.checkpoints import check_writable
 from rlt.distributed import RANK, barrier
 from rlt.errors import UserError
+from rlt.files import append_jsonl, read_jsonl, write_atomically
 from rlt.locks import hold_lock
-from rlt.runs import (
-    append_jsonl,
-    check_same_flags,
-    check_same_hashes,
-    config_of,
-    continued,
-    describe,
-    only_looks,
-    read_jsonl,
-    write_atomically,
-)
+from rlt.runs import check_same_flags, check_same_hashes, config_of, continued, describe, only_looks
 
 
 def check_rows_file(args):

@@ -12,23 +12,19 @@ The run folder: what was asked for, what happened, and where to continue. No mod
 
 import hashlib
 import json
-import math
 import os
 import platform
-import random
 import secrets
 import shlex
-import statistics
 import subprocess
 import sys
-import time
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from rlt.checkpoints import check_writable, disk_full, is_disk_full, keep_last, last_checkpoint, write_folder
-from rlt.distributed import RANK, WORLD, all_gather_object, all_reduce_mean, barrier
+from rlt.checkpoints import check_writable, keep_last, last_checkpoint, write_folder
+from rlt.distributed import RANK, WORLD, all_gather_object, barrier
 from rlt.errors import UserError
+from rlt.files import append_jsonl, read_lines, write_atomically
 from rlt.flags import renamed
 from rlt.interrupts import StopSignals, exit_code
 from rlt.locks import hold_lock
@@ -46,188 +42,7 @@ LOGGED = ("reward", "score", "kl", "solved", "hinted", "closed", "leak", "kl_ref
 
 
 # ---------------------------------------------------------------------------------------------------------
-# seeds, batches, schedules: functions of the step alone, so that a resumed run does what the first would have done
-
-
-def seed_for(*key):
-    """A seed for this key alone, e.g. (seed, step, rank, batch)."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "big")
-
-
-def batch_indices(n, size, step, seed):
-    """Indices of the `size` rows of this step, from epochs of n shuffled rows laid end to end."""
-    indices = []
-    for position in range(step * size, (step + 1) * size):
-        epoch, offset = divmod(position, n)
-        if not indices or offset == 0:
-            order = random.Random(seed_for(seed, "epoch", epoch)).sample(range(n), n)
-        indices.append(order[offset])
-    return indices
-
-
-def lr_fraction(step, steps, warmup, final, shape="linear"):
-    """Fraction of the peak learning rate at this step: up over `warmup` steps, then down to `final` at the last of
-    `steps`, where it stays."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min(1, (step + 1 - warmup) / max(1, steps - warmup))
-    if shape == "cosine":
-        progress = (1 - math.cos(math.pi * progress)) / 2
-    return 1 + (final - 1) * progress
-
-
-def reward_is_dropping(metrics, key="reward", window=10):
-    """A sentence when `key` has dropped from window to window, three in a row and by more than noise; else None."""
-    entries = [entry for _, entry in _read_lines(metrics)]
-    if len(entries) < 3 * window or len(entries) % window:
-        return None
-    values = [entry and entry.get(key) for entry in entries[-3 * window :]]
-    if None in values:
-        return None
-    windows = [values[i * window : (i + 1) * window] for i in range(3)]
-    means = [statistics.fmean(part) for part in windows]
-    noise = statistics.stdev(windows[0]) * (2 / window) ** 0.5
-    if means[0] > means[1] > means[2] and means[0] - means[2] > 2 * noise:
-        return f"the {key} has dropped for {3 * window} steps ({means[0]:.3g} -> {means[1]:.3g} -> {means[2]:.3g})."
-
-
-def advice_on_closing(entry, args):
-    """What to do where hardly an explanation of the first step ends as it should. entry: the step's metrics."""
-    found = f"{entry['closed']:.0%} of the first explanations are closed, which is to end with their tag and the turn."
-    if entry["length_p50"] >= args.max_new_tokens:
-        found += f" Most are cut off at --max-new-tokens {args.max_new_tokens}: raise it if they make sense so far."
-    return (f"{found} A teacher that has not learned the format gets little from RL. Stop, warm it up on rows with "
-            "explanations:\n    python sft_student.py --format teacher --data ROWS --out runs/warm-up --model "
-            f"{shlex.quote(args.model)}\nand train --model runs/warm-up. Where your rows have none, take others for "
-            "the warm-up, such as GSM8K (--explanation-column answer): it is the format that is learned.")
-
-
-def check_logprob_diff(sampler_logprobs, trainer_logprobs, limit):
-    """Mean difference of the sampler's log-probs (N,) to the trainer's, nats a token, over all ranks.
-
-    Raises UserError, on all ranks, where it is above the limit or NaN: the gradient would be wrong.
-    """
-    diff = all_reduce_mean((sampler_logprobs - trainer_logprobs).abs().mean().item(), len(sampler_logprobs)) or 0.0
-    if not diff <= limit:
-        raise UserError(
-            f"sampler and trainer differ by {diff:.3g} nats a token, --max-logprob-diff is {limit}: the gradient would "
-            "be wrong. Look for a difference in precision or temperature; the last checkpoint is untouched.")
-    return diff
-
-
-def quantiles(name, values):
-    """The 10th, 50th and 90th percentile of the values of all ranks, as log keys."""
-    values = sorted(value for part in all_gather_object(list(values)) for value in part)
-    return {f"{name}_p{p}": values[min(len(values) * p // 100, len(values) - 1)] for p in (10, 50, 90)}
-
-
-def split_held_out(rows, args):
-    """(rows to train on, the last --eval-rows rows, none if nothing is measured on them)."""
-    held_out = rows[-args.eval_rows :] if args.eval_every and args.eval_rows else []
-    rows = rows[: len(rows) - len(held_out)]
-    if len(rows) < args.prompts_per_step:
-        raise UserError(f"{len(rows)} rows are left to train on, a step takes {args.prompts_per_step}: give more rows, "
-                        "or lower --prompts-per-step, --eval-rows or --eval-every.")
-    return rows, held_out
-
-
-class StepTimer:
-    """Seconds of a step's phases, and on a GPU the peak memory of each."""
-
-    def __init__(self, device):
-        self.cuda = device if device.type == "cuda" else None
-        self.numbers = {}
-        self._start()
-
-    def _start(self):
-        if self.cuda:
-            import torch
-
-            torch.cuda.synchronize(self.cuda)
-            torch.cuda.reset_peak_memory_stats(self.cuda)
-        self.started = time.perf_counter()
-
-    def end(self, phase):
-        """The phase that began with the last call, or with the timer, ends here."""
-        if self.cuda:
-            import torch
-
-            torch.cuda.synchronize(self.cuda)
-            self.numbers[f"peak_gb_{phase}"] = torch.cuda.max_memory_allocated(self.cuda) / 1e9
-        self.numbers[f"t_{phase}"] = time.perf_counter() - self.started
-        self._start()
-
-    @property
-    def seconds(self):
-        return sum(value for key, value in self.numbers.items() if key.startswith("t_"))
-
-
-# ---------------------------------------------------------------------------------------------------------
-# files
-
-
-def write_atomically(path, text):
-    """Never half a file: written under another name, flushed to the disk, renamed. Raises UserError where the disk is
-    full."""
-    tmp_path = Path(f"{path}.{os.getpid()}.partial")  # two evaluations may end at the same time
-    with full_disk_as_user_error(path):
-        try:
-            with tmp_path.open("w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            tmp_path.replace(path)
-        finally:
-            tmp_path.unlink(missing_ok=True)
-
-
-@contextmanager
-def full_disk_as_user_error(path):
-    try:
-        yield
-    except OSError as error:
-        if not is_disk_full(error):
-            raise
-        raise UserError(disk_full(path)) from error
-
-
-def _read_lines(path):
-    """[(line, its object or None)] of a JSON Lines file that is being appended to, without a last line that a kill has
-    cut short. [] if there is no such file."""
-    if not Path(path).exists():
-        return []
-    complete = Path(path).read_text(errors="replace").split("\n")[:-1]  # a complete line ends in a newline
-    return [(line, _json_object(line)) for line in complete]
-
-
-def _json_object(line):
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def read_jsonl(path):
-    """Objects of a JSON Lines file that is being appended to. A last line cut short by a kill is left out; any other
-    line that can't be read raises UserError."""
-    lines = _read_lines(path)
-    for number, (line, entry) in enumerate(lines, 1):
-        if entry is None:
-            raise UserError(f"{path}:{number} is not a JSON object ({line[:60]!r}): restore or delete that line.")
-    return [entry for _, entry in lines]
-
-
-def append_jsonl(path, entries):
-    """Add objects to a JSON Lines file, on rank 0 only. JSON has no NaN and no infinity: they become null."""
-    if RANK == 0:
-        with full_disk_as_user_error(path), path.open("a") as file:
-            file.write("".join(json.dumps(_finite(entry), allow_nan=False) + "\n" for entry in entries))
-
-
-def _finite(entry):
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in entry.items()}
+# what config.json says
 
 
 def digest(rows, *graded_by):
@@ -412,7 +227,7 @@ class Run:
 
     def _cut_back(self, log):
         """Drop what the log says of steps after the checkpoint. What can't be read is kept, and said."""
-        lines = _read_lines(log)
+        lines = read_lines(log)
         steps = [entry.get("step") for _, entry in lines if entry]
         if self.step and log == self.metrics and (not steps or max(steps) + 1 < self.step):
             print(f"warning: {log} {'ends early' if steps else 'is missing'}: {self.step} steps were taken, it has "

@@ -7,7 +7,7 @@ import math
 from rlt.console import show_activity
 from rlt.distributed import RANK, all_gather_object, all_reduce_gradients, all_reduce_sum
 from rlt.errors import UserError
-from rlt.runs import write_atomically
+from rlt.files import write_atomically
 
 import torch
 

@@ -15,7 +15,7 @@ from typing import get_args
 
 from rlt.errors import UserError
 from rlt.rollout import Completion
-from rlt.runs import seed_for
+from rlt.steps import seed_for
 
 import torch
 

@@ -4,7 +4,7 @@ import copy
 import json
 import shutil
 
-from rlt import lora, models
+from rlt import lora, models, saving
 from rlt.errors import UserError
 from rlt.logprobs import completion_logprobs
 
@@ -113,9 +113,9 @@ def test_the_reference_is_the_start_and_all_parts_are_trained_and_saved(base, tm
         assert torch.equal(ask(policy), start), "the reference stays"
 
     tokenizer = models.load_tokenizer(str(tmp_path / "theirs"))
-    models.save_model(policy, tokenizer, tmp_path / "ours", list(policy.peft_config))
+    saving.save_model(policy, tokenizer, tmp_path / "ours", list(policy.peft_config))
     again = ours(tmp_path / "theirs", seed=9)
-    models.restore(again, tmp_path / "ours")
+    saving.restore(again, tmp_path / "ours")
     assert torch.equal(ask(again), moved)
     with models.use_adapter(again, "reference"):
         assert torch.equal(ask(again), start)
@@ -184,7 +184,7 @@ def test_the_base_comes_out_of_every_adapter(base, tmp_path, kind):
     shared = models.shares_base(str(tmp_path), 32, str(base), 32)
     assert shared == (kind not in ("PiSSA", "OLoRA"))
     assert not shared or torch.equal(ask(student), ask(alone))
-    assert not shared or models.fingerprint(student) == models.fingerprint(alone)
+    assert not shared or saving.fingerprint(student) == saving.fingerprint(alone)
     assert not torch.equal(ask(student), ask(policy)), "the test must be able to tell"
 
 

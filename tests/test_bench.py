@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 from rlt.errors import UserError
-from rlt.runs import read_jsonl
+from rlt.files import read_jsonl
 
 import pytest
 import torch

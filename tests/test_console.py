@@ -12,6 +12,7 @@ import types
 
 from rlt import console, report, runs
 from rlt.errors import UserError
+from rlt.files import read_jsonl
 
 import pytest
 from conftest import ROOT
@@ -75,7 +76,7 @@ def test_steps_are_counted_alike_and_quiet_is_quiet(tmp_path, capsys):
         printed = capsys.readouterr().out
         assert printed == "" if quiet else printed.splitlines() == [
             f"step {i} | reward -1.5 | closed 1 | loss nan | 0.5s" for i in (0, 1)]
-        assert [entry["step"] for entry in runs.read_jsonl(run.metrics)] == [0, 100, 1, 101]
+        assert [entry["step"] for entry in read_jsonl(run.metrics)] == [0, 100, 1, 101]
 
 
 def fake_package(monkeypatch, name, **contents):

@@ -11,8 +11,9 @@ import shlex
 from rlt import console, models
 from rlt.defaults import DEFAULTS, settle
 from rlt.errors import UserError
+from rlt.files import read_jsonl
 from rlt.rows import load_rows
-from rlt.runs import read_jsonl, split_held_out
+from rlt.steps import split_held_out
 
 import pytest
 from conftest import ROOT, call, ended, run_script

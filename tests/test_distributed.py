@@ -24,6 +24,7 @@ from pathlib import Path
 
 from rlt import distributed, models, rollout, runs
 from rlt.errors import UserError
+from rlt.files import read_jsonl
 
 import pytest
 import torch
@@ -115,7 +116,7 @@ def outputs(workshop, tmp_path_factory):
 
 
 def timeless(folder):
-    entries = runs.read_jsonl(folder / "metrics.jsonl")
+    entries = read_jsonl(folder / "metrics.jsonl")
     return [{k: v for k, v in e.items() if not k.startswith("t_") and k != "tokens_per_s"} for e in entries]
 
 
@@ -200,7 +201,7 @@ def test_one_rank_goes_on_where_two_have_stopped(outputs, workshop, monkeypatch)
 
 def test_distilled_files_are_the_same(outputs):
     one, two, _ = outputs
-    batches = [row["batch"] for row in runs.read_jsonl(one / "distilled.jsonl")]
+    batches = [row["batch"] for row in read_jsonl(one / "distilled.jsonl")]
     assert len(set(batches)) > 1, "of several batches; rows with foreign tags are left out"
     for name in ("distilled.jsonl", "distilled.within-1of2.jsonl", "distilled.overall-2of2.jsonl"):
         assert (one / name).read_bytes() == (two / name).read_bytes()
@@ -218,7 +219,7 @@ def test_evaluations_are_the_same(outputs):
             for how in ("flags", "command", "git"):
                 del mine[how], theirs[how]
         assert mine == theirs
-    rows = runs.read_jsonl(one / "evaluated" / files[1])
+    rows = read_jsonl(one / "evaluated" / files[1])
     assert len(rows) == 20 and len({row["output"] for row in rows}) > 4
 
 

@@ -12,11 +12,11 @@ from rlt import models, rollout
 from rlt.answers import same_text
 from rlt.errors import UserError
 from rlt.evaluations import SHOWN, result_path
+from rlt.files import read_jsonl
 from rlt.grading import grade, over_questions
 from rlt.paper import TABLE_1
 from rlt.prompts import Prompts
 from rlt.rows import load_rows
-from rlt.runs import read_jsonl
 
 import pytest
 import torch

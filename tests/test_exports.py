@@ -5,7 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
-from rlt import merge, models
+from rlt import merge, models, saving
 from rlt.errors import UserError
 from rlt.prompts import Prompts
 from rlt.rows import load_rows
@@ -33,7 +33,7 @@ def folder(workshop):
         for parameter in models.adapter_parameters(trained):
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
     tokenizer = models.load_tokenizer(workshop / "runs/toy-teacher")
-    models.save_model(trained, tokenizer, workshop / "runs/adapter/final")
+    saving.save_model(trained, tokenizer, workshop / "runs/adapter/final")
     call(workshop, "sft_student.py", "--data", "toy", "--lora-rank", 0, "--lr", 1e-3, "--steps", 1, "--limit", 100,
          "--out", "runs/full")
     return workshop

@@ -18,10 +18,12 @@ import threading
 import time
 from pathlib import Path
 
-from rlt import checkpoints, errors, evaluations, locks, models, rollout, runs
+from rlt import checkpoints, errors, evaluations, locks, models, rollout, runs, saving
 from rlt.errors import UserError
+from rlt.files import append_jsonl, read_jsonl, write_atomically
 from rlt.flags import number
 from rlt.rows_file import RowsFile
+from rlt.steps import reward_is_dropping
 from rlt.updates import Updates
 
 import pytest
@@ -391,7 +393,7 @@ def test_the_trainers_skip_and_stop(workshop, tmp_path, monkeypatch, script):
     flags = ("--steps", 3, *SMALL[script], "--eval-every", 0, "--micro-batch-tokens", 10**6, "--max-bad-steps", 2)
     bad = {2}
     call(workshop, script, *flags, "--out", tmp_path / "once")
-    losses = [entry["loss"] for entry in runs.read_jsonl(tmp_path / "once/metrics.jsonl")]
+    losses = [entry["loss"] for entry in read_jsonl(tmp_path / "once/metrics.jsonl")]
     assert [loss is None for loss in losses] == [False, True, False]
     report = json.loads((tmp_path / "once/bad_step.json").read_text())
     assert report["step"] == 1 and report["loss"] == "nan"
@@ -408,11 +410,11 @@ def test_weights_that_are_not_finite_are_never_saved(tiny_model, tmp_path):
     model = tiny_model(64)
     next(model.parameters()).data[0, 0] = float("nan")
     with pytest.raises(UserError, match="is not written: weights have become NaN or infinite"):
-        models.save_model(model, None, tmp_path / "all")
+        saving.save_model(model, None, tmp_path / "all")
     model = get_peft_model(tiny_model(64), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
     models.adapter_parameters(model)[-1].data[0, 0] = float("inf")
     with pytest.raises(UserError, match="is not written"):
-        models.save_model(model, None, tmp_path / "adapter")
+        saving.save_model(model, None, tmp_path / "adapter")
     assert not list(tmp_path.iterdir())
 
 
@@ -576,7 +578,7 @@ def test_logs_are_never_shortened_in_silence(tmp_path, capsys):
     text, said = resumed("\n".join([*lines[:2], '{"step": 2, "rew', "\0\0\0", "[3]", *lines[4:], '{"step": 6}', "{"]))
     assert text.splitlines() == [*lines[:2], '{"step": 2, "rew', "\0\0\0", "[3]", *lines[4:]]
     assert "has lines that are not JSON objects: 3, 4, 5. They stay as they are" in said
-    assert runs.reward_is_dropping(log) is None
+    assert reward_is_dropping(log) is None
     text, said = resumed("".join(line + "\n" for line in lines[:3]))
     assert text.splitlines() == lines[:3] and "ends early: 6 steps were taken, it has 3 of them" in said
     text, said = resumed(None)
@@ -588,7 +590,7 @@ def test_a_warning_of_dropping_rewards_survives_skipped_steps(tmp_path):
     path = tmp_path / "metrics.jsonl"
     entries = [{"step": i, "reward": -0.05 * i if i % 7 else None} for i in range(30)]
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    assert runs.reward_is_dropping(path) is None
+    assert reward_is_dropping(path) is None
 
 
 # -- disks
@@ -616,7 +618,7 @@ def test_a_log_on_a_full_disk():
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
     with pytest.raises(UserError, match="the disk is full: /dev/full could not be written"):
-        runs.append_jsonl(Path("/dev/full"), [{"step": 1}])
+        append_jsonl(Path("/dev/full"), [{"step": 1}])
 
 
 def test_a_lock_on_a_full_disk(tmp_path, monkeypatch):
@@ -643,7 +645,7 @@ def test_other_files_on_a_full_disk(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", fsync)
         with pytest.raises(UserError, match=r"the disk is full: .*eval_toy.json could not be written"):
-            runs.write_atomically(path, "after")
+            write_atomically(path, "after")
         assert contents(tmp_path) == {Path(path.name): b"before"}
         with pytest.raises(UserError, match=r"the disk is full: .*config.json could not be written"):
             new_run(tmp_path / "run").start()
@@ -706,13 +708,13 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, kind, weights):
     assert stdout == ("after\n" if weights == "changed" else "")
     assert f"a run has a checkpoint after {steps} steps" in stderr
     assert [step for step, _ in checkpoints.checkpoints(tmp_path / "a run")] == [steps]
-    assert len(runs.read_jsonl(tmp_path / "a run/metrics.jsonl")) == steps
+    assert len(read_jsonl(tmp_path / "a run/metrics.jsonl")) == steps
     command = re.search(r"python loop.py .*", stderr)[0]
     assert command == f"python loop.py 'a run' {weights} {'0.5' if steps == 4 else '60'} --resume"
     process = start("0", "--resume")
     stdout, stderr = process.communicate(timeout=20)
     assert process.returncode == 0 and stdout.startswith(f"step {steps}\n"), stderr
-    assert [entry["step"] for entry in runs.read_jsonl(tmp_path / "a run/metrics.jsonl")] == list(range(9))
+    assert [entry["step"] for entry in read_jsonl(tmp_path / "a run/metrics.jsonl")] == list(range(9))
 
 
 def test_a_second_signal_ends_the_process_at_once(tmp_path):
@@ -910,7 +912,7 @@ def test_nothing_that_is_read_is_run():
 
 
 def metrics(folder):
-    entries = runs.read_jsonl(folder / "metrics.jsonl")
+    entries = read_jsonl(folder / "metrics.jsonl")
     return [{k: v for k, v in entry.items() if not k.startswith("t_") and k != "tokens_per_s"} for entry in entries]
 
 
@@ -926,7 +928,7 @@ def test_a_run_that_is_killed_and_stopped_again_and_again(workshop, tmp_path, sc
                                    cwd=workshop, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         started = time.time()
-        while process.poll() is None and (len(runs.read_jsonl(out / "metrics.jsonl")) < after
+        while process.poll() is None and (len(read_jsonl(out / "metrics.jsonl")) < after
                                           or (out / "config.json").stat().st_mtime < started):  # still the one before
             time.sleep(0.05)
         process.send_signal(kind)
@@ -947,5 +949,5 @@ def test_two_processes_on_one_run(workshop, tmp_path):
                                   env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
     stderrs = [process.communicate()[1] for process in processes]
     assert sorted(process.returncode for process in processes) == [0, 2], stderrs
-    assert [entry["step"] for entry in runs.read_jsonl(tmp_path / "run/metrics.jsonl")] == [0, 1]
+    assert [entry["step"] for entry in read_jsonl(tmp_path / "run/metrics.jsonl")] == [0, 1]
     assert any("is in use by process" in text or "was made by another" in text for text in stderrs)

@@ -9,8 +9,8 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
-from rlt import runs
 from rlt.errors import UserError
+from rlt.files import read_jsonl
 from rlt.inspection import token_numbers
 from rlt.prompts import Prompts
 
@@ -71,13 +71,13 @@ def test_samples_and_distilled_rows_keep_their_tokens(workshop, tmp_path, monkey
     """And a finished run is looked at without a model."""
     tiny = ["--limit", 80, "--prompts-per-step", 2, "--group-size", 4, "--max-new-tokens", 12, "--eval-rows", 4]
     call(workshop, "train_rlt.py", "--steps", 1, *tiny, "--out", tmp_path / "run")
-    samples = runs.read_jsonl(tmp_path / "run/samples.jsonl")
+    samples = read_jsonl(tmp_path / "run/samples.jsonl")
     assert len(samples) > 1 and len({sample["question"] for sample in samples}) == 1
     for sample in samples:
         check_row(sample)
     call(workshop, "distill.py", "--model", "toy-teacher", "--score-file", "runs/toy/train.jsonl", "--limit", 70,
          "--batch-size", 40, "--out", tmp_path / "rows.jsonl")
-    rows = runs.read_jsonl(tmp_path / "rows.jsonl")
+    rows = read_jsonl(tmp_path / "rows.jsonl")
     kept = [one for one in rows if "tokens" in one]
     assert len(rows) == 70 and kept == rows[:64], "the first rows of a file are enough to look at"
     assert {one["batch"] for one in kept} == {0, 1}
@@ -282,9 +282,9 @@ def test_rows_that_cannot_be_shown(tmp_path, rows, flags, complaint):
 
 def test_what_the_readme_says_of_four_explanations():
     """Its words hold in the committed log, of explanations in the order of data/crate.jsonl."""
-    logged = runs.read_jsonl(ROOT / "figures/logs/crate.jsonl")
+    logged = read_jsonl(ROOT / "figures/logs/crate.jsonl")
     assert [one["explanation"].strip() for one in logged] == [
-        one["explanation"] for one in runs.read_jsonl(ROOT / "data/crate.jsonl")]
+        one["explanation"] for one in read_jsonl(ROOT / "data/crate.jsonl")]
     for one in logged:
         check_row(one)
     right, wrong, off_topic, bare = logged
@@ -326,7 +326,7 @@ def test_the_readmes_reward_is_that_of_the_model(tmp_path):
     words[words.index("--out") + 1] = str(tmp_path / "crate.jsonl")
     words[words.index("--score-file") + 1] = str(ROOT / "data/crate.jsonl")
     run_script(tmp_path, script, *words)
-    logged, again = (runs.read_jsonl(path) for path in (ROOT / "figures/logs/crate.jsonl", tmp_path / "crate.jsonl"))
+    logged, again = (read_jsonl(path) for path in (ROOT / "figures/logs/crate.jsonl", tmp_path / "crate.jsonl"))
     for before, now in zip(logged, again, strict=True):
         assert before["tokens"]["thought"] == now["tokens"]["thought"] and before["explanation"] == now["explanation"]
         assert before["tokens"]["kl"] == pytest.approx(now["tokens"]["kl"], abs=2e-3)

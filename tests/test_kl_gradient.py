@@ -2,7 +2,8 @@
 
 import itertools
 
-from rlt import logprobs, runs
+from rlt import logprobs
+from rlt.files import read_jsonl
 from rlt.grpo import group_advantages, group_scale, grpo_loss, pathwise_kl_loss
 from rlt.logprobs import completion_logprobs, completion_logprobs_and_kl
 
@@ -179,6 +180,6 @@ def test_the_flag_changes_the_update_and_not_the_reward(workshop, tmp_path):
              "--kl", "exact", "--eval-every", 0]
     for name, extra in (("off", []), ("on", ["--kl-gradient"]), ("cut", ["--kl-gradient", "--micro-batch-tokens", 60])):
         call(workshop, "train_rlt.py", *flags, *extra, "--out", tmp_path / name)
-    off, on, cut = (runs.read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("off", "on", "cut"))
+    off, on, cut = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("off", "on", "cut"))
     assert off[0]["reward"] == on[0]["reward"] and off[0]["grad_norm"] != pytest.approx(on[0]["grad_norm"], rel=1e-4)
     assert on[0]["grad_norm"] == pytest.approx(cut[0]["grad_norm"], rel=1e-4)

@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 
-from rlt import models, rollout
+from rlt import models, rollout, saving
 from rlt.errors import UserError
 from rlt.logprobs import completion_logprobs
 from rlt.lora import update_mode
@@ -69,7 +69,7 @@ def test_the_reference_holds_the_starting_weights(base, tmp_path, tokenizer):
     """Also when they are a warm-up's: it is not the base."""
     first = lora(base, reference=False)
     stir(first)
-    models.save_model(first, tokenizer, tmp_path)
+    saving.save_model(first, tokenizer, tmp_path)
     model = lora(str(tmp_path))
     start = ask(model, tokenizer).detach()
     with models.use_adapter(model, "reference"):
@@ -91,7 +91,7 @@ def test_the_base_without_its_adapter_is_a_second_copy_in_the_same_memory(base, 
     student = models.without_adapter(policy)
     assert torch.equal(ask(student, tokenizer), ask(alone, tokenizer))
     assert not torch.equal(before, ask(student, tokenizer)), "the test must be able to tell"
-    assert models.fingerprint(student) == models.fingerprint(alone) == models.fingerprint(policy)
+    assert saving.fingerprint(student) == saving.fingerprint(alone) == saving.fingerprint(policy)
     assert [name for name, _ in student.named_parameters()] == [name for name, _ in alone.named_parameters()]
     ours = {p.data_ptr() for p in policy.parameters()}
     assert ours.issuperset(p.data_ptr() for p in student.parameters())
@@ -114,7 +114,7 @@ def test_the_base_without_its_adapter_is_a_second_copy_in_the_same_memory(base, 
 
 def test_which_students_are_the_teachers_base(base, tmp_path, tokenizer):
     teacher, other = str(tmp_path / "teacher"), str(tmp_path / "other")
-    models.save_model(lora(base, reference=False), tokenizer, tmp_path / "teacher")
+    saving.save_model(lora(base, reference=False), tokenizer, tmp_path / "teacher")
     shutil.copytree(base, other)
     assert models.shares_base(teacher, 16, base, 16) and models.shares_base(base, 4, base, 4)
     assert not models.shares_base(teacher, 32, base, 4), "other bits"
@@ -159,10 +159,10 @@ def test_averaging_factors_is_not_averaging_products(base):
 def test_saving_and_restoring_is_bit_for_bit(base, tmp_path, tokenizer):
     model = lora(base)
     stir(model)
-    models.save_model(model, tokenizer, tmp_path / "both", adapters=("default", "reference"))
+    saving.save_model(model, tokenizer, tmp_path / "both", adapters=("default", "reference"))
     kept = [(p.clone(), r.clone()) for p, r in models.adapter_pairs(model)]
     fresh = lora(base, seed=7)
-    models.restore(fresh, tmp_path / "both")
+    saving.restore(fresh, tmp_path / "both")
     for (p, r), (p2, r2) in zip(kept, models.adapter_pairs(fresh), strict=True):
         assert torch.equal(p, p2) and torch.equal(r, r2)
     assert (tmp_path / "both/adapter_model.safetensors").exists()
@@ -172,14 +172,14 @@ def test_saving_and_restoring_is_bit_for_bit(base, tmp_path, tokenizer):
 
 def test_training_never_touches_the_base(base, tokenizer):
     model = lora(base, bits=4, checkpointing=True).train()
-    before = models.fingerprint(model)
+    before = saving.fingerprint(model)
     adapters = [p.clone() for p in models.adapter_parameters(model)]
     optimizer = torch.optim.AdamW(models.adapter_parameters(model), lr=1e-6)
     for _ in range(3):
         ask(model, tokenizer).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert models.fingerprint(model) == before
+    assert saving.fingerprint(model) == before
     moved = [(p != q).float().mean() for p, q in zip(models.adapter_parameters(model), adapters, strict=True)]
     assert torch.stack(moved).min() > 0.99, "at lr 1e-6 bf16 adapters would stand still"
 
@@ -223,7 +223,7 @@ def test_targets(base, tmp_path, tokenizer):
     for wrong in ("q_proj,no_such", "no_such", "lm_head", "embed_tokens", ""):
         with pytest.raises(ValueError, match="expected all-linear, or some of down_proj, gate_proj"):
             lora(base, targets=wrong)
-    models.save_model(model, tokenizer, tmp_path)
+    saving.save_model(model, tokenizer, tmp_path)
     lora(tmp_path, targets="v_proj,q_proj")
     for other in ("q_proj", "all-linear"):
         with pytest.raises(UserError, match="holds an adapter with targets q_proj,v_proj: leave --lora-targets out"):
@@ -234,7 +234,7 @@ def test_an_adapter_keeps_its_own_rank_scale_and_targets(base, tmp_path, tokeniz
     saved = lora(base, reference=False)
     stir(saved)
     wanted = ask(saved, tokenizer)
-    models.save_model(saved, tokenizer, tmp_path)
+    saving.save_model(saved, tokenizer, tmp_path)
     none = dict(rank=None, alpha=None, targets=None)
     for asked in (none, {}, {**none, "targets": "all-linear"}, {**none, "alpha": 8.0}):
         model = lora(tmp_path, **asked)
@@ -268,9 +268,9 @@ def test_modules_that_an_adapter_trains_whole_are_trained_saved_and_in_the_refer
         assert torch.equal(ask(model, tokenizer), start)
     moved = ask(model, tokenizer).detach()
     assert not torch.allclose(moved, start, atol=1e-3)
-    models.save_model(model, tokenizer, tmp_path / "ours", adapters=("default", "reference"))
+    saving.save_model(model, tokenizer, tmp_path / "ours", adapters=("default", "reference"))
     again = lora(tmp_path / "theirs", rank=None, alpha=None, targets=None)
-    models.restore(again, tmp_path / "ours")
+    saving.restore(again, tmp_path / "ours")
     assert torch.equal(ask(again, tokenizer), moved)
     with models.use_adapter(again, "reference"):
         assert torch.equal(ask(again, tokenizer), start)
@@ -371,7 +371,7 @@ def test_devices():
 
 
 def test_what_is_known_of_a_model_without_its_weights(base, tmp_path, tokenizer, tiny_model):
-    models.save_model(lora(base, reference=False), tokenizer, tmp_path / "adapter")
+    saving.save_model(lora(base, reference=False), tokenizer, tmp_path / "adapter")
     assert models.base_of(str(tmp_path / "adapter")) == base == models.base_of(base)
     known = models.model_and_adapter_config(str(tmp_path / "adapter"))
     assert known["rank"] == 4 and len(known["targets"]) == 7 and known["config"].hidden_size == 128
@@ -496,14 +496,14 @@ def test_quantised_checkpoints_are_loaded_with_four_bits_only(base, tmp_path, to
 
 def test_a_fingerprint_is_the_bases_and_notices_its_change(base, tmp_path, tokenizer):
     plain = models.load_model(base, bits=32, device=CPU)
-    wanted = models.fingerprint(plain)
+    wanted = saving.fingerprint(plain)
     adapted = lora(base)
     stir(adapted)
-    assert models.fingerprint(adapted) == wanted == models.fingerprint(models.load_model(base, bits=32, device=CPU))
-    assert models.fingerprint(models.load_model(base, bits=16, device=CPU)) != wanted, "in another precision"
+    assert saving.fingerprint(adapted) == wanted == saving.fingerprint(models.load_model(base, bits=32, device=CPU))
+    assert saving.fingerprint(models.load_model(base, bits=16, device=CPU)) != wanted, "in another precision"
     with torch.no_grad():
         plain.model.norm.weight[0] += 1e-6
-    assert models.fingerprint(plain) != wanted
+    assert saving.fingerprint(plain) != wanted
 
 
 def test_full_weights_are_saved_in_shards_and_restored_bit_for_bit(base, tmp_path, tokenizer):
@@ -511,14 +511,14 @@ def test_full_weights_are_saved_in_shards_and_restored_bit_for_bit(base, tmp_pat
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
-    models.save_model(model, tokenizer, tmp_path / "whole")
+    saving.save_model(model, tokenizer, tmp_path / "whole")
     ends = json.loads((tmp_path / "whole/generation_config.json").read_text())
     assert ends["eos_token_id"] == [tokenizer.eos_token_id] and ends["pad_token_id"] == tokenizer.pad_token_id
     model.save_pretrained(tmp_path / "shards", max_shard_size="200KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     for folder in ("whole", "shards"):
         fresh = models.load_model(base, bits=32, device=CPU)
-        models.restore(fresh, tmp_path / folder)
+        saving.restore(fresh, tmp_path / folder)
         assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), model.parameters(), strict=True))
 
 
@@ -526,6 +526,6 @@ def test_full_weights_are_saved_in_shards_and_restored_bit_for_bit(base, tmp_pat
 def test_the_toys_model_is_the_same_for_the_same_seed(tmp_path, toy):
     run_script(tmp_path, "data/toy.py", "--out", "again", "--steps", "3")
     again = models.load_model(str(tmp_path / "again"), bits=32, device=CPU)
-    assert models.fingerprint(again) == models.fingerprint(
+    assert saving.fingerprint(again) == saving.fingerprint(
         models.load_model(str(toy / "runs/toy"), bits=32, device=CPU)
     )

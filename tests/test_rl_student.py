@@ -4,9 +4,9 @@ import json
 import shutil
 import zlib
 
-from rlt import runs
 from rlt.episodes import pack
 from rlt.errors import UserError
+from rlt.files import read_jsonl
 from rlt.grading import answer_of, grade
 
 import pytest
@@ -22,7 +22,7 @@ GRADER = "rlt.grading.grade_all"
 
 def train(folder, out, *flags):
     scope = call(folder, "rl_student.py", *TINY, "--out", out, *flags)
-    return scope, runs.read_jsonl(out / "metrics.jsonl")
+    return scope, read_jsonl(out / "metrics.jsonl")
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_a_resumed_run_is_the_same(toy, tmp_path, lenient):
     for name in ("final", "step_000004"):
         shutil.rmtree(tmp_path / "cut" / name)
     call(toy, "rl_student.py", "--resume", "--out", tmp_path / "cut")
-    cut = runs.read_jsonl(tmp_path / "cut/metrics.jsonl")
+    cut = read_jsonl(tmp_path / "cut/metrics.jsonl")
     for entries in (straight, cut):
         for entry in entries:
             for key in [key for key in entry if key.startswith("t_") or key == "tokens_per_s"]:

@@ -7,6 +7,17 @@ import time
 
 from rlt import runs
 from rlt.errors import UserError
+from rlt.files import append_jsonl, read_jsonl, write_atomically
+from rlt.steps import (
+    StepTimer,
+    batch_indices,
+    check_logprob_diff,
+    lr_fraction,
+    quantiles,
+    reward_is_dropping,
+    seed_for,
+    split_held_out,
+)
 
 import pytest
 import torch
@@ -19,27 +30,27 @@ def start(folder, resume=False, steps=9, **flags):
 
 def test_seeds_are_keyed():
     keys = [(0, step, rank, batch) for step in range(9) for rank in range(3) for batch in range(3)] + [(0, "eval", 0)]
-    assert len({runs.seed_for(*key) for key in keys}) == len(keys)
-    assert runs.seed_for(0, 1, 2, 3) == runs.seed_for(0, 1, 2, 3) < 2**32
-    assert runs.seed_for(1, 11) != runs.seed_for(11, 1)
+    assert len({seed_for(*key) for key in keys}) == len(keys)
+    assert seed_for(0, 1, 2, 3) == seed_for(0, 1, 2, 3) < 2**32
+    assert seed_for(1, 11) != seed_for(11, 1)
 
 
 @pytest.mark.parametrize(("n", "size"), [(10, 3), (10, 10), (7, 16), (5, 1)])
 def test_every_epoch_sees_every_row_once(n, size):
-    drawn = [i for step in range(7 * n) for i in runs.batch_indices(n, size, step, seed=4)]
+    drawn = [i for step in range(7 * n) for i in batch_indices(n, size, step, seed=4)]
     assert len(drawn) == 7 * n * size
     epochs = [drawn[at : at + n] for at in range(0, len(drawn) - n + 1, n)]
     assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
     assert epochs[0] != epochs[1] and epochs[0] != list(range(n)) or n < 6
-    assert runs.batch_indices(n, size, 3, seed=4) == drawn[3 * size : 4 * size], "a function of the step alone"
+    assert batch_indices(n, size, 3, seed=4) == drawn[3 * size : 4 * size], "a function of the step alone"
 
 
 def test_the_learning_rate_by_hand():
-    rates = [runs.lr_fraction(step, 10, 2, 0.1) for step in range(10)]
+    rates = [lr_fraction(step, 10, 2, 0.1) for step in range(10)]
     assert rates[:2] == [0.5, 1.0] and rates[9] == pytest.approx(0.1)
     assert rates[5] == pytest.approx(1 - 0.9 * 4 / 8)
-    assert [runs.lr_fraction(step, 10, 0, 1.0) for step in range(10)] == [1.0] * 10
-    assert runs.lr_fraction(5, 10, 2, 0.0, shape="cosine") == pytest.approx((1 + math.cos(math.pi / 2)) / 2)
+    assert [lr_fraction(step, 10, 0, 1.0) for step in range(10)] == [1.0] * 10
+    assert lr_fraction(5, 10, 2, 0.0, shape="cosine") == pytest.approx((1 + math.cos(math.pi / 2)) / 2)
 
 
 def test_a_half_written_checkpoint_is_never_picked_up(tmp_path):
@@ -71,8 +82,8 @@ def test_logs_are_cut_back_to_the_checkpoint(tmp_path):
         file.write('{"step": 5, "rew')  # killed while it wrote
     again = start(tmp_path, resume=True)
     again.start()
-    assert [entry["step"] for entry in runs.read_jsonl(again.metrics)] == [0, 1]
-    assert [entry["step"] for entry in runs.read_jsonl(again.samples)] == [0, 1]
+    assert [entry["step"] for entry in read_jsonl(again.metrics)] == [0, 1]
+    assert [entry["step"] for entry in read_jsonl(again.samples)] == [0, 1]
 
 
 def test_an_existing_run_is_refused_and_left_alone(tmp_path):
@@ -141,7 +152,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
     run.log({"step": 0, "reward": 1.0})
     again = start(tmp_path, resume=True)
     again.start()
-    assert again.step == 0 and again.checkpoint is None and runs.read_jsonl(again.metrics) == []
+    assert again.step == 0 and again.checkpoint is None and read_jsonl(again.metrics) == []
 
 
 def test_resuming_with_other_flags_or_another_base_is_refused(tmp_path):
@@ -195,7 +206,7 @@ def test_a_falling_reward_is_noticed_and_noise_is_not(tmp_path):
     ):
         path = tmp_path / name
         path.write_text("".join(json.dumps({"step": i, "reward": v}) + "\n" for i, v in enumerate(values)))
-        assert bool(runs.reward_is_dropping(path, "reward")) is expected, name
+        assert bool(reward_is_dropping(path, "reward")) is expected, name
 
 
 def test_a_dropping_reward_by_another_name_and_only_when_a_window_ends(tmp_path):
@@ -203,9 +214,9 @@ def test_a_dropping_reward_by_another_name_and_only_when_a_window_ends(tmp_path)
         path = tmp_path / str(steps)
         entries = [{"step": i, "solved": 1 - 0.02 * i, "reward": 1.0} for i in range(steps)]
         path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-        assert bool(runs.reward_is_dropping(path, "solved")) is expected and not runs.reward_is_dropping(path)
+        assert bool(reward_is_dropping(path, "solved")) is expected and not reward_is_dropping(path)
     message = "the solved has dropped for 30 steps (0.71 -> 0.51 -> 0.31)."
-    assert runs.reward_is_dropping(tmp_path / "40", "solved") == message
+    assert reward_is_dropping(tmp_path / "40", "solved") == message
 
 
 # -- what a step measures
@@ -213,30 +224,30 @@ def test_a_dropping_reward_by_another_name_and_only_when_a_window_ends(tmp_path)
 
 def test_the_sampler_may_differ_by_so_much():
     sampler, trainer = torch.tensor([-1.0, -2.0, -3.0, -4.0]), torch.tensor([-1.1, -1.9, -3.0, -4.0])
-    assert runs.check_logprob_diff(sampler, trainer, 0.06) == pytest.approx(0.05)
+    assert check_logprob_diff(sampler, trainer, 0.06) == pytest.approx(0.05)
     with pytest.raises(UserError, match="differ by 0.05 nats a token, --max-logprob-diff is 0.04: the gradient would"):
-        runs.check_logprob_diff(sampler, trainer, 0.04)
+        check_logprob_diff(sampler, trainer, 0.04)
     for broken in (math.nan, math.inf):
         with pytest.raises(UserError, match="differ by (nan|inf) nats"):
-            runs.check_logprob_diff(sampler, trainer + torch.tensor([0, 0, 0, broken]), 1e9)
-    assert runs.check_logprob_diff(torch.empty(0), torch.empty(0), 0.1) == 0.0, "nothing was learned from"
+            check_logprob_diff(sampler, trainer + torch.tensor([0, 0, 0, broken]), 1e9)
+    assert check_logprob_diff(torch.empty(0), torch.empty(0), 0.1) == 0.0, "nothing was learned from"
 
 
 def test_quantiles_by_hand(monkeypatch):
-    assert runs.quantiles("length", range(10)) == {"length_p10": 1, "length_p50": 5, "length_p90": 9}
-    assert runs.quantiles("length", [7]) == {"length_p10": 7, "length_p50": 7, "length_p90": 7}
-    assert runs.quantiles("length", iter([3, 1, 2])) == {"length_p10": 1, "length_p50": 2, "length_p90": 3}
+    assert quantiles("length", range(10)) == {"length_p10": 1, "length_p50": 5, "length_p90": 9}
+    assert quantiles("length", [7]) == {"length_p10": 7, "length_p50": 7, "length_p90": 7}
+    assert quantiles("length", iter([3, 1, 2])) == {"length_p10": 1, "length_p50": 2, "length_p90": 3}
     values = [5] * 90 + [900] * 10
-    assert runs.quantiles("n", values)["n_p90"] == 900 and runs.quantiles("n", values[:99])["n_p50"] == 5
-    monkeypatch.setattr(runs, "all_gather_object", lambda mine: [mine, [100, 200], []])
-    assert runs.quantiles("n", [1, 300]) == {"n_p10": 1, "n_p50": 200, "n_p90": 300}, "of all ranks"
+    assert quantiles("n", values)["n_p90"] == 900 and quantiles("n", values[:99])["n_p50"] == 5
+    monkeypatch.setattr("rlt.steps.all_gather_object", lambda mine: [mine, [100, 200], []])
+    assert quantiles("n", [1, 300]) == {"n_p10": 1, "n_p50": 200, "n_p90": 300}, "of all ranks"
 
 
 def test_rows_are_held_out_from_the_end():
     rows = [{"question": str(i)} for i in range(10)]
 
     def split(**changes):
-        return runs.split_held_out(rows, argparse.Namespace(
+        return split_held_out(rows, argparse.Namespace(
             **{"eval_rows": 3, "eval_every": 5, "prompts_per_step": 7, **changes}))
 
     assert split() == (rows[:7], rows[7:])
@@ -248,7 +259,7 @@ def test_rows_are_held_out_from_the_end():
 
 
 def test_a_timer_adds_up_a_steps_phases():
-    timer = runs.StepTimer(torch.device("cpu"))
+    timer = StepTimer(torch.device("cpu"))
     time.sleep(0.02)
     timer.end("rollout")
     time.sleep(0.05)
@@ -270,7 +281,7 @@ def test_a_timer_on_a_gpu_waits_for_it_and_takes_each_phases_own_peak(monkeypatc
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: events.append("wait"))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak["bytes"])
-    timer = runs.StepTimer(torch.device("cuda"))
+    timer = StepTimer(torch.device("cuda"))
     peak["bytes"] = 5e9
     timer.end("rollout")
     timer.end("score")
@@ -285,7 +296,7 @@ def test_the_console_line_has_what_there_is(tmp_path):
     entry = {"step": 4, "reward": -1.23456, "kl": None, "eval_reward": 0.5, "secret": 3, "t_a": 1.0, "t_b": 0.26}
     line = run.log(entry)
     assert line == "step 4 | reward -1.235 | eval_reward 0.5 | 1.3s"
-    assert runs.read_jsonl(run.metrics) == [entry]
+    assert read_jsonl(run.metrics) == [entry]
 
 
 # -- files
@@ -293,28 +304,28 @@ def test_the_console_line_has_what_there_is(tmp_path):
 
 def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    runs.write_atomically(path, "one")
+    write_atomically(path, "one")
 
     def full_disk(descriptor):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(runs.os, "fsync", full_disk)
+    monkeypatch.setattr("os.fsync", full_disk)
     with pytest.raises(OSError):
-        runs.write_atomically(path, "two, and more")
+        write_atomically(path, "two, and more")
     assert path.read_text() == "one"
-    monkeypatch.setattr(runs, "RANK", 1)
-    runs.append_jsonl(path, [{"step": 0}])
+    monkeypatch.setattr("rlt.files.RANK", 1)
+    append_jsonl(path, [{"step": 0}])
     assert path.read_text() == "one", "rank 0 alone writes"
 
 
 def test_a_last_line_cut_short_is_left_out_and_a_broken_one_is_not(tmp_path):
     path = tmp_path / "log.jsonl"
-    assert runs.read_jsonl(path) == []
+    assert read_jsonl(path) == []
     path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2')
-    assert [entry["step"] for entry in runs.read_jsonl(path)] == [0, 1]
+    assert [entry["step"] for entry in read_jsonl(path)] == [0, 1]
     path.write_text('{"step": 0}\n{"ste\n{"step": 2}\n')
     with pytest.raises(UserError, match="log.jsonl:2 is not a JSON object"):
-        runs.read_jsonl(path)
+        read_jsonl(path)
 
 
 def test_a_result_takes_the_place_of_an_older_one(tmp_path):

@@ -11,7 +11,9 @@ import sys
 
 from rlt import models, rollout, runs
 from rlt.errors import UserError
+from rlt.files import read_jsonl
 from rlt.flags import _Parser
+from rlt.steps import seed_for
 
 import pytest
 import torch
@@ -30,7 +32,7 @@ def train(folder, out, *flags):
 
 
 def metrics(folder):
-    entries = runs.read_jsonl(folder / "metrics.jsonl")
+    entries = read_jsonl(folder / "metrics.jsonl")
     return [{k: v for k, v in entry.items() if not k.startswith("t_") and k != "tokens_per_s"} for entry in entries]
 
 
@@ -72,11 +74,11 @@ def test_the_readmes_commands(workshop, capsys):
         shown.append(capsys.readouterr().out)
     assert (workshop / "runs/teacher/final/adapter_model.safetensors").exists()
     for run in ("teacher", "student"):
-        assert set(runs.read_jsonl(workshop / f"runs/{run}/metrics.jsonl")[0]) <= documented_metrics()
+        assert set(read_jsonl(workshop / f"runs/{run}/metrics.jsonl")[0]) <= documented_metrics()
     for output, following in zip(shown, ("distill.py", "sft_student.py", "evaluate.py"), strict=False):
         assert f"Next: python {following}" in output
     assert "16" in shown[-1] and "runs/student" in shown[-1] and "±" in shown[-1]
-    rows = runs.read_jsonl(workshop / "runs/distilled.jsonl")
+    rows = read_jsonl(workshop / "runs/distilled.jsonl")
     assert 0 < len(rows) < 64 and not any(row["foreign_tags"] for row in rows), "a teacher this raw writes tags"
     assert set(rows[0]) >= {"question", "solution", "explanation", "reward", "score", "kl", "closed", "messages"}
     assert [message["role"] for message in rows[0]["messages"]] == ["system", "user", "assistant"]
@@ -89,12 +91,12 @@ def test_metrics_and_samples_have_their_keys(workshop, tmp_path):
               sampler_logprob_diff loss lr grad_norm eval_reward eval_reward_before""".split()
     assert all(set(keys) == set(entry) for entry in entries)
     assert {"t_rollout", "t_score", "t_update", "tokens_per_s"} < set(
-        runs.read_jsonl(tmp_path / "run/metrics.jsonl")[0])
+        read_jsonl(tmp_path / "run/metrics.jsonl")[0])
     assert entries[0]["kl_ref"] == 0.0, "at the start the teacher is its reference, to the bit"
     assert entries[1]["kl_ref"] > 0
     assert abs(entries[0]["sampler_logprob_diff"]) < 1e-4
     assert isinstance(entries[0]["eval_reward_before"], float) and entries[1]["eval_reward_before"] is None
-    sample = runs.read_jsonl(tmp_path / "run/samples.jsonl")[0]
+    sample = read_jsonl(tmp_path / "run/samples.jsonl")[0]
     assert set(sample) >= {"question", "solution", "explanation", "reward", "closed"}
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["flags"]["lam"] == 3.0 and len(config["base_hash"]) == 64
@@ -145,7 +147,7 @@ def test_a_killed_run_resumes_bit_for_bit(workshop, tmp_path):
     assert metrics(killed) == metrics(straight) and len(metrics(killed)) == 4
     for place in ("final", "step_000004", "step_000004/reference"):
         assert equal(adapter(killed / place), adapter(straight / place)), place
-    assert runs.read_jsonl(killed / "samples.jsonl") == runs.read_jsonl(straight / "samples.jsonl")
+    assert read_jsonl(killed / "samples.jsonl") == read_jsonl(straight / "samples.jsonl")
     assert not equal(adapter(killed / "final"), adapter(killed / "step_000002")), "the last steps did something"
 
 
@@ -186,7 +188,7 @@ def test_best_of_n_and_unclosed(workshop, tmp_path, half_closed):
     call(workshop, "distill.py", *flags, "--out", tmp_path / "all.jsonl")
     call(workshop, "distill.py", *flags, "--out", tmp_path / "best.jsonl", "--keep", "best")
     call(workshop, "distill.py", *flags, "--out", tmp_path / "closed.jsonl", "--drop-unclosed")
-    every, best, closed = (runs.read_jsonl(tmp_path / f"{name}.jsonl") for name in ("all", "best", "closed"))
+    every, best, closed = (read_jsonl(tmp_path / f"{name}.jsonl") for name in ("all", "best", "closed"))
     groups = {}
     for row in every:
         groups.setdefault(row["question"], []).append(row)
@@ -274,7 +276,7 @@ def test_an_empty_or_unclosed_explanation_is_penalised(workshop, tmp_path, monke
                  "--max-logprob-diff", 100)
     assert scope["explanations"][0].closed and not scope["explanations"][0].thought
     assert scope["scored"].reward.kl[0].item() == pytest.approx(1.01), "both parts count as 1"
-    assert runs.read_jsonl(tmp_path / "run/metrics.jsonl")[0]["empty"] == 1 / 8
+    assert read_jsonl(tmp_path / "run/metrics.jsonl")[0]["empty"] == 1 / 8
     for explanation, reward, whole in zip(
         scope["explanations"], scope["rewards"].tolist(), scope["scored"].reward.reward.tolist(), strict=True
     ):
@@ -602,7 +604,7 @@ class StandIn:
         self.keys.append((*key, first))
         assert max(map(len, prompts)) + max_new_tokens <= self.max_model_len
         drawn = rollout.generate(self.model, self.tokenizer, prompts, max_new_tokens=max_new_tokens,
-                                 temperature=temperature, seed=runs.seed_for(*key, first))
+                                 temperature=temperature, seed=seed_for(*key, first))
         return [c._replace(logprobs=[p + self.error * (-1) ** i for i, p in enumerate(c.logprobs)]) for c in drawn]
 
 
@@ -649,7 +651,7 @@ def test_another_engine_distils(workshop, tmp_path, stand_in):
     flags = ["--model", "toy-teacher", "--limit", 6, "--max-new-tokens", 12]
     for engine in ("transformers", "vllm"):
         call(workshop, "distill.py", *flags, "--engine", engine, "--out", tmp_path / f"{engine}.jsonl")
-    ours, theirs = (runs.read_jsonl(tmp_path / f"{engine}.jsonl") for engine in ("transformers", "vllm"))
+    ours, theirs = (read_jsonl(tmp_path / f"{engine}.jsonl") for engine in ("transformers", "vllm"))
     assert [row["explanation"] for row in ours] == [row["explanation"] for row in theirs] and len(ours) > 1
     assert [engine.loads for engine in stand_in.made] == [1]
     call(workshop, "distill.py", *flags, "--engine", "vllm", "--score-file", tmp_path / "vllm.jsonl", "--out",
@@ -711,7 +713,7 @@ def test_real_rows(workshop, tmp_path, qwen_tokenizer, tiny_model):
     config = json.loads((tmp_path / "teacher/final/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "model")
     call(workshop, "distill.py", *flags, "--model", tmp_path / "teacher", "--out", tmp_path / "d.jsonl")
-    assert len(runs.read_jsonl(tmp_path / "d.jsonl")) == 12
+    assert len(read_jsonl(tmp_path / "d.jsonl")) == 12
     other = models.load_tokenizer(str(workshop / "runs/toy"))
     other.save_pretrained(tmp_path / "other")
     tiny_model(64).save_pretrained(tmp_path / "other")
@@ -735,7 +737,7 @@ def test_scoring_a_file_gives_the_rewards_it_was_written_with(workshop, tmp_path
     flags = ["--model", "toy-teacher", "--max-new-tokens", 12]
     call(workshop, "distill.py", *flags, "--limit", 30, "--out", tmp_path / "first.jsonl")
     call(workshop, "distill.py", *flags, "--score-file", tmp_path / "first.jsonl", "--out", tmp_path / "again.jsonl")
-    first, again = (runs.read_jsonl(tmp_path / f"{name}.jsonl") for name in ("first", "again"))
+    first, again = (read_jsonl(tmp_path / f"{name}.jsonl") for name in ("first", "again"))
     assert len({row["closed"] for row in first}) == 2, "the case needs both kinds"
     for one, other in zip(first, again, strict=True):
         assert one["explanation"].split() == other["explanation"].split() and one["closed"] == other["closed"]
@@ -743,7 +745,7 @@ def test_scoring_a_file_gives_the_rewards_it_was_written_with(workshop, tmp_path
     # somebody else's: the rows' own explanations
     call(workshop, "distill.py", *flags, "--score-file", workshop / "runs/toy/val.jsonl", "--out",
          tmp_path / "theirs.jsonl")
-    theirs = runs.read_jsonl(tmp_path / "theirs.jsonl")
+    theirs = read_jsonl(tmp_path / "theirs.jsonl")
     assert len(theirs) == 400 and all(row["closed"] for row in theirs)
     (tmp_path / "bare.jsonl").write_text('{"question": "x 3 y 7 s1 swap", "solution": "7 3"}\n')
     with pytest.raises(UserError, match='has no "explanation"'):
@@ -753,11 +755,11 @@ def test_scoring_a_file_gives_the_rewards_it_was_written_with(workshop, tmp_path
 def test_partitions_by_rank(workshop, tmp_path):
     flags = ["--model", "toy-teacher", "--limit", 10, "--samples", 6, "--max-new-tokens", 12, "--partition", 3]
     call(workshop, "distill.py", *flags, "--out", tmp_path / "all.jsonl")
-    every = runs.read_jsonl(tmp_path / "all.jsonl")
+    every = read_jsonl(tmp_path / "all.jsonl")
     questions = {row["question"] for row in every}
     assert len(every) > 20 and len(questions) > 6
     for name in ("overall", "within"):
-        parts = [runs.read_jsonl(tmp_path / f"all.{name}-{i}of3.jsonl") for i in (1, 2, 3)]
+        parts = [read_jsonl(tmp_path / f"all.{name}-{i}of3.jsonl") for i in (1, 2, 3)]
         assert sorted(json.dumps(row) for part in parts for row in part) == sorted(map(json.dumps, every))
         for question in [None] if name == "overall" else questions:
             ranks = [[row["reward"] for row in part if question in (None, row["question"])] for part in parts]
@@ -773,7 +775,7 @@ def test_a_solver_keeps_what_the_grader_accepts(workshop, tmp_path, monkeypatch)
     flags = ["--solver", "--model", "toy", "--limit", 24, "--max-new-tokens", 12]
     call(workshop, "distill.py", *flags, "--out", tmp_path / "right.jsonl")
     call(workshop, "distill.py", *flags, "--out", tmp_path / "raw.jsonl", "--keep-wrong")
-    right, raw = (runs.read_jsonl(tmp_path / f"{name}.jsonl") for name in ("right", "raw"))
+    right, raw = (read_jsonl(tmp_path / f"{name}.jsonl") for name in ("right", "raw"))
     assert [row for row in raw if row["right"]] == right and 0 < len(right) < len(raw)
     assert len(raw) < 24 and not any(row["foreign_tags"] for row in raw), "an answer with special tokens is no row"
     assert "solution" in raw[0] and raw[0]["messages"][1]["content"] == raw[0]["question"]

@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 
-from rlt import models, rollout
+from rlt import models, rollout, saving
 from rlt.errors import UserError
 from rlt.logprobs import completion_logprobs
 
@@ -245,12 +245,12 @@ def test_all_weights_are_trained_saved_and_restored_bit_for_bit(tmp_path, name):
         for p, gradient in zip(model.parameters(), ours, strict=True):
             p -= 1e-4 * gradient
         after = completion_logprobs(model, prompts, ids)[0]
-    models.save_model(model, words, tmp_path / "saved")
+    saving.save_model(model, words, tmp_path / "saved")
     model.save_pretrained(tmp_path / "shards", max_shard_size="30KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     for folder in ("saved", "shards"):
         again = models.load_model(str(tmp_path / "base"), bits=32, device=CPU)
-        models.restore(again, tmp_path / folder)
+        saving.restore(again, tmp_path / folder)
         for (path, p), q in zip(again.named_parameters(), model.parameters(), strict=True):
             assert torch.equal(p, q), path
         with torch.no_grad():
