@@ -109,8 +109,8 @@ def dry_run(args, device, policy, student=None, *, row, vocab, shared=False, **p
                         f"base takes {policy.weights / GB:.3g} GB: pass --engine transformers, or a larger GPU.")
     table = phases(policy, student, vocab=vocab, tokens=max(flags.get("micro_batch_tokens", 0), row),
                    checkpointing=flags.get("gradient_checkpointing", False),
-                   kl_gradient=flags.get("kl_gradient", False), offloaded=flags.get("offload_student", False),
-                   shared=shared, engine_bytes=engine_bytes, **parts)
+                   offloaded=flags.get("offload_student", False), shared=shared, engine_bytes=engine_bytes,
+                   **{"kl_gradient": flags.get("kl_gradient", False)} | parts)
     print(f"{sum(p.numel() for p in policy.parameters):,} trained parameters; rows of up to {row:,} tokens\n")
     print(f"{'GB':10}", *(f"{column:>{len(column) + 5}}" for column in COLUMNS))
     for phase, numbers in table.items():

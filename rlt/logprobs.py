@@ -41,12 +41,13 @@ def completion_logprobs(model, prompts, completions, *, temperature=1.0, vocab=N
     return _HeadLogprobs.apply(states, *head, flat_ids(completions, head), temperature, head_chunk, impl)
 
 
-def completion_logprobs_and_kl(teacher, student, rows, *, temperature=1.0, vocab=None, head_chunk=LOGITS_CHUNK,
-                               impl="auto"):
+def completion_logprobs_and_kl(teacher, student, rows, *, forward_share=0.0, temperature=1.0, vocab=None,
+                               head_chunk=LOGITS_CHUNK, impl="auto"):
     """The teacher's log-probs of thoughts and ends, and the exact KL of thoughts to the student, both with gradient.
 
     rows: as in rewards.score_explanations, one micro-batch -> log-probs of thought + end, packed row by row, and kl of
     the thoughts' tokens, packed. The KL's gradient is the one through the teacher's distribution; the student has none.
+    forward_share: f in  (1 - f) KL(teacher || student) + f KL(student || teacher).
     """
     rows = [Row(*map(list, row)) for row in rows]
     n = row_lengths(rows)
@@ -58,7 +59,8 @@ def completion_logprobs_and_kl(teacher, student, rows, *, temperature=1.0, vocab
         [states_s] = hidden_states(student, [r.student_prompt + r.thought for r in rows], (n.student_prompt, n.thought))
     ids = flat_ids([r.thought + r.teacher_end for r in rows], head_t)
     logprobs, _ = _HeadLogprobs.apply(states_completion, *head_t, ids, temperature, head_chunk, impl)
-    return logprobs, _HeadKL.apply(states_thought, *head_t, states_s, *head_s, temperature, head_chunk, impl)
+    kl = _HeadKL.apply(states_thought, *head_t, states_s, *head_s, forward_share, temperature, head_chunk, impl)
+    return logprobs, kl
 
 
 @torch.no_grad()
@@ -117,20 +119,24 @@ class _HeadLogprobs(torch.autograd.Function):
 class _HeadKL(torch.autograd.Function):
     """states of the teacher and of the student, (N, H) each -> kl (N,), a chunk of logits at a time.
 
-    gradient   d kl / d logits_t = p (log p - log q - kl) / temperature; none for the heads, which are frozen
+    kl         (1 - f) sum p (log p - log q)  +  f sum q (log q - log p),  f = forward_share
+    gradient   by logits_t: ((1 - f) p (log p - log q - sum p (log p - log q))  +  f (p - q)) / temperature; none for
+               the heads, which are frozen
     """
 
     @staticmethod
-    def forward(ctx, states_t, weight_t, bias_t, states_s, weight_s, bias_s, temperature, head_chunk, impl):
+    def forward(ctx, states_t, weight_t, bias_t, states_s, weight_s, bias_s, forward_share, temperature, head_chunk,
+                impl):
         assert not weight_t.requires_grad, "the head must be frozen"
         saved = states_t, weight_t, bias_t, states_s, weight_s, bias_s
         ctx.save_for_backward(*saved)
-        ctx.temperature, ctx.head_chunk = temperature, head_chunk
+        ctx.forward_share, ctx.temperature, ctx.head_chunk = forward_share, temperature, head_chunk
+        options = dict(teacher_temperature=temperature, student_temperature=temperature, impl=impl)
         kl = []
         for _, t, s in _logits_of_both(*saved, head_chunk):
             any_ids = torch.zeros(len(t), dtype=torch.long, device=t.device)
-            kl.append(token_stats(t, s, any_ids, teacher_temperature=temperature, student_temperature=temperature,
-                                  impl=impl).kl)
+            parts = [(share, pair) for share, pair in ((1 - forward_share, (t, s)), (forward_share, (s, t))) if share]
+            kl.append(sum(share * token_stats(*pair, any_ids, **options).kl for share, pair in parts))
         return torch.cat(kl)
 
     @staticmethod
@@ -144,9 +150,12 @@ class _HeadKL(torch.autograd.Function):
             p = log_p.exp()
             difference = torch.where(p > 0, log_p - log_q, 0)
             kl = (p * difference).sum(1, keepdim=True)
-            grad = p * (difference - kl) * (grad_kl[c] / ctx.temperature)[:, None]
+            grad = p * (difference - kl)
+            if ctx.forward_share:
+                grad = torch.lerp(grad, p - log_q.exp(), ctx.forward_share)
+            grad = grad * (grad_kl[c] / ctx.temperature)[:, None]
             grad_states[c] = grad[:, : len(weight_t)].to(weight_t.dtype) @ weight_t
-        return grad_states, *[None] * 8
+        return grad_states, *[None] * 9
 
 
 def _logits_of_both(states_t, weight_t, bias_t, states_s, weight_s, bias_s, head_chunk):

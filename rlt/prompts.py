@@ -104,7 +104,8 @@ class Prompts:
         self.system = {"student": STUDENT_SYSTEM, "teacher": TEACHER_SYSTEM} | own
         self._bytes = _token_bytes(tokenizer)
         # what the closing tag looks like once sampled: a tokenizer may write both roles' tags alike
-        self._closing = self._decode(self._encode_in_turn(THOUGHT_OPENED, EXPLANATION[1])[0]).encode()
+        self._closing, self._closing_thought = (
+            self._decode(self._encode_in_turn(THOUGHT_OPENED, tag)[0]).encode() for tag in (EXPLANATION[1], THOUGHT[1]))
 
     def encode(self, text):
         """The ids of a text that stands alone, such as a prompt."""
@@ -215,23 +216,31 @@ class Prompts:
 
         The tag is looked for in bytes, so characters cut in half by the length limit do no harm.
         """
-        body = ids[:-1] if finished else ids
-        pieces = [self._bytes(i) for i in body]
+        thought, leftover, text, after = self._split_at(ids[:-1] if finished else ids, self._closing)
+        foreign = self._is_foreign(text)
+        closed = finished and after is not None and not after.strip() and not foreign
+        return Explanation(thought, list(ids[len(thought) :]), leftover, text, closed, foreign)
+
+    def split_answer(self, ids, finished):
+        """Take a student's completion apart at the end of its thought. closed: the thought's closing tag is there."""
+        thought, leftover, text, after = self._split_at(ids[:-1] if finished else ids, self._closing_thought)
+        foreign = self._is_foreign(text)
+        closed = after is not None and not foreign
+        return Explanation(thought, list(ids[len(thought) :]), leftover, text, closed, foreign)
+
+    def _split_at(self, ids, tag):
+        """(ids before the tag, the leftover, the text of both, the bytes after it), the last None without a tag."""
+        pieces = [self._bytes(i) for i in ids]
         sampled = b"".join(pieces)
-        at = sampled.find(self._closing)
+        at = sampled.find(tag)
         if at < 0:
-            text = self._decode(body)
-            return Explanation(list(body), list(ids[len(body) :]), "", text, False, self._is_foreign(text))
+            return list(ids), "", self._decode(ids), None
         boundary = length = 0
         while length + len(pieces[boundary]) <= at:
             length += len(pieces[boundary])
             boundary += 1
         leftover = sampled[length:at].decode("utf-8", "replace")
-        after = sampled[at + len(self._closing) :]
-        text = self._decode(body[:boundary]) + leftover
-        foreign = self._is_foreign(text)
-        closed = finished and not after.strip() and not foreign
-        return Explanation(list(body[:boundary]), list(ids[boundary:]), leftover, text, closed, foreign)
+        return list(ids[:boundary]), leftover, self._decode(ids[:boundary]) + leftover, sampled[at + len(tag) :]
 
     def _is_foreign(self, text):
         return self._special_or_tag.search(text) is not None
@@ -247,6 +256,21 @@ class Prompts:
             f"{row['solution']}\n\n", SOLUTION[1])
         return Row(teacher_prompt=self.teacher_prompt(row), thought=explanation.thought, teacher_end=explanation.end,
                    student_prompt=self.student_prompt(row), bridge=bridge, solution=solution)
+
+    def on_policy_row(self, row, thought):
+        """The rewards.Row of a student's own thought (as `split_answer` returns it), where the student is what learns.
+
+        It takes the teacher's place: it reads the question, its thought, and as `teacher_end` what it is to write
+        after it. The frozen side reads the question with its solution. The token that starts the end of a closed
+        thought counts as one of the thought: the KL says whether to close. An unclosed one has no end to learn.
+        """
+        end = []
+        if thought.closed:
+            solution = f"{SOLUTION[0]}\n\n{row['solution']}\n\n{SOLUTION[1]}"
+            end, = self._encode_in_turn(THOUGHT_OPENED, f"{thought.leftover}{THOUGHT[1]}\n\n{solution}")
+            end.append(self.end_of_turn)
+        return Row(teacher_prompt=self.student_prompt(row), thought=thought.thought + end[:1], teacher_end=end[1:],
+                   student_prompt=self.teacher_prompt(row), bridge=[], solution=[])
 
     # training rows
 
