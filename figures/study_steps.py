@@ -20,8 +20,9 @@ TOY_FLAGS = {  # setting: flags of data/toy.py
     # three clocks; the share of full chains among the explanations of long problems that the base is pretrained on
     **{f"base {share}": ["--clocks", 3, "--hints", "--careful-base", share] for share in (0.08, 0.005, 0.0)},
 }
-RESUMABLE = ("train_rlt.py", "rl_student.py", "sft_student.py", "distill.py")
+RESUMABLE = ("train_rlt.py", "rl_student.py", "on_policy_student.py", "sft_student.py", "distill.py")
 TEACHER_CURVE = ("step", "reward", "score", "kl", "closed", "leak", "length", "entropy", "kl_ref", "eval_reward")
+ON_POLICY_CURVE = ("step", "kl", "nll", "closed", "length", "eval_kl", "eval_nll")
 STUDENT_CURVE = ("step", "reward", "solved", "zero_groups", "usable_groups", "hinted", "hinted_solved", "length",
                  "guided_log_ratio", "eval_solved")
 COMPLETIONS_PER_STEP = 16 * 16  # of train_rlt.py, by its defaults
@@ -109,6 +110,13 @@ class Job:
             out = f"runs/toy-teacher-{careful}"
         return self.run("sft_student.py", "--format", "teacher", *data, *steps, *self.if_quick("--steps", 2), out=out)
 
+    def warm_up_on_chains(self):
+        """SFT of the teacher on the full right chain of every row."""
+        rows = [{**row, "explanation": row["chain"]} for row in self.read(self.rows)]
+        data = self.write("runs/chains.jsonl", rows)
+        return self.run("sft_student.py", "--format", "teacher", "--data", data, *self.if_quick("--steps", 2),
+                        out="runs/chains-teacher")
+
     def train_teacher(self, warm_up, *flags):
         """RLT from this warm-up teacher."""
         out = f"runs/{self.name}"
@@ -160,6 +168,23 @@ class Job:
         self.facts["curve"] = [{key: entry[key] for key in STUDENT_CURVE} for entry in metrics]
         self.facts["sampled_tokens"] = sum(entry["sampled_tokens"] for entry in metrics)
         return student
+
+    def on_policy(self, teacher, *flags):
+        """A student on its own words, corrected by this teacher."""
+        student = self.run("on_policy_student.py", "--teacher", teacher, *self.data, *flags,
+                           *self.if_quick("--steps", 2), out=f"runs/{self.name}")
+        metrics = self.read(f"{student}/metrics.jsonl")
+        self.facts["curve"] = [{key: entry[key] for key in ON_POLICY_CURVE} for entry in metrics]
+        self.facts["sampled_tokens"] = sum(entry["sampled_tokens"] for entry in metrics)
+        self.facts["seconds_a_step"] = mean_of(metrics, ("t_rollout", "t_update"))
+        return student
+
+    def teacher_of(self, arm, *flags):
+        """The RLT of another arm on the same seed, trained with its flags if it does not exist."""
+        other = type(self)(self.recipes, self.setting, self.seed, arm, self.quick)
+        teacher = other.train_teacher(other.warm_up_teacher(), *flags)
+        self.commands += other.commands
+        return teacher
 
     def student_of(self, arm):
         """The student of another arm on the same seed, made if it does not exist."""
