@@ -199,7 +199,7 @@ for step in run.steps(progress, save):
     student.eval()
     engine.load_adapter(student)
     lengths, logprob_diff = [len(thought.thought) for thought in thoughts], None
-    if math.isfinite(loss):  # else the update was skipped
+    if math.isfinite(loss) and math.isfinite(grad_norm):  # else the update was skipped
         sampled = [p for c, n in zip(completions, lengths, strict=True) for p in c.logprobs[:n]]
         computed = torch.cat([values[:n] for values, n in zip(thought_logprobs, lengths, strict=True)])
         logprob_diff = check_logprob_diff(torch.tensor(sampled, device=device), computed, args.max_logprob_diff)

@@ -48,6 +48,8 @@ SOAK = ["--limit", "80", "--prompts-per-step", "2", "--group-size", "2", "--max-
 SCRIPTS = {  # script: flags that make it small
     "train_rlt.py": [*RL, "--steps", "6", "--save-every", "2", "--sync-ref-every", "3"],
     "rl_student.py": [*RL, "--steps", "6", "--save-every", "2", "--rewards", "0", "0.1", "1"],
+    "on_policy_student.py": ["--teacher", "toy-teacher", "--limit", "80", "--prompts-per-step", "8", "--max-new-tokens",
+                             "12", "--eval-rows", "4", "--steps", "6", "--save-every", "2"],
     "sft_student.py": ["--data", "toy", "--limit", "80", "--val-rows", "8", "--steps", "12", "--save-every", "3"],
     "distill.py": ["--model", "toy-teacher", "--limit", "64", "--batch-size", "8", "--max-new-tokens", "12"],
     "evaluate.py": ["--model", "toy", "toy-teacher", "--limit", "64", "--batch-size", "8", "--max-new-tokens", "24"],

@@ -75,6 +75,7 @@ def claims():
         "RL after a cold start (Table 2)": cold_start_claims(),
         "A second task (zero-shot transfer)": transfer_claims(),
         "Other students, and ablations (Appendices C.4, D)": ablation_claims(),
+        "Students on their own words": on_policy_claims(),
         "Three clocks: 0 % full chains in the base's pretraining, 10 % in the warm-up rows": hardest_base_claims(),
         "Three clocks: other shares of full chains": other_share_claims(),
         "Guide-GRPO (arXiv 2506.13923), three clocks: 0.5 % full chains in the base's pretraining": guide_claims(0.005),
@@ -119,6 +120,21 @@ def rank_claims():
     return [Claim("a higher reward of the explanations makes a better student",
                   [correlations(range(5), [greedy(row) for row in rows])[0] for rows in fifths],
                   "Pearson correlation of exact match with the fifth by reward, greedy", paper="0.89")]
+
+
+def on_policy_claims():
+    new, rlt = "not in the paper", "on-policy, RLT"
+    others = {"on-policy, warm-up teacher": "by the warm-up teacher", "on-policy, score only": "by RLT without KL",
+              "on-policy, base": "by the base with the solution in its prompt",
+              "on-policy, clean chains": "by a teacher warmed up on full chains, without RL"}
+    return [
+        *(Claim(f"corrected by RLT above corrected {by}", differences(rlt, arm, greedy), paper=new)
+          for arm, by in others.items()),
+        Claim("corrected by RLT above SFT on its explanations", differences(rlt, "RLT", greedy), paper=new),
+        Claim("corrected by RLT above SFT on its explanations, sampled", differences(rlt, "RLT", sampled),
+              SAMPLED_POINTS, paper=new),
+        Claim("corrected by RLT above direct RL", differences(rlt, "direct RL", greedy), paper=new),
+    ]
 
 
 def mean_solved(row):

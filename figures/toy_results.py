@@ -5,7 +5,21 @@ import math
 import statistics
 
 import matplotlib.pyplot as plt
-from plotting import BLUE, COLOURS, GREY, LABELS, ORANGE, PURPLE, RED, accuracy_legend, bars, save, smooth, steps
+from plotting import (
+    BLUE,
+    COLOURS,
+    GREY,
+    LABELS,
+    LILAC,
+    ORANGE,
+    PURPLE,
+    RED,
+    accuracy_legend,
+    bars,
+    save,
+    smooth,
+    steps,
+)
 from study_log import correlations, greedy, paired_rows, reward_fifths, rows_of, sampled
 
 MAIN_ARMS = ("base", "solutions only", "warm-up teacher", "score only", "best of 10", "RL traces, raw",
@@ -159,4 +173,32 @@ def students():
     save(figure, "toy_students")
 
 
-FIGURES = (accuracy, reward, few_and_long, cold_start, transfer, reward_ranks, ablations, students)
+ON_POLICY = {  # arm: the teacher that corrects the student
+    "on-policy, base": "base model", "on-policy, warm-up teacher": "warm-up teacher",
+    "on-policy, warm-up teacher, forward KL": "warm-up teacher, forward KL",
+    "on-policy, score only": "RLT without KL (λ = 0)", "on-policy, RLT": "RLT (λ = 3)",
+    "on-policy, clean chains": "warm-up teacher of full chains",
+}
+
+
+def on_policy():
+    """Students on their own words: accuracy, and the KL to the teacher along training."""
+    figure, (final, curves) = plt.subplots(1, 2, figsize=(10, 2.9))
+    rows = {arm: rows_of(arm) for arm in ON_POLICY}
+    colours = dict(zip(ON_POLICY, (GREY, BLUE, LILAC, PURPLE, RED, ORANGE), strict=True))
+    bars(final, rows, labels=ON_POLICY, colours=colours)
+    final.set_xlabel("exact match, %")
+    final.set_ylabel("student corrected by")
+    for arm, own in rows.items():
+        curve = own[0]["curve"]
+        curves.plot(steps(curve), [entry["kl"] for entry in curve], color=colours[arm], lw=1.2, label=ON_POLICY[arm],
+                    ls="--" if "forward" in arm else "-")
+    curves.set_xlabel(f"step (seed {rows['on-policy, RLT'][0]['seed']})")
+    curves.set_ylabel("KL to the teacher, nats a token")
+    curves.set_ylim(bottom=0)
+    curves.legend()
+    accuracy_legend(figure)
+    save(figure, "toy_on_policy")
+
+
+FIGURES = (accuracy, reward, few_and_long, cold_start, transfer, reward_ranks, ablations, students, on_policy)

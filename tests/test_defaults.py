@@ -23,6 +23,7 @@ from bench import zoo
 
 TOY = {"train_rlt.py": dict(lr=2e-3, max_new_tokens=48, eval_rows=64, student_bits=4, steps=60, warmup_steps=5),
        "rl_student.py": dict(lr=2e-3, max_new_tokens=48, eval_rows=64, steps=60, warmup_steps=5),
+       "on_policy_student.py": dict(lr=2e-3, max_new_tokens=48, eval_rows=64, steps=60, warmup_steps=5),
        "distill.py": dict(max_new_tokens=48, student_bits=4),
        "sft_student.py": dict(lr=2e-3, steps=150, batch_size=64, warmup_steps=10, val_rows=64)}
 
@@ -64,6 +65,7 @@ def test_another_models_values(settled, script):
     args, printed, parser = settled(script, [{}] * 100)
     expected = {"train_rlt.py": dict(lr=2e-5, max_new_tokens=1024, eval_rows=10, steps=60),
                 "rl_student.py": dict(lr=2e-5, max_new_tokens=1024, eval_rows=10, steps=60),
+                "on_policy_student.py": dict(lr=2e-5, max_new_tokens=1024, eval_rows=10, steps=60),
                 "distill.py": dict(max_new_tokens=1024),
                 "sft_student.py": dict(lr=1e-4, batch_size=16, val_rows=10, steps=17, warmup_steps=1)}[script]
     assert {name: getattr(args, name) for name in expected} == expected  # steps: 3 * 90 / 16, rounded up

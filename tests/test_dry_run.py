@@ -401,7 +401,8 @@ def no_weights(monkeypatch):
 
 PHASES = {
     "train_rlt.py": "load rollout score reference update", "rl_student.py": "load rollout score reference update",
-    "sft_student.py --data toy": "load update", "distill.py --model toy-teacher": "load rollout score",
+    "on_policy_student.py --teacher toy-teacher": "load rollout update", "sft_student.py --data toy": "load update",
+    "distill.py --model toy-teacher": "load rollout score",
     "distill.py --model toy-teacher --solver": "load rollout",
     "evaluate.py --model toy toy-teacher": "load rollout load rollout",
     "train_rlt.py --beta 0": "load rollout score update",

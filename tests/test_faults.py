@@ -30,11 +30,13 @@ import pytest
 import torch
 from conftest import ROOT, call, ended, run_script
 
-TRAINERS = ("train_rlt.py", "rl_student.py", "sft_student.py")
+TRAINERS = ("train_rlt.py", "rl_student.py", "on_policy_student.py", "sft_student.py")
 RL = ("--limit", 80, "--prompts-per-step", 2, "--group-size", 4, "--max-new-tokens", 12, "--eval-rows", 4)
 SMALL = {  # script: flags that make it small
     "train_rlt.py": RL,
     "rl_student.py": (*RL, "--rewards", 0, 0, 1, "--keep-zero-groups"),
+    "on_policy_student.py": ("--teacher", "toy-teacher", "--limit", 80, "--prompts-per-step", 8, "--max-new-tokens", 12,
+                             "--eval-rows", 4),
     "sft_student.py": ("--data", "toy", "--limit", 80, "--val-rows", 8, "--batch-size", 8),
     "distill.py": ("--model", "toy-teacher", "--limit", 20, "--batch-size", 8, "--max-new-tokens", 12),
 }
@@ -337,7 +339,7 @@ class OnDevice(torch.Tensor):
 
 
 UPDATES = [("train_rlt.py", ""), ("train_rlt.py", "--kl exact --kl-gradient"), ("rl_student.py", ""),
-           ("rl_student.py", "--hints"), ("sft_student.py", "")]
+           ("rl_student.py", "--hints"), ("on_policy_student.py", ""), ("sft_student.py", "")]
 
 
 @pytest.mark.parametrize(("script", "flags"), UPDATES)
@@ -379,17 +381,18 @@ def test_the_trainers_skip_and_stop(workshop, tmp_path, monkeypatch, script):
     """The losses of one step are NaN, then those of all."""
     from rlt import logprobs
 
-    plain, count = logprobs.completion_logprobs, [0]
+    name = "completion_logprobs" + "_and_kl" * (script == "on_policy_student.py")
+    plain, count = getattr(logprobs, name), [0]
 
     def broken(*args, **options):
-        value, entropies = plain(*args, **options)
+        value, other = plain(*args, **options)
         if torch.is_grad_enabled():
             count[0] += 1
             if count[0] in bad:
-                value = value * float("nan")
-        return value, entropies
+                value, other = value * float("nan"), other * float("nan")
+        return value, other
 
-    monkeypatch.setattr(logprobs, "completion_logprobs", broken)
+    monkeypatch.setattr(logprobs, name, broken)
     flags = ("--steps", 3, *SMALL[script], "--eval-every", 0, "--micro-batch-tokens", 10**6, "--max-bad-steps", 2)
     bad = {2}
     call(workshop, script, *flags, "--out", tmp_path / "once")

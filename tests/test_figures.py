@@ -278,8 +278,8 @@ def commands():
     return [command for job in toy_study.plan() for quick in (False, True) for command in commands_of(*job, quick)]
 
 
-@pytest.mark.parametrize("script", ["data/toy.py", "train_rlt.py", "rl_student.py", "sft_student.py", "distill.py",
-                                    "evaluate.py"])
+@pytest.mark.parametrize("script", ["data/toy.py", "train_rlt.py", "rl_student.py", "on_policy_student.py",
+                                    "sft_student.py", "distill.py", "evaluate.py"])
 def test_every_flag_of_the_study_exists(commands, script, tmp_path):
     used = {word for command in commands if command[0] == script for word in command if word.startswith("--")}
     assert len(used) > 3
@@ -293,10 +293,11 @@ def test_every_input_of_a_command_has_been_written_before(commands):
         made = set()
         for script, *flags in commands_of(setting, seed, arm):
             inputs = [after for flag, after in zip(flags, flags[1:], strict=False)
-                      if flag in ("--model", "--student", "--data") and after.startswith("runs/")]
+                      if flag in ("--model", "--student", "--teacher", "--data") and after.startswith("runs/")]
             for path in inputs:
                 whole = path in made or path.rpartition("/")[0] in made
                 replaced = path == f"runs/{study_steps.file_name(arm)}.jsonl" or "ground-truth" in path
+                replaced = replaced or path == "runs/chains.jsonl"
                 assert whole or replaced or ".within-" in path, (arm, script, path)
             made |= {after for flag, after in zip(flags, flags[1:], strict=False) if flag == "--out"}
 

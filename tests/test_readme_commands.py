@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "figures"))
 
 import machines  # noqa: E402
 
-SCRIPTS = ("train_rlt.py", "distill.py", "sft_student.py", "rl_student.py", "evaluate.py")
+SCRIPTS = ("train_rlt.py", "distill.py", "sft_student.py", "rl_student.py", "on_policy_student.py", "evaluate.py")
 QWEN, STUDENT, DATA = "Qwen/Qwen2.5-7B-Instruct", "bespokelabs/Bespoke-Stratos-7B", "bespokelabs/Bespoke-Stratos-17k"
 
 
@@ -107,7 +107,7 @@ COMMANDS = commands()
 
 def test_the_commands_are_found():
     assert len(COMMANDS) == 4 + 1 + 2 + 1 + len(machines.PLANS), "quick start, a score, recipe, the table of machines"
-    assert {script for *_, script, _ in COMMANDS} == {*SCRIPTS} - {"rl_student.py"}
+    assert {script for *_, script, _ in COMMANDS} == {*SCRIPTS} - {"rl_student.py", "on_policy_student.py"}
     assert [ranks for _, _, peak, ranks, *_ in COMMANDS if peak] == [plan.gpus for plan in machines.PLANS]
     assert [gb for _, gb, peak, *_ in COMMANDS if peak] == [24, 80, 80, 80, 80]
 

@@ -21,7 +21,7 @@ from conftest import ROOT, call, data_file, documented_metrics, ended, run_scrip
 
 import rewards
 
-SCRIPTS = ("train_rlt.py", "distill.py", "sft_student.py", "rl_student.py", "evaluate.py")
+SCRIPTS = ("train_rlt.py", "distill.py", "sft_student.py", "rl_student.py", "on_policy_student.py", "evaluate.py")
 TINY = ("--limit", 80, "--prompts-per-step", 2, "--group-size", 4, "--max-new-tokens", 12, "--eval-rows", 4)
 
 
