@@ -9,12 +9,12 @@ English word problems of additions and subtractions, drawn from a seed, for a sm
                  21-5=16
                  16+3=19
 
-The target problems have 3 to 5 steps, the easy ones 1 to 3. Easy problems come with their chains: together with the
+The target problems have 2 to 4 steps, the easy ones 1 to 3. Easy problems come with their chains: together with the
 chains of GSM8K they are the rows for a teacher's warm-up. A count starts at 5 to 30, changes by 2 to 15 at every step,
 and stays between 1 and 50, and no answer is that of more than 6 % of the test problems.
 
     train.jsonl  val.jsonl  test.jsonl   target problems: question, solution, answer, start, steps
-    easy.jsonl                           easy problems, with explanation
+    easy.jsonl  practice.jsonl           easy problems, with explanation, for the two parts of a warm-up
     chains.jsonl                         the rows of train.jsonl with explanation, for the upper bound
     warmup.jsonl                         with --gsm8k: easy.jsonl and rows of GSM8K, shuffled
 
@@ -38,7 +38,8 @@ from rlt.files import read_jsonl
 
 START, CHANGE, LIMIT = (5, 30), (2, 15), 50  # counts: at the start, of a step, at most
 SPLITS = {  # split: (rows, numbers of steps)
-    "train": (1600, (3, 4, 5)), "val": (200, (3, 4, 5)), "test": (400, (3, 4, 5)), "easy": (800, (1, 2, 3))
+    "train": (1600, (2, 3, 4)), "val": (200, (2, 3, 4)), "test": (400, (2, 3, 4)), "easy": (320, (1, 2, 3)),
+    "practice": (320, (2, 3)),
 }
 
 SHE = ("Emma", "Olivia", "Mia", "Ava", "Lucy", "Nora", "Zoe", "Ruth", "Maya", "Anna", "Clara", "Sofia", "Leila",
@@ -280,7 +281,7 @@ def make_rows(seed=0, splits=SPLITS):
             if row["question"] not in seen:
                 seen.add(row["question"])
                 made[split].append(row)
-    made["easy"] = [with_chain(row) for row in made["easy"]]
+    made |= {split: [with_chain(row) for row in made[split]] for split in ("easy", "practice")}
     made["chains"] = [with_chain(row) for row in made["train"]]
     return made
 

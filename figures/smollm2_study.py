@@ -21,12 +21,13 @@ from toy_study import try_arm
 
 LENGTH = ("--max-new-tokens", 64)  # of an explanation; the longest right chain takes 56 tokens
 MICRO_BATCH = ("--micro-batch-tokens", 1024)
-WARM_UP = ("--steps", 80, "--batch-size", 8, "--lr", 1e-3, "--warmup-steps", 3, "--val-rows", 16, "--eval-every", 20,
+WHOLE_STEP = ("--micro-batch-tokens", 8192)  # of RL, so that a prompt is read once; 1,500 tokens where it is
+WARM_UP = ("--steps", 46, "--batch-size", 8, "--lr", 1e-3, "--warmup-steps", 3, "--val-rows", 16, "--eval-every", 20,
            "--save-every", 20)
 RL = ("--prompts-per-step", 4, "--group-size", 8, "--steps", 60, "--lr", 1e-3, "--eval-every", 20, "--eval-rows", 32,
       "--save-every", 5)
-STUDENT = ("--steps", 100, "--batch-size", 8, "--lr", 1e-3, "--val-rows", 32, "--save-every", 25)
-QUESTIONS = 832  # 800 to learn from and 32 to validate
+STUDENT = ("--steps", 50, "--batch-size", 8, "--lr", 1e-3, "--val-rows", 32, "--save-every", 10)
+QUESTIONS = 432  # 400 to learn from and 32 to validate
 QUESTIONS_OF = {"val": 100, "test": 400}
 CURVE = ("step", "reward", "score", "kl", "closed", "length", "entropy", "kl_ref", "eval_reward")
 MEASURES = {"is_right_chain": "is_right_chain", "right_steps": "right_steps", "leak": "leaks"}  # data/word_problems.py
@@ -53,7 +54,7 @@ class WordProblemJob(Job):
 
     def rows_of(self, split):
         """The file of a split of the word problems."""
-        out = self.run("data/word_problems.py", "--gsm8k", self.gsm8k, "--gsm8k-rows", 100, out="runs/rows")
+        out = self.run("data/word_problems.py", "--gsm8k", self.gsm8k, "--gsm8k-rows", 64, out="runs/rows")
         return f"{out}/{split}.jsonl"
 
     def base(self):
@@ -63,26 +64,38 @@ class WordProblemJob(Job):
         return "--student", self.warm_up("student"), "--student-bits", 32
 
     def warm_up(self, role):
-        """The teacher before RL, or the student that scores: SFT on chains of GSM8K and of easy problems."""
-        return self.run("sft_student.py", "--format", role, "--model", self.model, "--data", self.rows_of("warmup"),
-                        *WARM_UP, *MICRO_BATCH, *self.if_quick("--steps", 2), out=f"runs/warm-{role}")
+        """The teacher before RL, or the student that scores: SFT on chains of GSM8K and of easy problems, then on more
+        of these problems alone."""
+        model = self.model
+        for part, out in (("warmup", f"runs/chains-{role}"), ("practice", f"runs/warm-{role}")):
+            model = self.run("sft_student.py", "--format", role, "--model", model, "--data", self.rows_of(part),
+                             *WARM_UP, *MICRO_BATCH, *self.if_quick("--steps", 2), out=out)
+        return model
+
+    def teacher_of(self, arm, *flags):
+        """The RLT of another arm on the same seed, trained with its flags if it does not exist; its curve is a fact."""
+        other = type(self)(self.seed, arm, self.gsm8k, self.model, self.quick)
+        teacher = other.train_teacher(*flags)
+        self.commands += other.commands
+        self.facts |= other.facts
+        return teacher
 
     def train_teacher(self, *flags):
         """RLT from the warm-up teacher."""
         quick = self.if_quick("--steps", 2, "--group-size", 2, "--eval-rows", 2)
         out = self.run("train_rlt.py", "--model", self.warm_up("teacher"), *self.scored_by(), "--data",
-                       self.rows_of("train"), *RL, *LENGTH, *MICRO_BATCH, *flags, *quick, out=f"runs/{self.name}")
+                       self.rows_of("train"), *RL, *LENGTH, *WHOLE_STEP, *flags, *quick, out=f"runs/{self.name}")
         metrics = self.read(f"{out}/metrics.jsonl")
         self.facts["curve"] = [{key: entry[key] for key in CURVE} for entry in metrics]
         self.facts["seconds_a_step"] = mean_of(metrics, ("t_rollout", "t_score", "t_update"))
         return out
 
-    def explain(self, teacher, *flags):
-        """The teacher's explanations of the training questions; all teachers' are scored alike: exact KL, lambda 3."""
+    def explain(self, teacher, *flags, split="train", limit=QUESTIONS):
+        """The teacher's explanations of a split's questions; all teachers' are scored alike: exact KL, lambda 3."""
         data = f"runs/{self.name}.jsonl"
-        self.run("distill.py", "--model", teacher, *self.scored_by(), "--data", self.rows_of("train"), "--limit",
-                 QUESTIONS, *LENGTH, *MICRO_BATCH, "--batch-size", 64, *flags, *self.if_quick("--limit", 12), out=data)
-        problems = {row["question"]: row for row in self.read(self.rows_of("train"))}
+        self.run("distill.py", "--model", teacher, *self.scored_by(), "--data", self.rows_of(split), "--limit",
+                 limit, *LENGTH, *WHOLE_STEP, "--batch-size", 64, *flags, *self.if_quick("--limit", 12), out=data)
+        problems = {row["question"]: row for row in self.read(self.rows_of(split))}
         rows = self.read(data)
         pairs = [(problems[row["question"]], row["explanation"]) for row in rows]
         self.facts["explanations"] = {
@@ -91,6 +104,10 @@ class WordProblemJob(Job):
                for key, function in MEASURES.items()},
         }
         return data
+
+    def measure(self, teacher):
+        """What the teacher's explanations of validation questions are like. There is no student of them."""
+        self.explain(teacher, split="val", limit=QUESTIONS_OF["val"])
 
     def replace_explanations(self, explanation):
         """The training rows with explanation(row) for an explanation."""
@@ -115,7 +132,9 @@ class WordProblemJob(Job):
         return found
 
 
-ARMS = {  # functions of a WordProblemJob that return its student
+ARMS = {  # functions of a WordProblemJob that return its student, or None where they only measure
+    "explanations before RL": lambda job: job.measure(job.warm_up("teacher")),
+    "explanations after RL": lambda job: job.measure(job.teacher_of("RLT")),
     "base": lambda job: job.base(),
     "warmed-up student": lambda job: job.warm_up("student"),
     "solutions only": lambda job: job.sft(job.replace_explanations(lambda row: "")),

@@ -32,7 +32,9 @@ class Recorder(smollm2_study.WordProblemJob):
 
 def commands_of(arm, quick):
     job = Recorder(0, arm, ROOT / "gsm8k.jsonl", quick=quick)
-    assert set(job.accuracy(smollm2_study.ARMS[arm](job))) == {"val greedy", "test greedy"}
+    student = smollm2_study.ARMS[arm](job)
+    if not arm.startswith("explanations"):
+        assert set(job.accuracy(student)) == {"val greedy", "test greedy"}
     return job
 
 
@@ -67,7 +69,7 @@ def test_every_command_is_one_that_its_script_takes(parse, quick):
         if script != "rows":
             args = parse(script, *words)
             steps = getattr(args, "steps", None)  # writing, scoring and grading have none
-            assert args.seed == 0 and steps in ((None, 2) if quick else (None, 60, 80, 100))
+            assert args.seed == 0 and steps in ((None, 2) if quick else (None, 46, 50, 60))
 
 
 def test_every_input_of_a_command_has_been_written_before():

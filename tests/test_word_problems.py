@@ -17,7 +17,8 @@ from data import word_problems as problems
 
 ROW = {"start": 14, "steps": [7, -5, 3], "answer": "19"}
 CHAIN = "14+7=21\n21-5=16\n16+3=19"
-SIZES = {"train": (150, (3, 4, 5)), "val": (40, (3, 4, 5)), "test": (40, (3, 4, 5)), "easy": (60, (1, 2, 3))}
+SIZES = {"train": (150, (3, 4, 5)), "val": (40, (3, 4, 5)), "test": (40, (3, 4, 5)), "easy": (60, (1, 2, 3)),
+         "practice": (30, (2, 3))}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def test_splits_have_their_sizes_and_share_no_question(splits):
 
 
 def test_every_chain_is_right_by_pythons_own_arithmetic(splits):
-    for row in splits["chains"] + splits["easy"]:
+    for row in splits["chains"] + splits["easy"] + splits["practice"]:
         total = row["start"]
         for line, step in zip(row["explanation"].split("\n"), row["steps"], strict=True):
             left, right = line.split("=")
@@ -133,7 +134,7 @@ def test_the_script_writes_rows_that_the_others_read(tmp_path):
     (tmp_path / "gsm8k.jsonl").write_text('{"question": "How much?", "answer": "1+1=<<1+1=2>>2\\n#### 2"}\n' * 3)
     run_script(tmp_path, "data/word_problems.py", "--out", "rows", "--gsm8k", "gsm8k.jsonl", "--easy-rows", 50)
     names = {path.stem for path in (tmp_path / "rows").iterdir()}
-    assert names == {"train", "val", "test", "easy", "chains", "warmup"}
+    assert names == {"train", "val", "test", "easy", "practice", "chains", "warmup"}
     rows = load_rows(tmp_path / "rows/warmup.jsonl")
     assert len(rows) == 53 and all(row["explanation"] for row in rows)
     assert sum(row["question"] == "How much?" for row in rows) == 3
