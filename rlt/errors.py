@@ -32,7 +32,7 @@ def print_user_errors():
     sys.excepthook = _excepthook
 
 
-FLAGS = set()  # of the script that runs: an error advises no others
+FLAGS = {}  # of the script that runs, with their argparse actions: an error advises no others
 
 
 def _out_of_memory():

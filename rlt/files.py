@@ -39,7 +39,9 @@ def full_disk_as_user_error(path):
 
 def read_lines(path):
     """[(line, its object or None)] of a JSON Lines file that is being appended to, without a last line that a kill has
-    cut short. [] if there is no such file."""
+    cut short. [] if there is no such file. Raises UserError where it is a folder."""
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder, expected a file: move it out of the way.")
     if not Path(path).exists():
         return []
     complete = Path(path).read_text(errors="replace").split("\n")[:-1]  # a complete line ends in a newline

@@ -25,7 +25,7 @@ from rlt.checkpoints import check_writable, keep_last, last_checkpoint, write_fo
 from rlt.distributed import RANK, WORLD, all_gather_object, barrier
 from rlt.errors import UserError
 from rlt.files import append_jsonl, read_lines, write_atomically
-from rlt.flags import renamed
+from rlt.flags import flag_of, renamed
 from rlt.interrupts import StopSignals, exit_code
 from rlt.locks import hold_lock
 from rlt.report import check_installed, open_report
@@ -116,7 +116,7 @@ def check_same_flags(out, before, now):
     different = []
     for flag in sorted(set(now) - RESUME_OVERRIDABLE):
         if flag in before and _spelled_out(before[flag]) != _spelled_out(now[flag]):
-            different.append(f"{flag} = {before[flag]}, now {now[flag]}")
+            different.append(f"{flag_of(flag)} {before[flag]}, now {now[flag]}")
     if different:
         raise UserError(f"--resume: {out} was started with {'; '.join(different)}. Pass the flags it was started "
                         "with, or another --out.")

@@ -468,7 +468,7 @@ def test_a_killed_run_is_planned_too(workshop, tmp_path):
     status, printed = dry(workshop, "sft_student.py", *flags, "--steps", 2, "--lr-steps", 2, "--resume",
                           "--dry-run")
     assert status == 0 and "fits" in printed
-    with pytest.raises(UserError, match="was started with lr"):
+    with pytest.raises(UserError, match="was started with --lr"):
         call(workshop, "sft_student.py", *flags, "--lr", 1, "--resume", "--dry-run")
     explained = ["--model", "toy-teacher", "--limit", 20, "--batch-size", 8, "--max-new-tokens", 12]
     call(workshop, "distill.py", *explained, "--out", tmp_path / "d.jsonl")

@@ -954,3 +954,11 @@ def test_two_processes_on_one_run(workshop, tmp_path):
     assert sorted(process.returncode for process in processes) == [0, 2], stderrs
     assert [entry["step"] for entry in read_jsonl(tmp_path / "run/metrics.jsonl")] == [0, 1]
     assert any("is in use by process" in text or "was made by another" in text for text in stderrs)
+
+
+def test_a_log_that_is_a_folder(tmp_path):
+    new_run(tmp_path / "run").start()
+    (tmp_path / "run/metrics.jsonl").unlink()
+    (tmp_path / "run/metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics.jsonl is a folder, expected a file: move it out of the way"):
+        new_run(tmp_path / "run", resume=True).start()

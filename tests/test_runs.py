@@ -157,7 +157,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
 
 def test_resuming_with_other_flags_or_another_base_is_refused(tmp_path):
     start(tmp_path, lr=1.0, loss="grpo", device="cpu", steps=4).start(base_hash="a" * 64)
-    with pytest.raises(UserError, match="started with loss = grpo, now dapo; lr = 1.0, now 2.0. Pass the flags"):
+    with pytest.raises(UserError, match="started with --loss grpo, now dapo; --lr 1.0, now 2.0. Pass the flags"):
         start(tmp_path, resume=True, lr=2.0, loss="dapo", device="cuda", steps=4)  # all at once, but the device
     run = start(tmp_path, resume=True, lr=1.0, loss="grpo", device="cuda", steps=8, new_flag=3)
     with pytest.raises(UserError, match="base_hash is not what it was when"):
@@ -171,9 +171,9 @@ def test_a_run_of_an_older_version_goes_on_under_the_new_names(tmp_path):
     start(tmp_path, **old).start()
     now = dict(lr=1.0, final_lr_fraction=0.1, max_logprob_diff=0.1, engine="transformers", tis_cap=2.0)
     start(tmp_path, resume=True, **now)
-    with pytest.raises(UserError, match="started with final_lr_fraction = 0.1, now 0.2; max_logprob_diff = 0.1, now 9"):
+    with pytest.raises(UserError, match="started with --final-lr-fraction 0.1, now 0.2; --max-logprob-diff 0.1, now 9"):
         start(tmp_path, resume=True, **now | dict(final_lr_fraction=0.2, max_logprob_diff=9))
-    with pytest.raises(UserError, match="engine = transformers, now vllm"):
+    with pytest.raises(UserError, match="--engine transformers, now vllm"):
         start(tmp_path, resume=True, **now | dict(engine="vllm"))
 
 
@@ -335,3 +335,10 @@ def test_a_result_takes_the_place_of_an_older_one(tmp_path):
         final = run.finish(lambda folder, text=text: (folder / text).write_text(text))
     assert final == tmp_path / "final" and {path.name for path in final.iterdir()} == {"new", "manifest.json"}
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_differences_are_named_as_they_are_typed(tmp_path, monkeypatch):
+    monkeypatch.setattr("rlt.flags.FLAGS", {"--lambda": argparse.Namespace(dest="lam")})
+    start(tmp_path, lam=3.0).start()
+    with pytest.raises(UserError, match="started with --lambda 3.0, now 1.0"):
+        start(tmp_path, resume=True, lam=1.0)

@@ -165,7 +165,7 @@ def test_a_killed_distillation_loses_and_repeats_nothing(workshop, tmp_path):
         assert killed.read_text() == straight
     with pytest.raises(UserError, match="killed.jsonl already exists. Pass --resume"):
         call(workshop, "distill.py", *flags, "--out", killed)
-    with pytest.raises(UserError, match="started with samples = 2, now 1. Pass the flags it was started with"):
+    with pytest.raises(UserError, match="started with --samples 2, now 1. Pass the flags it was started with"):
         call(workshop, "distill.py", *flags, "--samples", 1, "--out", killed, "--resume")
     assert killed.read_text() == straight
 
