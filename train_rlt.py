@@ -2,7 +2,7 @@
 """
 Train a Reinforcement-Learned Teacher with GRPO (arXiv 2506.08388).
 
-    laptop, 5 minutes    python train_rlt.py --lambda 3 --alpha 0.01
+    laptop, minutes      python train_rlt.py --lambda 3 --alpha 0.01
     several GPUs         torchrun --nproc_per_node=2 train_rlt.py ...
     your rows            python train_rlt.py --data rows.jsonl --model runs/my-teacher --max-new-tokens 2048 ...
 

@@ -20,7 +20,7 @@ solve by itself) and in the rows (what the warm-up teacher writes). --rooms adds
     solution     e                                         the room after the last door
     explanation  s1 left e s2 up e s3 left a s4 in e
 
-CPU, two minutes:  python data/toy.py        makes runs/toy; the other scripts make it when they need it
+CPU, some minutes:  python data/toy.py        makes runs/toy; the other scripts make it when they need it
 """
 
 import argparse
@@ -430,7 +430,7 @@ if __name__ == "__main__":
         if not 0 <= share * sum(shares[:3]) / shares[0] <= 1:  # sloppy and skipping ones included
             parser.error(f"--careful-{flag} {share}: expected 0 to {shares[0] / sum(shares[:3]):.2f}.")
 
-    print(f"Making the toy in {args.out}: base model, tokenizer, rows; about two minutes on two cores, once.")
+    print(f"Making the toy in {args.out}: base model, tokenizer, rows; two to eight minutes on two cores, once.")
     started = time.time()
     options = {name: value for name, value in vars(args).items() if name not in ("out", "seed", "steps")}
     splits = make(args.out, args.seed, args.steps, **options)

