@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from rlt.runs import read_jsonl  # noqa: E402
+from rlt.files import read_jsonl  # noqa: E402
 
 from measure import LOGS, Log, machine  # noqa: E402
 

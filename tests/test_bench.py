@@ -326,3 +326,17 @@ def test_a_short_run_of_all_four_cases(workshop, tmp_path):
     for row in rows:
         assert 0 < row["seconds"] <= row["slowest"] and row["cores"] >= 1 and row["torch"] and row["date"]
     assert "ratio" in done.stdout and "quiet, passive against default" in done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------
+# bench/shared_prompts.py
+
+
+def test_shared_prompts_are_timed_both_ways(workshop, tmp_path):
+    """The script itself checks that both give the same log-probs."""
+    done = run_script(workshop, "bench/shared_prompts.py", "--model", "toy-teacher", "--data", "runs/toy/train.jsonl",
+                      "--group-size", 4, "--rounds", 2, "--out", tmp_path / "log.jsonl")
+    rows = read_jsonl(tmp_path / "log.jsonl")
+    assert [row["prompts_read"] for row in rows] == ["once", "each", "each", "once"]
+    assert all(row["t_rollout"] > 0 and row["t_score"] > 0 and row["t_update"] > 0 for row in rows)
+    assert "log-probs differ by at most" in done.stdout
