@@ -157,10 +157,15 @@ def test_a_rollout(name, batch, prompt, new):
     config, _ = SHAPES[name]
     policy = ModelFootprint(config, bits=32, gpu=False, rank=8)
     table = phases(policy, vocab=config.vocab_size, tokens=64, rollout=(batch, prompt, new))
-    model, prompts = real(config, rank=8), [ids(prompt - i % 3) for i in range(batch)]
-    measured = peak(lambda: generate(model, EndlessTokenizer(config), prompts, max_new_tokens=new, temperature=1.0,
+    model = real(config, rank=8)
+
+    def measured(prompts):
+        return peak(lambda: generate(model, EndlessTokenizer(config), prompts, max_new_tokens=new, temperature=1.0,
                                      seed=0))
-    assert transient(table["rollout"]) == pytest.approx(measured, rel=0.1)
+
+    apart = [[i, *ids(prompt - i % 3 - 1)] for i in range(batch)]
+    assert transient(table["rollout"]) == pytest.approx(measured(apart), rel=0.1)
+    assert measured([ids(prompt)] * batch) <= 1.1 * transient(table["rollout"]), "a shared prompt takes no more"
 
 
 def test_every_weight_is_trained():
