@@ -12,6 +12,7 @@ student gets the same questions and the same steps; settings may be chosen by th
 
 import argparse
 import os
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from pathlib import Path
 from study_steps import ROOT, Job, mean_of
 from toy_study import try_arm
 
+GSM8K = "gsm8k.jsonl"  # a copy of its train split, in the folder of a seed
 LENGTH = ("--max-new-tokens", 64)  # of an explanation; the longest right chain takes 56 tokens
 MICRO_BATCH = ("--micro-batch-tokens", 1024)
 WHOLE_STEP = ("--micro-batch-tokens", 8192)  # of RL, so that a prompt is read once; 1,500 tokens where it is
@@ -29,6 +31,7 @@ RL = ("--prompts-per-step", 4, "--group-size", 8, "--steps", 60, "--lr", 1e-3, "
 STUDENT = ("--steps", 50, "--batch-size", 8, "--lr", 1e-3, "--val-rows", 32, "--save-every", 10)
 QUESTIONS = 432  # 400 to learn from and 32 to validate
 QUESTIONS_OF = {"val": 100, "test": 400}
+MEASURED = 64  # validation questions whose explanations are looked at before and after RL
 CURVE = ("step", "reward", "score", "kl", "closed", "length", "entropy", "kl_ref", "eval_reward")
 MEASURES = {"is_right_chain": "is_right_chain", "right_steps": "right_steps", "leak": "leaks"}  # data/word_problems.py
 
@@ -43,18 +46,18 @@ def word_problems():
 
 
 class WordProblemJob(Job):
-    """One arm on one seed. gsm8k: GSM8K's train split. model: what every teacher and student starts from."""
+    """One arm on one seed. model: what every teacher and student starts from."""
 
-    def __init__(self, seed, arm, gsm8k, model="smollm2", quick=False):
+    def __init__(self, seed, arm, model="smollm2", quick=False):
         super().__init__(ARMS, "smollm2", seed, arm, quick)
-        self.gsm8k, self.model = gsm8k, model
+        self.model = model
 
     def is_complete(self, script, out):
         return super().is_complete(script, out) or (self.folder / out / "train.jsonl").exists()
 
     def rows_of(self, split):
         """The file of a split of the word problems."""
-        out = self.run("data/word_problems.py", "--gsm8k", self.gsm8k, "--gsm8k-rows", 64, out="runs/rows")
+        out = self.run("data/word_problems.py", "--gsm8k", GSM8K, "--gsm8k-rows", 64, out="runs/rows")
         return f"{out}/{split}.jsonl"
 
     def base(self):
@@ -74,7 +77,7 @@ class WordProblemJob(Job):
 
     def teacher_of(self, arm, *flags):
         """The RLT of another arm on the same seed, trained with its flags if it does not exist; its curve is a fact."""
-        other = type(self)(self.seed, arm, self.gsm8k, self.model, self.quick)
+        other = type(self)(self.seed, arm, self.model, self.quick)
         teacher = other.train_teacher(*flags)
         self.commands += other.commands
         self.facts |= other.facts
@@ -107,7 +110,7 @@ class WordProblemJob(Job):
 
     def measure(self, teacher):
         """What the teacher's explanations of validation questions are like. There is no student of them."""
-        self.explain(teacher, split="val", limit=QUESTIONS_OF["val"])
+        self.explain(teacher, split="val", limit=MEASURED)
 
     def replace_explanations(self, explanation):
         """The training rows with explanation(row) for an explanation."""
@@ -164,8 +167,10 @@ def main():
     real = not args.quick and model == "smollm2"
     log = ROOT / ("figures/logs/smollm2_study.jsonl" if real else "runs/study/smollm2-try.jsonl")
     log.parent.mkdir(parents=True, exist_ok=True)
-    jobs = [WordProblemJob(seed, arm, args.gsm8k.resolve(), model, args.quick)
-            for seed in args.seeds for arm in args.arms]
+    jobs = [WordProblemJob(seed, arm, model, args.quick) for seed in args.seeds for arm in args.arms]
+    for job in jobs:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(args.gsm8k, job.folder / GSM8K)
     failed = set()
     while any(try_arm(job, log, failed) for job in jobs):  # from the top after every arm: another study may be running
         pass

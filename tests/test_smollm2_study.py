@@ -31,7 +31,7 @@ class Recorder(smollm2_study.WordProblemJob):
 
 
 def commands_of(arm, quick):
-    job = Recorder(0, arm, ROOT / "gsm8k.jsonl", quick=quick)
+    job = Recorder(0, arm, quick=quick)
     student = smollm2_study.ARMS[arm](job)
     if not arm.startswith("explanations"):
         assert set(job.accuracy(student)) == {"val greedy", "test greedy"}
