@@ -8,12 +8,13 @@ Train a student on its own words: on-policy distillation from a teacher that kno
 The student sees a question and writes a thought. A frozen teacher, which sees the question and its solution, says at
 every token what it would have written there. Behind its own thought the student learns the solution:
 
-    kl    = mean over the thought's tokens      of  KL(p_student || p_teacher), exact, over the whole vocabulary
-    nll   = mean over the solution's tokens     of  - log p_student(token | question, thought)
+    kl    = mean over the thought's tokens        of  KL(p_student || p_teacher), exact, over the whole vocabulary
+    nll   = mean over the tokens after a thought  of  - log p_student(token | question, thought)
     loss  = kl + solution_weight * nll
 
-Where the thought ends is a token of the KL. An unclosed thought has no solution behind it. Related: 2601.18734,
-2601.20802; what is new is a teacher by RLT, whose KL to the student was part of its reward.
+--forward-share mixes in the other direction, KL(p_teacher || p_student). The KL also covers the token that starts the
+closing tag. After an unclosed thought nothing is learned. Related: arXiv 2601.18734, 2601.20802. New here: the teacher
+is trained by RLT, with its KL to the student in its reward.
 """
 
 import math
@@ -135,7 +136,8 @@ def sample(batch, *key):
 def losses(scoring_rows, micro_batch_tokens):
     """One micro-batch after the other: indices of its rows, log-probs and KL of thoughts, log-probs of their ends.
 
-    Of a row's first len(thought) log-probs the last is that of the token which begins to close the thought.
+    In these rows the student is the "teacher": teacher_prompt is the student's own prompt (prompts.on_policy_row). A
+    closed thought's last log-prob is that of the first token of its closing tag.
     """
     widths = [max(len(r.teacher_prompt + r.thought + r.teacher_end), len(r.student_prompt + r.thought))
               for r in scoring_rows]

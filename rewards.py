@@ -532,7 +532,7 @@ def hidden_states(model, sequences, *spans):
     model = causal_lm(model)
     lengths = torch.tensor([len(s) for s in sequences])
     begins = lengths.cumsum(0) - lengths
-    at = [ranges(CPU, begins + start - 1, length) for start, length in spans]
+    at = [ranges(CPU, begins + start - 1, length) for start, length in spans]  # the state at t - 1 predicts token t
     if packed:
         packing = pack_sequences(sequences, spans[0][0].tolist())
         states, at = _packed_states(model, packing), [packing.places[i] for i in at]
@@ -546,18 +546,18 @@ def hidden_states(model, sequences, *spans):
 
 class Packing(NamedTuple):
     """B sequences as one row of T tokens. Its segments are whole sequences, prompts that several sequences share, and
-    what follows those. A token sees its segment up to itself, and before that the prompt where the segment has one."""
+    what follows those. A token attends to its segment up to itself, and to the shared prompt if that comes before."""
 
     ids: list[int]  # (T,)
     positions: Tensor  # (T,) of each token in its sequence
     places: Tensor  # (N,) where the tokens of the sequences, end to end, are in the row
     lengths: list[int]  # of the segments
-    key_lengths: list[int]  # of what their last tokens see
-    keys: Tensor | None  # (sum of key_lengths,) where that is in the row; None: no prompt is shared, the row itself
+    key_lengths: list[int]  # keys of each segment: those of its shared prompt, and its own
+    keys: Tensor | None  # (sum of key_lengths,) places of these keys, segment by segment; None: no prompt is shared
 
 
 def pack_sequences(sequences, prompt_lengths):
-    """B lists of ids, of which the first prompt_lengths are prompts -> Packing. Equal prompts are there once."""
+    """B lists of ids, the first prompt_lengths[i] of which are a prompt -> Packing. Equal prompts are stored once."""
     prompts = [tuple(s[:n]) for s, n in zip(sequences, prompt_lengths, strict=True)]
     uses = Counter(prompts)
     ids, positions, places, lengths, key_lengths, keys = [], [], [], [], [], []
@@ -879,9 +879,9 @@ def enable_packed_attention(model):
 def _packed_attention(module, query, key, value, attention_mask, packed=None, **options):
     """Causal attention of the segments of a `Packing`, each on its own or after its prompt; no T x T mask.
 
-    query (1, heads, T, D), key and value of fewer heads, or as many -> (1, T, heads, D), None
-    packed: lengths and key_lengths (S,) on the host, each with its running sums from 0 on (S + 1,), int32, and keys.
-      None: this is sdpa.
+    query (1, heads, T, D), key and value with as many heads or fewer -> (1, T, heads, D), None
+    packed: (lengths, bounds, key_lengths, key_bounds, keys). Lengths are lists on the host, bounds their cumulative
+      sums from 0 on, int32, on the device; see Packing. None: plain sdpa.
     """
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """
-Train a student with GRPO on correctness: the baseline that a teacher must beat, and what follows a cold start.
+Train a student with GRPO on correctness: the baseline that a teacher must beat, and the RL stage after SFT.
 
     laptop                python rl_student.py
     after a cold start    python rl_student.py --model runs/student --out runs/cold-start
@@ -51,10 +51,11 @@ flags.add_lora(group)
 group = parser.add_argument_group("data")
 group.add_argument("--task", choices=TASKS, default="toy", metavar="NAME",
                    help=f"how answers are graded: {', '.join(TASKS)}")
-flags.add_data(group, data="toy", what="what the task is graded by", columns=("question", "solution"))
-group = parser.add_argument_group("reward, and groups in which all answers fail")
+flags.add_data(group, data="toy", what="questions and what answers are graded against",
+               columns=("question", "solution"))
+group = parser.add_argument_group("reward, equal groups, hints")
 group.add_argument("--rewards", type=flags.number(float), nargs=3, default=[-1.0, -0.5, 1.0],
-                   metavar=("NONE", "WRONG", "RIGHT"), help="of no answer, a wrong, a right one; --hints take 0 0 1")
+                   metavar=("NONE", "WRONG", "RIGHT"), help="of no answer, a wrong, a right one; --hints needs 0 0 1")
 group.add_argument("--keep-zero-groups", action="store_true", help="count groups whose rewards are all equal in the "
                    "loss's denominator, and their KL to the reference; else they are dropped")
 group.add_argument("--hints", action="store_true", help="Guide-GRPO, with the rows' column `hint`")
@@ -165,11 +166,11 @@ def sample_failed_groups(batch, completions, rewards, right, texts, *key):
 def update_policy(episodes):
     """Optimizer steps on one batch, in micro-batches that add up to one loss.
 
-    -> the last step's loss and gradient norm, and the losses' stats, summed over tokens.
+    -> the last optimizer step's loss and gradient norm, and the losses' stats, summed over tokens.
     """
     prompt_ids, completion_ids = [e.prompt for e in episodes], [e.completion for e in episodes]
     sequences, tokens = all_reduce_sum(len(episodes), sum(map(len, completion_ids)))
-    if not sequences:  # on no rank
+    if not sequences:  # no rank has an episode
         return 0.0, 0.0, dict.fromkeys(STATS, 0.0)
     denominator = step_denominator(args.loss, sequences=sequences, tokens=tokens, max_new_tokens=args.max_new_tokens)
     if args.beta > 0:
@@ -239,7 +240,7 @@ for step in run.steps(progress, save):
         batched_logprobs, policy, [e.hinted_prompt or e.prompt for e in episodes], completion_ids, **distribution)
     sampler_logprobs = torch.tensor([p for i in kept for p in completions[i].logprobs], device=device)
     logprob_diff = check_logprob_diff(sampler_logprobs, old_logprobs, args.max_logprob_diff)
-    tis = {}
+    tis = {}  # truncated importance sampling
     if args.engine == "vllm" and args.tis_cap:
         token_weights, tis = tis_weights(old_logprobs, sampler_logprobs, args.tis_cap)
         unpack(episodes, "tis_weights", token_weights)

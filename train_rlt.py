@@ -11,7 +11,9 @@ explanation, and says how likely the solution now is:
 
     score  = mean + alpha * min   over solution tokens     of  log p_student(token | question, explanation)
     kl     = mean + alpha * max   over explanation tokens  of  KL(p_teacher || p_student)
-    reward = score - lambda * kl                           (- the penalty, where the explanation is not closed)
+    reward = score - lambda * kl                           (- a penalty, where the explanation is empty or not closed)
+
+By default the log-ratio of the sampled token estimates a token's KL (--kl sampled); --kl exact computes it.
 """
 
 import sys
@@ -65,7 +67,7 @@ flags.add_solution_in(group)
 group = parser.add_argument_group("reward")
 flags.add_reward(group, kl="sampled")
 group.add_argument("--kl-gradient", action="store_true", help="with --kl exact: add the KL's gradient through the "
-                   "teacher's distribution, which the score function misses")
+                   "teacher's distribution, which the policy gradient lacks")
 flags.add_rollouts(parser.add_argument_group("sampling"), prompts_per_step=16, group_size=16)
 flags.add_grpo(parser.add_argument_group("policy update"), LOSSES, steps=60, warmup_steps=5)
 group = parser.add_argument_group("system")
@@ -162,7 +164,7 @@ def compute_rewards(batch, completions):
 def update_policy(episodes):
     """Optimizer steps on one batch, in micro-batches that add up to one loss.
 
-    -> the last step's loss and gradient norm, and grpo_loss's stats, means over tokens.
+    -> the last optimizer step's loss and gradient norm, and grpo_loss's stats, means over tokens.
     """
     prompt_ids, completion_ids = [e.prompt for e in episodes], [e.completion for e in episodes]
     sequences, tokens = all_reduce_sum(len(episodes), sum(map(len, completion_ids)))
@@ -258,7 +260,7 @@ for step in run.steps(progress, save):
     # the old log-probs of a batch's only update are its own: the ratio is 1, without the rounding of another pass
     if args.updates_per_batch > 1:
         unpack(episodes, "old_logprobs", scored.old_logprobs)
-    tis = {}
+    tis = {}  # truncated importance sampling
     if args.engine == "vllm" and args.tis_cap:
         token_weights, tis = tis_weights(scored.old_logprobs, sampler_logprobs, args.tis_cap)
         unpack(episodes, "tis_weights", token_weights)

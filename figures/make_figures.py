@@ -17,6 +17,7 @@ import benchmarks
 import machines
 import paper_results
 import reward_picture
+import smollm2_results
 import study_tables
 import toy_map
 import toy_results
@@ -26,6 +27,7 @@ PAGES = (ROOT / "README.md", ROOT / "figures/README.md", ROOT / "rlt/README.md")
 TABLES = {  # what a page calls the block: the function that writes it
     "toy table": study_tables.accuracy_table,
     "claims": study_tables.claims_table,
+    "smollm2": smollm2_results.explanations_table,
     "bench text": benchmarks.scoring_table,
     "machines": machines.machine_table,
     "hours": machines.hours_text,
@@ -57,7 +59,8 @@ def main():
     args = parser.parse_args()
     if args.runs:
         return paper_results.draw(args.runs, args.out)
-    for draw in (*toy_results.FIGURES, *toy_map.FIGURES, *benchmarks.FIGURES, *reward_picture.FIGURES):
+    for draw in (*toy_results.FIGURES, *toy_map.FIGURES, *benchmarks.FIGURES, *reward_picture.FIGURES,
+                 *smollm2_results.FIGURES):
         draw()
     for name, write in TABLES.items():
         replace_block(PAGES, name, write())

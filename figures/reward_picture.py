@@ -70,7 +70,7 @@ def draw(group, settings):
             axes.text(WIDTH + 18, y - 1.4 * i, f"= {parts}", va="center", fontsize=7)
         lowest = y - 4.2
         explanation = token_lines(scored.thought, scored.token_kl, scored.hardest)
-        y = draw_tokens(axes, y, "explanation", explanation, ORANGE, "▲", 1)
+        y = draw_tokens(axes, y, scored.row.get("by", "explanation"), explanation, ORANGE, "▲", 1)
         solution = token_lines(scored.solution, scored.logprobs, scored.least)
         y = draw_tokens(axes, y, "solution", solution, BLUE, "▼", -1)
         y = min(y + 0.3, lowest)

@@ -46,7 +46,7 @@ class Scored:
     kl: float
     kl_mean: float
     kl_max: float
-    penalty: float
+    penalty: float  # what the reward lacks to score - lambda * kl
 
     @property
     def hardest(self):
@@ -105,13 +105,17 @@ def take_apart(row, settings):
     return Scored(
         row, tokens["thought"], tokens["kl"], tokens["solution"], tokens["logprob"], row["reward"], row["score"],
         statistics.fmean(tokens["logprob"]), min(tokens["logprob"]), row["kl"], statistics.fmean(counted), max(counted),
-        0.0 if row["closed"] and tokens["thought"] else settings.unclosed_penalty)
+        row["score"] - settings.lam * row["kl"] - row["reward"])
 
 
 def equations(scored, settings):
     """[(name, value, what it is made of)] of an explanation's reward, as text: equations (3), (4) and (5)."""
     alpha, lam = f"{settings.alpha:g}", f"{settings.lam:g}"
-    penalty = f" − {scored.penalty:g} (not closed)" * (scored.penalty > 0)
+    penalty = ""
+    if abs(scored.penalty) > 1e-3:
+        expected = not (scored.row["closed"] and scored.thought) and math.isclose(
+            scored.penalty, settings.unclosed_penalty, abs_tol=1e-3)
+        penalty = f" − {scored.penalty:.4g} ({'not closed' if expected else 'other terms'})"
     return [
         ("score", number(scored.score), f"mean {number(scored.score_mean)} + {alpha} × min {number(scored.score_min)}"),
         ("kl", number(scored.kl), f"mean {number(scored.kl_mean)} + {alpha} × max {number(scored.kl_max)}"),

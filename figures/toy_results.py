@@ -191,12 +191,12 @@ def on_policy():
     final.set_ylabel("student corrected by")
     for arm, own in rows.items():
         curve = own[0]["curve"]
-        curves.plot(steps(curve), [entry["kl"] for entry in curve], color=colours[arm], lw=1.2, label=ON_POLICY[arm],
+        curves.plot(steps(curve), [entry["kl"] for entry in curve], color=colours[arm], lw=1.2,
                     ls="--" if "forward" in arm else "-")
     curves.set_xlabel(f"step (seed {rows['on-policy, RLT'][0]['seed']})")
     curves.set_ylabel("KL to the teacher, nats a token")
     curves.set_ylim(bottom=0)
-    curves.legend()
+    curves.set_title("colours as on the left; dashed: forward KL")
     accuracy_legend(figure)
     save(figure, "toy_on_policy")
 

@@ -204,9 +204,7 @@ ARMS = {  # by the names of the log
     "on-policy, score only": lambda job: job.on_policy(job.teacher_of("score only", "--lambda", 0)),
     "on-policy, RLT": lambda job: job.on_policy(job.teacher_of("RLT")),
     "on-policy, clean chains": lambda job: job.on_policy(job.warm_up_on_chains()),
-    "on-policy, RLT, forward KL": lambda job: job.on_policy(job.teacher_of("RLT"), "--forward-share", 1),
     "on-policy, warm-up teacher, forward KL": lambda job: job.on_policy(job.warm_up_teacher(), "--forward-share", 1),
-    "on-policy, warm-up teacher, 180 steps": lambda job: job.on_policy(job.warm_up_teacher(), "--steps", 180),
     # Guide-GRPO
     "GRPO": lambda job: job.rl(*CORRECTNESS),
     "Guide": lambda job: job.rl("--hints", *CORRECTNESS),
@@ -239,10 +237,10 @@ def plan():
         arms = (arm for careful in WARM_UP_SHARES for arm in map_arms(careful))
         return "base", "direct RL", "Guide", "signal", *(arm for arm in arms if left_out not in arm)
 
-    on_policy = [arm for arm in ARMS if arm.startswith("on-policy")]
     parts = (
         ("toy", 5, main),
-        ("toy", 5, on_policy),
+        ("toy", 2, [f"on-policy, {teacher}" for teacher in ("base", "warm-up teacher", "score only", "RLT")]),
+        ("toy", 1, ("on-policy, clean chains", "on-policy, warm-up teacher, forward KL")),
         ("toy", 3, [f"RL after {arm}" for arm in COLD_STARTS]),
         ("toy", 3, [f"rank {i} of 5" for i in range(1, 6)]),
         ("rooms", 3, rooms),

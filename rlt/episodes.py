@@ -21,8 +21,8 @@ class Episode:
     old_logprobs: Tensor | None = None  # (T,) of the policy that sampled it; None: see grpo_loss
     ref_logprobs: Tensor | None = None  # (T,) of the reference; None where there is no KL to it
     tis_weights: Tensor | None = None  # (T,) for an engine that is not quite the policy
-    scoring_row: Row | None = None  # for the gradient of the reward's KL: what was scored,
-    scale: Tensor | None = None  # () and what its distance to the group's mean reward was multiplied by
+    scoring_row: Row | None = None  # for --kl-gradient: what was scored
+    scale: Tensor | None = None  # () for --kl-gradient: 1 / (the group's std + eps), see grpo.group_scale
 
     @property
     def width(self):
@@ -30,7 +30,7 @@ class Episode:
 
 
 def split_into_micro_batches(episodes, tokens):
-    """Lists of episodes of at most `tokens` tokens, or of one. Hinted ones are apart: their loss is another."""
+    """Lists of episodes of at most `tokens` tokens, or of one. Hinted ones are apart: they use guided_loss."""
     batches = []
     for indices in micro_batches([e.width for e in episodes], tokens, [e.prompt for e in episodes]):
         batch = [episodes[i] for i in indices]
@@ -45,7 +45,7 @@ def completion_lengths(episodes):
 
 
 def pack(episodes, name):
-    """The tensors of this name, end to end (N,); numbers as a tensor (B,). None where the episodes have none."""
+    """The attribute `name` of all episodes: (N,) of tensors per token, end to end, (B,) of one number each; or None."""
     values = [getattr(e, name) for e in episodes]
     if values[0] is None:
         return None

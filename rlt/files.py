@@ -13,8 +13,10 @@ from rlt.errors import UserError
 
 
 def write_atomically(path, text):
-    """Never half a file: written under another name, flushed to the disk, renamed. Raises UserError where the disk is
-    full."""
+    """Write a file so that it is complete or absent: under another name, flushed to the disk, renamed.
+
+    Raises UserError where the disk is full.
+    """
     tmp_path = Path(f"{path}.{os.getpid()}.partial")  # two evaluations may end at the same time
     with full_disk_as_user_error(path):
         try:

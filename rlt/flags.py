@@ -193,7 +193,7 @@ def add_lora(group, lowest_rank=1):
                        help="rank of the adapter; default: the model's own, else 16"
                        + ("; 0: train all weights" if lowest_rank == 0 else ""))
     group.add_argument("--lora-alpha", type=number(float, above=0), metavar="A",
-                       help="the adapter's scale times its rank; default: the model's own, else 32")
+                       help="the adapter's output is multiplied by A / rank; default: the model's own, else 32")
     group.add_argument("--lora-targets", metavar="NAMES",
                        help="layers with an adapter, with commas; default: the model's own, else all-linear")
 
@@ -276,12 +276,13 @@ def _tis_cap(text):
 
 
 def add_optimizer(group, *, steps, lr, warmup_steps):
-    group.add_argument("--steps", type=number(int, 1), default=steps, metavar="N", help="optimizer steps")
+    group.add_argument("--steps", type=number(int, 1), default=steps, metavar="N",
+                       help="steps; in RL each is one batch of samples")
     group.add_argument("--lr", type=number(float, above=0), default=lr, help="peak learning rate (AdamW)")
     group.add_argument("--warmup-steps", type=number(int, 0), default=warmup_steps, metavar="N",
                        help="steps in which the learning rate rises to --lr")
     group.add_argument("--lr-steps", type=number(int, 1), metavar="N",
-                       help="steps in which it falls to its last value; default: --steps, of a resumed run its first")
+                       help="step at which it reaches its last value; default: --steps, of a resumed run its first")
     group.add_argument("--max-grad-norm", type=number(float, above=0), default=1.0, metavar="X",
                        help="the gradient's norm is clipped to this")
     group.add_argument("--max-bad-steps", type=number(int, 1), default=3, metavar="N",
@@ -308,8 +309,7 @@ def add_grpo(group, losses, *, steps=60, warmup_steps=5):
     group.add_argument("--sync-ref-every", type=number(int, 0), default=32, metavar="N",
                        help="steps between moves of the reference towards the policy; 0: never")
     group.add_argument("--sync-ref-mix", type=number(float, 0, 1), default=0.9, metavar="M",
-                       help="share of the policy in the new reference: A and B are averaged, each with its own, "
-                       "not their product")
+                       help="share of the policy in the new reference; LoRA's A and B are averaged separately")
 
 
 def add_micro_batches(group):

@@ -20,6 +20,8 @@ denominator that counts the whole optimizer step: losses, gradients and stats of
 
 import math
 
+from rlt.errors import UserError
+
 import torch
 
 from rewards import to_device
@@ -33,7 +35,7 @@ def group_advantages(rewards, *, scale="std", eps=1e-4):
     rewards (P, G), one row of G samples per prompt -> (P, G), every row with mean 0.
     scale: "std" divides by the row's unbiased standard deviation + eps (the RLT release), "none" doesn't
     (Dr. GRPO). A row whose rewards are all equal gives exact zeros: its prompt teaches nothing.
-    Raises ValueError on a group of one, a reward that is not finite, an unknown scale.
+    Raises ValueError on a group of one and an unknown scale, UserError on a reward that is not finite.
     """
     if scale not in ("std", "none"):
         raise ValueError(f"advantage scale {scale!r}: expected 'std' or 'none'.")
@@ -42,8 +44,8 @@ def group_advantages(rewards, *, scale="std", eps=1e-4):
                          "more samples, since each is judged against the others of its group.")
     if not rewards.isfinite().all():
         p, g = (~rewards.isfinite()).nonzero()[0].tolist()
-        raise ValueError(f"the reward of prompt {p}, sample {g} is {rewards[p, g].item()}: expected a finite "
-                         "number. Look at that sample's log-probs.")
+        raise UserError(f"the reward of prompt {p}, sample {g} of a step is {rewards[p, g].item()}, expected a finite "
+                        "number: teacher or student computes NaN or infinity. Load them in more bits.")
     return (rewards - rewards.mean(dim=1, keepdim=True)) * group_scale(rewards, scale=scale, eps=eps)
 
 

@@ -47,7 +47,8 @@ def completion_logprobs_and_kl(teacher, student, rows, *, forward_share=0.0, tem
 
     rows: as in rewards.score_explanations, one micro-batch -> log-probs of thought + end, packed row by row, and kl of
     the thoughts' tokens, packed. The KL's gradient is the one through the teacher's distribution; the student has none.
-    forward_share: f in  (1 - f) KL(teacher || student) + f KL(student || teacher).
+    forward_share: f in  (1 - f) KL(teacher || student) + f KL(student || teacher). on_policy_student.py passes the
+    student that learns as the teacher, and the frozen teacher as the student.
     """
     rows = [Row(*map(list, row)) for row in rows]
     n = row_lengths(rows)

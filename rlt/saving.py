@@ -13,7 +13,7 @@ import torch
 
 
 def fingerprint(model):
-    """A hash of a sample of the base's weights: some hundred numbers of every tensor, with its name and type."""
+    """A hash of the base's weights: some numbers of every tensor, evenly spaced, its name, shape and type."""
     digest = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
         if not {"default", "reference"} & set(name.split(".")):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What happens in a step beside the models: seeds, batches, the learning rate, what is measured and warned of.
+"""What happens in a step apart from the models: seeds, batches, the learning rate, what is measured and warned of.
 
 Seeds, batches and rates are functions of the step alone, so that a resumed run does what the first would have done.
 """
@@ -44,7 +44,7 @@ def lr_fraction(step, steps, warmup, final, shape="linear"):
 
 
 def reward_is_dropping(metrics, key="reward", window=10):
-    """A sentence when `key` has dropped from window to window, three in a row and by more than noise; else None."""
+    """A sentence when `key` has dropped over three windows in a row, by more than noise; else None."""
     entries = [entry for _, entry in read_lines(metrics)]
     if len(entries) < 3 * window or len(entries) % window:
         return None
@@ -60,7 +60,7 @@ def reward_is_dropping(metrics, key="reward", window=10):
 
 def advice_on_closing(entry, args):
     """What to do where hardly an explanation of the first step ends as it should. entry: the step's metrics."""
-    found = f"{entry['closed']:.0%} of the first explanations are closed, which is to end with their tag and the turn."
+    found = f"{entry['closed']:.0%} of the first explanations are closed: the closing tag, then the end of the turn."
     if entry["length_p50"] >= args.max_new_tokens:
         found += f" Most are cut off at --max-new-tokens {args.max_new_tokens}: raise it if they make sense so far."
     return (f"{found} A teacher that has not learned the format gets little from RL. Stop, warm it up on rows with "
@@ -70,7 +70,7 @@ def advice_on_closing(entry, args):
 
 
 def check_logprob_diff(sampler_logprobs, trainer_logprobs, limit):
-    """Mean difference of the sampler's log-probs (N,) to the trainer's, nats a token, over all ranks.
+    """Mean absolute difference of the sampler's log-probs (N,) to the trainer's, nats a token, over all ranks.
 
     Raises UserError, on all ranks, where it is above the limit or NaN: the gradient would be wrong.
     """
@@ -115,7 +115,7 @@ class StepTimer:
         self.started = time.perf_counter()
 
     def end(self, phase):
-        """The phase that began with the last call, or with the timer, ends here."""
+        """A phase ends here: its seconds are those since the last call."""
         if self.cuda:
             import torch
 

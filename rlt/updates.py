@@ -15,8 +15,8 @@ import torch
 class Updates:
     """The optimizer steps of a run. One with a loss or gradient that is NaN or infinite, on any rank, is skipped.
 
-    The rows it came from go into the run folder, bad_step.json: those of the micro-batches that were not finite, or of
-    the whole step where each of them was. Raises UserError after --max-bad-steps of them in a row.
+    The rows it came from go into the run folder, bad_step.json: those of the micro-batches that were not finite, or all
+    of the step's rows if every micro-batch was finite. Raises UserError after --max-bad-steps of them in a row.
     """
 
     def __init__(self, run, optimizer, parameters, tokenizer, stats=()):
@@ -29,7 +29,7 @@ class Updates:
     def zero_grad(self):
         """Before the first micro-batch of an update, and where it begins again."""
         self.optimizer.zero_grad()
-        self.micro_batches = []  # (rows, loss, norm of the gradient with it)
+        self.micro_batches = []  # (rows, loss, norm of the gradient accumulated so far)
         self.sums = dict.fromkeys(self.names, 0.0)
 
     def backward(self, loss, rows, stats=None):
@@ -76,7 +76,7 @@ class Updates:
         print(f"{what}: the update is skipped, its rows are in {path}", flush=True)
 
     def _rows_and_bad_rows(self):
-        """All rows, and those of micro-batches with a bad loss, or a bad gradient: once one was bad, it stays so."""
+        """All rows, and those of micro-batches with a bad loss or gradient. Gradients add up: its first counts."""
         every, bad = [], []
         for rows, loss, grad_norm in self.micro_batches:
             every += rows

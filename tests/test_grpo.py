@@ -8,6 +8,7 @@ import json
 import math
 from pathlib import Path
 
+from rlt.errors import UserError
 from rlt.grpo import (
     LOSSES,
     group_advantages,
@@ -73,7 +74,7 @@ def test_advantages_refuse_what_has_no_meaning():
     for bad in (math.nan, math.inf, -math.inf):
         rewards = torch.zeros(2, 3)
         rewards[1, 2] = bad
-        with pytest.raises(ValueError, match="prompt 1, sample 2"):
+        with pytest.raises(UserError, match="prompt 1, sample 2"):
             group_advantages(rewards)
     with pytest.raises(ValueError, match="'batch'"):
         group_advantages(torch.zeros(2, 3), scale="batch")
