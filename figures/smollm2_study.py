@@ -26,8 +26,8 @@ MICRO_BATCH = ("--micro-batch-tokens", 1024)
 WHOLE_STEP = ("--micro-batch-tokens", 8192)  # of RL, so that a prompt is read once; 1,500 tokens where it is
 WARM_UP = ("--steps", 46, "--batch-size", 8, "--lr", 1e-3, "--warmup-steps", 3, "--val-rows", 16, "--eval-every", 20,
            "--save-every", 20)
-RL = ("--prompts-per-step", 4, "--group-size", 8, "--steps", 60, "--lr", 1e-3, "--eval-every", 20, "--eval-rows", 32,
-      "--save-every", 5)
+RL = ("--prompts-per-step", 4, "--group-size", 8, "--steps", 25, "--lr-steps", 60, "--lr", 1e-3, "--eval-every", 20,
+      "--eval-rows", 32, "--save-every", 5)  # 25 steps take an hour of one core
 STUDENT = ("--steps", 50, "--batch-size", 8, "--lr", 1e-3, "--val-rows", 32, "--save-every", 10)
 QUESTIONS = 432  # 400 to learn from and 32 to validate
 QUESTIONS_OF = {"val": 100, "test": 400}
