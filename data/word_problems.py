@@ -281,7 +281,7 @@ def make_rows(seed=0, splits=SPLITS):
             if row["question"] not in seen:
                 seen.add(row["question"])
                 made[split].append(row)
-    made |= {split: [with_chain(row) for row in made[split]] for split in ("easy", "practice")}
+    made |= {split: [with_chain(row) for row in made[split]] for split in ("easy", "practice") if split in made}
     made["chains"] = [with_chain(row) for row in made["train"]]
     return made
 
