@@ -33,9 +33,9 @@ def explanations_table():
              "| teacher | right chains | right steps | leak | closed | length | score | KL | reward |",
              "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for name, found in rows.items():
-        shares = (share(found[key], count) for key in ("is_right_chain", "right_steps", "leak", "closed"))
+        chains, leak, closed = (share(found[key], count) for key in ("is_right_chain", "leak", "closed"))
         numbers = f"{found['length']:.0f} | {found['score']:.2f} | {found['kl']:.2f} | {found['reward']:.2f}"
-        lines.append(f"| {name} | {' | '.join(shares)} | {numbers} |")
+        lines.append(f"| {name} | {chains} | {100 * found['right_steps']:.0f} % | {leak} | {closed} | {numbers} |")
     row = row_of(MEASURED["after RL"])
     lines += ["", f"Measured: {row['machine']}, torch {row['torch']}, {row['date']}, seed {row['seed']}. "
               "`figures/logs/smollm2_study.jsonl` holds the commands and the commit.", ""]
