@@ -114,7 +114,7 @@ def test_a_run_may_move_and_its_paths_may_be_spelled_otherwise(tmp_path, monkeyp
     os.rename("first", "second")
     for out, model in (("second", "./models/a"), (f"{tmp_path}/models/../second", f"{tmp_path}/models/a")):
         assert new_run(out, resume=True, model=model).step == 2
-    with pytest.raises(UserError, match="started with model = models/a, now models/b"):
+    with pytest.raises(UserError, match="started with --model models/a, now models/b"):
         new_run("second", resume=True, model="models/b")
 
 
