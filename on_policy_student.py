@@ -127,10 +127,11 @@ def save(folder):
 
 
 def sample(batch, *key):
-    """A thought of the student for each row, drawn with seeds of this key -> rollout.Completions, their thoughts."""
+    """A thought of the student for each row, drawn with seeds of this key -> completions, thoughts, scoring rows."""
     completions = engine.generate([prompts.student_prompt(row) for row in batch], temperature=args.temperature,
                                   max_new_tokens=args.max_new_tokens, key=(args.seed, *key))
-    return completions, [prompts.split_answer(c.ids, c.finished) for c in completions]
+    thoughts = [prompts.split_answer(c.ids, c.finished) for c in completions]
+    return completions, thoughts, [prompts.on_policy_row(*pair) for pair in zip(batch, thoughts, strict=True)]
 
 
 def losses(scoring_rows, micro_batch_tokens):
@@ -150,9 +151,8 @@ def losses(scoring_rows, micro_batch_tokens):
 
 
 def count_tokens(scoring_rows):
-    """Tokens of thoughts and of what is learned behind them, of all ranks, each at least 1."""
-    counts = all_reduce_sum(sum(len(r.thought) for r in scoring_rows), sum(len(r.teacher_end) for r in scoring_rows))
-    return [max(1, n) for n in counts]
+    """Tokens of thoughts, and of what is learned behind them."""
+    return sum(len(r.thought) for r in scoring_rows), sum(len(r.teacher_end) for r in scoring_rows)
 
 
 def compute_gradients(batch, scoring_rows, tokens, micro_batch_tokens):
@@ -176,10 +176,9 @@ def sum_of_losses(scoring_rows, micro_batch_tokens):
 
 def held_out_loss(*key):
     """kl and nll of one thought for each held-out row, means over tokens."""
-    _, thoughts = sample(held_out, "held out", *key)
-    scoring_rows = [prompts.on_policy_row(row, thought) for row, thought in zip(held_out, thoughts, strict=True)]
-    tokens = [sum(len(r.thought) for r in scoring_rows), sum(len(r.teacher_end) for r in scoring_rows)]
-    return [value / max(1, n) for value, n in zip(micro_batched(sum_of_losses, scoring_rows), tokens, strict=True)]
+    _, _, scoring_rows = sample(held_out, "held out", *key)
+    sums = micro_batched(sum_of_losses, scoring_rows)
+    return [value / max(1, n) for value, n in zip(sums, count_tokens(scoring_rows), strict=True)]
 
 
 progress = progress_bar(range(run.step, args.steps), initial=run.step, total=args.steps, unit="step")
@@ -188,15 +187,15 @@ for step in run.steps(progress, save):
 
     # 1. this rank's share of the step's questions, and a thought of the student for each
     batch = [rows[i] for i in batch_indices(len(rows), args.prompts_per_step, step, args.seed)[rank::world]]
-    completions, thoughts = sample(batch, step, rank)
-    scoring_rows = [prompts.on_policy_row(row, thought) for row, thought in zip(batch, thoughts, strict=True)]
+    completions, thoughts, scoring_rows = sample(batch, step, rank)
     timer.end("rollout")
 
     # 2. the update: the student's log-probs and the KL to the teacher, in micro-batches that add up to one loss
     for group in optimizer.param_groups:
         group["lr"] = args.lr * lr_fraction(step, run.lr_steps, args.warmup_steps, 0.0, shape="cosine")
     update_mode(student)
-    thought_logprobs = micro_batched(compute_gradients, batch, scoring_rows, count_tokens(scoring_rows))
+    tokens_of_step = [max(1, n) for n in all_reduce_sum(*count_tokens(scoring_rows))]
+    thought_logprobs = micro_batched(compute_gradients, batch, scoring_rows, tokens_of_step)
     loss, grad_norm, stats = updates.step()
     student.eval()
     engine.load_adapter(student)

@@ -6,7 +6,7 @@ What it saves to read a prompt once that all explanations of a question share, a
 
 Times sampling, scoring and the gradient of one step of train_rlt.py, with the model as teacher and as student, both
 ways in turn, --rounds times, on the same explanations. Each measurement is a line of JSON in --out: seconds of each
-part, and how far the log-probs of both ways differ at most, nats.
+part. At the end it prints their ratio, and how far the log-probs of both ways differ at most, in nats.
 """
 
 import argparse

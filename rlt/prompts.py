@@ -216,31 +216,31 @@ class Prompts:
 
         The tag is looked for in bytes, so characters cut in half by the length limit do no harm.
         """
-        thought, leftover, text, after = self._split_at(ids[:-1] if finished else ids, self._closing)
-        foreign = self._is_foreign(text)
-        closed = finished and after is not None and not after.strip() and not foreign
-        return Explanation(thought, list(ids[len(thought) :]), leftover, text, closed, foreign)
+        explanation, after = self._split_at(ids, finished, self._closing)
+        return explanation._replace(closed=finished and explanation.closed and not after.strip())
 
     def split_answer(self, ids, finished):
         """Take a student's completion apart at the end of its thought. closed: the thought's closing tag is there."""
-        thought, leftover, text, after = self._split_at(ids[:-1] if finished else ids, self._closing_thought)
-        foreign = self._is_foreign(text)
-        closed = after is not None and not foreign
-        return Explanation(thought, list(ids[len(thought) :]), leftover, text, closed, foreign)
+        return self._split_at(ids, finished, self._closing_thought)[0]
 
-    def _split_at(self, ids, tag):
-        """(ids before the tag, the leftover, the text of both, the bytes after it), the last None without a tag."""
-        pieces = [self._bytes(i) for i in ids]
+    def _split_at(self, ids, finished, tag):
+        """(Explanation, the bytes after the tag). closed: the tag is there, and no foreign ones before it."""
+        body = ids[:-1] if finished else ids
+        pieces = [self._bytes(i) for i in body]
         sampled = b"".join(pieces)
         at = sampled.find(tag)
         if at < 0:
-            return list(ids), "", self._decode(ids), None
+            text = self._decode(body)
+            return Explanation(list(body), list(ids[len(body) :]), "", text, False, self._is_foreign(text)), b""
         boundary = length = 0
         while length + len(pieces[boundary]) <= at:
             length += len(pieces[boundary])
             boundary += 1
         leftover = sampled[length:at].decode("utf-8", "replace")
-        return list(ids[:boundary]), leftover, self._decode(ids[:boundary]) + leftover, sampled[at + len(tag) :]
+        text = self._decode(body[:boundary]) + leftover
+        foreign = self._is_foreign(text)
+        explanation = Explanation(list(body[:boundary]), list(ids[boundary:]), leftover, text, not foreign, foreign)
+        return explanation, sampled[at + len(tag) :]
 
     def _is_foreign(self, text):
         return self._special_or_tag.search(text) is not None
