@@ -9,6 +9,8 @@ what it chose for another model, and config.json has it like any other value.
 from math import ceil
 from typing import Any, NamedTuple
 
+from rlt.errors import flag_of
+
 SHORT, STEP = 1024, 256  # tokens of a completion if nothing is known of its length; lengths are rounded up to STEP
 MAY_BE_THE_TOYS = ("lr", "max_new_tokens")  # where the toy's value hurts a real model
 
@@ -73,16 +75,12 @@ def settle(parser, args, rows, tokenizer):
         return
     chosen += [name for name in ("bits", "teacher_bits") if name in args and parser.get_default(name)]  # choose_bits
     if chosen:
-        print("chosen for this model:", *(f"{_flag(name)} {getattr(args, name):g}" for name in chosen))
+        print("chosen for this model:", *(f"{flag_of(name)} {getattr(args, name):g}" for name in chosen))
     for name in MAY_BE_THE_TOYS:
         default = parser.get_default(name)  # still what it was where the flag is given
         if isinstance(default, ByModel) and getattr(args, name) == default.toy:
-            print(f"warning: {_flag(name)} {getattr(args, name):g} is the toy's value: leave the flag out for one that "
-                  "suits this model")
-
-
-def _flag(name):
-    return f"--{name.replace('_', '-')}"
+            print(f"warning: {flag_of(name)} {getattr(args, name):g} is the toy's value: leave the flag out for one "
+                  "that suits this model")
 
 
 def _longest_explanation(rows, tokenizer):

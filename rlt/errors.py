@@ -35,6 +35,12 @@ def print_user_errors():
 FLAGS = {}  # of the script that runs, with their argparse actions: an error advises no others
 
 
+def flag_of(name):
+    """The flag that sets this attribute of args: --lambda for lam."""
+    known = {action.dest: option for option, action in FLAGS.items() if option.startswith("--")}
+    return known.get(name, f"--{name.replace('_', '-')}")
+
+
 def _out_of_memory():
     """What helps where a GPU's memory is full."""
     remedies = [f"a smaller {flag}" for flag in ("--micro-batch-tokens", "--rollout-batch", "--batch-size")]

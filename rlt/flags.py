@@ -105,12 +105,6 @@ def flags_of_run(out, script):
         return {}  # rlt/runs.py says what is wrong with it
 
 
-def flag_of(name):
-    """The flag that sets this attribute of args: --lambda for lam."""
-    known = {action.dest: option for option, action in FLAGS.items() if option.startswith("--")}
-    return known.get(name, f"--{name.replace('_', '-')}")
-
-
 def renamed(flags):
     """The flags of an old config file under the names and values of today."""
     flags = {RENAMED.get(flag, flag): value for flag, value in flags.items()}

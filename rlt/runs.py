@@ -23,9 +23,9 @@ from pathlib import Path
 
 from rlt.checkpoints import check_writable, keep_last, last_checkpoint, write_folder
 from rlt.distributed import RANK, WORLD, all_gather_object, barrier
-from rlt.errors import UserError
+from rlt.errors import UserError, flag_of
 from rlt.files import append_jsonl, read_lines, write_atomically
-from rlt.flags import flag_of, renamed
+from rlt.flags import renamed
 from rlt.interrupts import StopSignals, exit_code
 from rlt.locks import hold_lock
 from rlt.report import check_installed, open_report

@@ -338,7 +338,7 @@ def test_a_result_takes_the_place_of_an_older_one(tmp_path):
 
 
 def test_differences_are_named_as_they_are_typed(tmp_path, monkeypatch):
-    monkeypatch.setattr("rlt.flags.FLAGS", {"--lambda": argparse.Namespace(dest="lam")})
+    monkeypatch.setattr("rlt.errors.FLAGS", {"--lambda": argparse.Namespace(dest="lam")})
     start(tmp_path, lam=3.0).start()
     with pytest.raises(UserError, match="started with --lambda 3.0, now 1.0"):
         start(tmp_path, resume=True, lam=1.0)
