@@ -142,17 +142,17 @@ def decode(teacher, size, batch, context, matmul):
     """The median step in which `batch` rows at this context get a token each."""
     from transformers import DynamicCache
 
-    config, times, plain = size.config, [], type(teacher).generate
+    config, times = size.config, []
     prompts = [ids(context + 1) for _ in range(batch)]
     prompts[0] = prompts[0][1:]  # so that there is padding, as in a batch of several questions
 
-    def prefilled(**options):
-        """generate, as if all but the last token of the prompts had been read: what they were does not matter."""
+    def prompts_read(*_):
+        """A cache as if all but the last token of the prompts had been read: what they were does not matter."""
         cache, heads = DynamicCache(config=config), config.num_key_value_heads
         shape = batch, heads, context, config.hidden_size // config.num_attention_heads
         for layer in range(config.num_hidden_layers):
             cache.update(*(torch.randn(shape, device=DEVICE, dtype=DTYPE) for _ in range(2)), layer)
-        return plain(teacher, past_key_values=cache, **options)
+        return cache
 
     def run():
         times.clear()
@@ -161,7 +161,7 @@ def decode(teacher, size, batch, context, matmul):
     can_batch(teacher, EndlessTokenizer(size).pad_token_id)  # measured once for a model, by generate as it is
     hook = teacher.get_input_embeddings().register_forward_pre_hook(lambda *_: times.append(time.perf_counter()))
     try:
-        with mock.patch.object(teacher, "generate", prefilled):
+        with mock.patch("rlt.rollout._read_prompts_once", prompts_read):
             peak = peak_bytes(run, teacher)
             if not CUDA:  # again, without counting bytes
                 run()
