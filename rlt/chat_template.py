@@ -53,7 +53,15 @@ def _template_end(tokenizer, listed):
 def _added_tokens(tokenizer, text):
     """The ids of the special and added tokens in a piece of a rendering."""
     known = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    return [i for i in tokenizer(text, add_special_tokens=False)["input_ids"] if i in known]
+    return [i for i in tokenize(tokenizer, text)["input_ids"] if i in known]
+
+
+def tokenize(tokenizer, text, **options):
+    """The tokenizer's own encoding of a text, without special tokens of its own. Raises UserError where it has none."""
+    try:
+        return tokenizer(text, add_special_tokens=False, **options)
+    except Exception as error:  # tokenizers has no class of its own for a word without a token
+        raise UserError(f"can't be tokenized ({error}): use words that the model has") from None
 
 
 def render(tokenizer, messages, add_generation_prompt=False):
@@ -115,8 +123,8 @@ class ChatTemplate:
             return False
         # It is left out in silence. A tokenizer without words for it (the toy's) is meant to go without.
         try:
-            self.tokenizer(SYSTEM)
-        except Exception:  # tokenizers has no class of its own for a word without a token
+            tokenize(self.tokenizer, SYSTEM)
+        except UserError:
             return True
         return False
 

@@ -6,10 +6,12 @@ Defaults that depend on the model: the toy's numbers suit the toy alone.
 what it chose for another model, and config.json has it like any other value.
 """
 
+from contextlib import suppress
 from math import ceil
 from typing import Any, NamedTuple
 
-from rlt.errors import flag_of
+from rlt.chat_template import tokenize
+from rlt.errors import UserError, flag_of
 
 SHORT, STEP = 1024, 256  # tokens of a completion if nothing is known of its length; lengths are rounded up to STEP
 MAY_BE_THE_TOYS = ("lr", "max_new_tokens")  # where the toy's value hurts a real model
@@ -86,4 +88,8 @@ def settle(parser, args, rows, tokenizer):
 def _longest_explanation(rows, tokenizer):
     """Tokens of the longest explanation, as those with the most characters tell."""
     texts = sorted((row["explanation"] for row in rows if isinstance(row.get("explanation"), str)), key=len)[-10:]
-    return max((len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts), default=0)
+    lengths = [0]
+    for text in texts:
+        with suppress(UserError):  # whoever reads the rows names this one
+            lengths.append(len(tokenize(tokenizer, text)["input_ids"]))
+    return max(lengths)

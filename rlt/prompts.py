@@ -26,7 +26,7 @@ import re
 from typing import NamedTuple
 
 from rlt.answers import opened_thought
-from rlt.chat_template import ChatTemplate, turn_ends
+from rlt.chat_template import ChatTemplate, tokenize, turn_ends
 from rlt.errors import UserError, printable
 from rlt.rows import map_rows
 from rlt.tags import EXPLANATION, SOLUTION, THOUGHT
@@ -109,13 +109,7 @@ class Prompts:
 
     def encode(self, text):
         """The ids of a text that stands alone, such as a prompt."""
-        return self._tokenize(text)["input_ids"]
-
-    def _tokenize(self, text, **options):
-        try:
-            return self.tokenizer(text, add_special_tokens=False, **options)
-        except Exception as error:  # tokenizers has no class of its own for a word without a token
-            raise UserError(f"can't be tokenized ({error}): use words that the model has") from None
+        return tokenize(self.tokenizer, text)["input_ids"]
 
     def _encode_in_turn(self, before, *pieces):
         """The ids of each piece of text, where they follow each other and `before` at the start of an answer.
@@ -126,7 +120,7 @@ class Prompts:
         """
         text = "".join(pieces)
         for context in (self.template.start + before, *self._neutral):
-            tokens = self._tokenize(context + text, return_offsets_mapping=True)
+            tokens = tokenize(self.tokenizer, context + text, return_offsets_mapping=True)
             start, ids = len(context), [[] for _ in pieces]
             ends = [start + sum(map(len, pieces[: n + 1])) for n in range(len(pieces))]
             inside = [(i, a, b) for i, (a, b) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)

@@ -863,6 +863,22 @@ def test_a_solver_with_broken_weights_writes_nothing(workshop, tmp_path):
 # -- what gets in
 
 
+@pytest.mark.parametrize("script,flags", [
+    ("sft_student.py", ("--format", "teacher", "--val-rows", 1)),
+    ("train_rlt.py", ("--model", "toy", "--eval-rows", 1)),
+    ("distill.py", ("--model", "toy-teacher")),
+    ("evaluate.py", ("--task", "toy", "--model", "toy")),
+])
+def test_a_text_that_the_tokenizer_has_no_tokens_for_is_a_bad_row(workshop, tmp_path, script, flags):
+    """The toy's tokenizer knows its own words alone. The text is the longest, whose length a default asks for."""
+    good = (workshop / "runs/toy/train.jsonl").read_text().splitlines()[:5]
+    bad = json.loads(good[0]) | {"question": "Wie spät ist es?", "explanation": "zwölf " * 100}
+    (tmp_path / "rows.jsonl").write_text("\n".join([*good, json.dumps(bad)]) + "\n")
+    shown = ended(workshop, script, *flags, "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "out")
+    assert shown.code == 2 and "line 6 can't be tokenized" in shown.stderr, shown
+    assert shown.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("closed", ["yes", "", 1, None, [True]])
 def test_closed_is_a_boolean(workshop, tmp_path, closed):
     row = json.loads((workshop / "runs/toy/train.jsonl").read_text().splitlines()[0])
