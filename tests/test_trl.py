@@ -1,9 +1,13 @@
-"""The lines for TRL of rlt/README.md, and its SFTTrainer on distilled rows.   python -m pytest tests/test_trl.py"""
+"""The lines for TRL of rlt/README.md, its SFTTrainer on distilled rows, its losses of distillation as oracles.
+
+python -m pytest tests/test_trl.py
+"""
 
 import re
 from pathlib import Path
 
 from rlt import models
+from rlt.logprobs import completion_logprobs_and_kl
 from rlt.prompts import Prompts
 from rlt.rows import load_rows
 
@@ -11,7 +15,7 @@ import pytest
 import torch
 from conftest import call
 
-from rewards import score_explanations
+from rewards import Row, score_explanations
 
 pytest.importorskip("trl", reason="pip install -r requirements-trl.txt to run this")
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,3 +98,56 @@ def test_distilled_rows_train_in_sft_trainer_as_in_sft_student(workshop, monkeyp
     trainer.train()
     assert trainer.state.global_step == 2
     assert all(entry["loss"] > 0 for entry in trainer.state.log_history if "loss" in entry)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# on_policy_student.py's loss
+
+BATCH = [Row([1, 2], [3, 4, 5], [6], [7, 8, 9], [], []), Row([2], [9], [], [1, 1], [], [])]  # 4 tokens of thoughts
+
+
+@pytest.mark.parametrize("forward_share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_kl_to_the_teacher_is_that_of_trls_distillation(tiny_model, forward_share, temperature):
+    """Its value and gradient, against the loss of GKDTrainer on logits. TRL mixes another way between the two KLs
+    (a Jensen-Shannon divergence), so a mix is held against the sum of both ends."""
+    from trl.experimental.gkd import GKDTrainer
+
+    student, teacher = (tiny_model(23, seed).double() for seed in (0, 1))
+    student.lm_head.requires_grad_(False)  # as with an adapter
+    _, kl = completion_logprobs_and_kl(student, teacher, BATCH, forward_share=forward_share, temperature=temperature)
+    (kl.sum() / len(kl)).backward()
+    found = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+    student.zero_grad()
+
+    def logits(model, prompt, thought):
+        return model(torch.tensor([prompt + thought])).logits[0, len(prompt) - 1 : -1]
+
+    logits_s = torch.cat([logits(student, row.teacher_prompt, row.thought) for row in BATCH])
+    logits_t = torch.cat([logits(teacher, row.student_prompt, row.thought) for row in BATCH]).detach()
+    loss = sum(share * GKDTrainer.generalized_jsd_loss(
+        logits_s, logits_t, beta=beta, temperature=temperature, num_items_in_batch=len(logits_s))
+        for share, beta in ((1 - forward_share, 1), (forward_share, 0)))
+    assert kl.mean().item() == pytest.approx(loss.item(), rel=1e-6)
+    loss.backward()
+    for name, p in student.named_parameters():
+        if p.requires_grad:
+            assert (found[name] - p.grad).norm() <= 1e-6 * p.grad.norm() + 1e-9, name
+
+
+def test_the_kl_is_that_of_trls_distillation_trainer(tiny_model):
+    """The chunked loss that DistillationTrainer trains with, from the states before the head. beta 1 is reverse."""
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    student, teacher = (tiny_model(23, seed) for seed in (0, 1))
+    student.lm_head.requires_grad_(False)
+    with torch.no_grad():
+        for share, beta in ((0.0, 1.0), (1.0, 0.0)):
+            _, kl = completion_logprobs_and_kl(student, teacher, BATCH, forward_share=share, temperature=0.7)
+            states = [torch.cat([
+                model.model(torch.tensor([prompt(row) + row.thought])).last_hidden_state[:, len(prompt(row)) - 1 : -1]
+                for row in BATCH], 1) for model, prompt in ((student, lambda row: row.teacher_prompt),
+                                                            (teacher, lambda row: row.student_prompt))]
+            loss, _, count = _chunked_divergence_loss(
+                *states, student.lm_head.weight, teacher.lm_head.weight, torch.ones(1, 4), beta, temperature=0.7)
+            assert count == len(kl) == 4 and kl.mean().item() == pytest.approx(loss.item(), rel=1e-5)
