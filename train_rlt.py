@@ -304,5 +304,5 @@ final = run.finish(lambda folder: saving.save_model(policy, tokenizer, folder))
 print(f"The teacher is in {final}.")
 following = flags.carry(parser, args, "student", "teacher_bits", "student_bits", "data", "question_column",
                         "solution_column", "skip_bad_rows", "solution_in", "temperature", "max_new_tokens", "alpha",
-                        "engine", "device", **{"lambda": "lam", "model": "out"})
+                        "unclosed_penalty", "engine", "device", **{"lambda": "lam", "model": "out"})
 print_next("distill.py" + following + flags.following_out(parser, args, "-distilled.jsonl"))

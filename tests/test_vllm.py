@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import call
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -302,6 +303,48 @@ def test_a_rollout_of_random_weights_is_measured(tmp_path, monkeypatch):
     row, = step.measure_vllm(log, size, [(256, 3)], matmul=1e9)
     assert (row["part"], row["engine"], row["context"], row["batch"]) == ("rollout", "vllm", 256, 3), row
     assert row["tokens_per_s"] == pytest.approx(3 / row["seconds"], rel=1e-3) and 1e-4 < row["seconds"] < 10
+
+
+PLAIN = """
+import json
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+llm = LLM("runs/full/final", dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=4, enable_lora=True,
+          max_lora_rank=16)
+greedy = SamplingParams(temperature=0, max_tokens=8)
+for lora in (None, LoRARequest("teacher", 1, "runs/toy-teacher/final")):
+    out, = llm.generate(["x 3 y 7 s1 x+=y"], greedy, lora_request=lora, use_tqdm=False)
+    print("OUT", json.dumps([list(out.prompt_token_ids), list(out.outputs[0].token_ids)]))
+"""
+
+
+@needs_vllm
+def test_a_result_is_served_by_vllm_alone(workshop):
+    """Its own loaders of weights, tokenizer and adapter: all that `vllm serve` needs."""
+    from rlt import models
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    call(workshop, "sft_student.py", "--data", "toy", "--lora-rank", 0, "--lr", 1e-3, "--steps", 1, "--limit", 100,
+         "--out", "runs/full")
+    environment = {"OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run([sys.executable, "-c", PLAIN], cwd=workshop, capture_output=True, text=True,
+                          env={**os.environ, **environment})
+    assert done.returncode == 0, done.stderr[-5000:]
+    found = [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("OUT ")]
+    final = workshop / "runs/full/final"
+    ids = AutoTokenizer.from_pretrained(final)("x 3 y 7 s1 x+=y")["input_ids"]
+    plain = AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32)
+    adapted = AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32)
+    adapted.load_adapter(str(workshop / "runs/toy-teacher/final"))
+    vocab = len(models.load_tokenizer(str(final)))
+    for (prompt, new), model in zip(found, (plain, adapted), strict=True):
+        assert prompt == ids and len(new) == 8
+        logits = log_softmax_of(model.eval(), prompt + new, vocab, 0)[len(prompt) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(new)[:, None])[:, 0]
+        assert (logits.max(1).values - chosen).max() < 1e-3, "greedy"
+    assert found[0] != found[1]
 
 
 if __name__ == "__main__":
