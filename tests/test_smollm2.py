@@ -110,7 +110,7 @@ def test_the_reward_ranks_four_explanations_of_one_problem(workplace):
 @pytest.mark.slow
 def test_the_readmes_example_prints_what_it_says(workplace, monkeypatch, capsys):
     """Texts to rewards: the lines as they stand there, and the rewards that distill.py gives the same rows (above)."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "rlt/README.md").read_text(), re.DOTALL)
     [lines] = [block for block in blocks if "score_texts" in block]
     (workplace / "data").symlink_to(ROOT / "data")
     monkeypatch.chdir(workplace)
