@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rlt.footprint import AllocationTracker, ModelFootprint
-from rlt.models import model_and_adapter_config
+from rlt.models import base_of, model_and_adapter_config, shares_base
 from rlt.vllm_engine import MEMORY_SHARE
 
 import torch
@@ -116,6 +116,10 @@ def dry_run(args, device, policy, student=None, *, row, vocab, shared=False, **p
     for phase, numbers in table.items():
         print(f"{phase:10}", *(f"{numbers[column] / GB:{len(column) + 5}.3f}" for column in COLUMNS))
     print("the total is the phase's peak: its parts need not peak at the same time\n")
+    if student and not shared and "student_bits" in flags and shares_base(
+            args.model, args.teacher_bits, args.student or base_of(args.model), args.teacher_bits):
+        print(f"--student-bits {args.teacher_bits}: the student would be the teacher's own base, with no weights "
+              f"of its own: {student.weights / GB:.3g} GB less")
 
     out = folder = Path(flags.get("out") or "runs").resolve()
     while not folder.exists():

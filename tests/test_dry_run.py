@@ -449,6 +449,12 @@ def test_a_dry_run_counts_a_shared_base_once(workshop, no_weights, monkeypatch, 
         return float(next(line for line in printed.splitlines() if line.startswith("score")).split()[1])
 
     assert weights(32, 32) == pytest.approx(2 * weights(16, 16), rel=0.01) and weights(32, 32) < weights(32, 16)
+    saved = "--student-bits 32: the student would be the teacher's own base, with no weights of its own: {:.3g} GB"
+    asked = ("--model", "toy-teacher", "--limit", 400, "--out", "runs/never", "--teacher-bits", 32, "--dry-run", 24)
+    copy = weights(32, 16) - weights(32, 32)
+    assert saved.format(copy) in dry(workshop, script, *asked, "--student-bits", 16)[1]
+    for others in (("--student-bits", 32), ("--student-bits", 16, "--student", "runs/toy-teacher")):
+        assert "own base" not in dry(workshop, script, *asked, *others)[1]
 
 
 def test_a_dry_run_finds_what_a_run_would(workshop, no_weights, tmp_path, monkeypatch):
