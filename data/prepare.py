@@ -63,13 +63,12 @@ class DataSet(NamedTuple):
 
 
 SETS = {
-    "stratos": DataSet("bespokelabs/Bespoke-Stratos-17k", None,
-                       "see the card of the data set; the traces are written by DeepSeek-R1"),
+    "stratos": DataSet("bespokelabs/Bespoke-Stratos-17k", None, "Apache 2.0; the traces are written by DeepSeek-R1"),
     "gsm8k": DataSet("openai/gsm8k:main", 7473, "MIT", gsm8k),
     "gsm8k-test": DataSet("openai/gsm8k:main@test", 1319, "MIT", gsm8k),
     "math500": DataSet("HuggingFaceH4/MATH-500@test", 500, "MIT"),
     "aime24": DataSet("HuggingFaceH4/aime_2024", 30, "the problems are by the MAA, the solutions from the AoPS wiki"),
-    "aime25": DataSet("MathArena/aime_2025", 30, "the problems are by the MAA; see the card of the data set"),
+    "aime25": DataSet("MathArena/aime_2025", 30, "CC BY-NC-SA 4.0; the problems are by the MAA"),
     "gpqa": DataSet("Idavidrein/gpqa:gpqa_diamond", 198,
                     "CC BY 4.0; accept its terms on the hub, and don't put its questions online", gpqa),
     "countdown": DataSet(None, None, "MIT if drawn here, else that of the source", countdown),
