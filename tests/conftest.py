@@ -77,7 +77,7 @@ def qwen_tokenizer():
 def toy(tmp_path_factory):
     """A folder with runs/toy in it: the real toy, its base all but untrained."""
     folder = tmp_path_factory.mktemp("toy")
-    run_script(folder, "data/toy.py", "--out", "runs/toy", "--steps", "3")
+    call(folder, "data/toy.py", "--out", "runs/toy", "--steps", 3)
     return folder
 
 

@@ -13,7 +13,7 @@ from rlt.files import read_jsonl
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, call
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2ForCausalLM
 
@@ -123,7 +123,7 @@ def test_the_recipe_adds_up():
 @pytest.mark.slow
 def test_it_runs_and_the_dry_run_is_right(tmp_path):
     """Three settings, four phases each: the estimate is within a tenth of the peak."""
-    run_script(tmp_path, "bench/step.py", "--size", "tiny", "--parts", "step", "--out", tmp_path / "log.jsonl")
+    call(tmp_path, "bench/step.py", "--size", "tiny", "--parts", "step", "--out", tmp_path / "log.jsonl")
     rows = [row for row in read_jsonl(tmp_path / "log.jsonl") if row["part"] == "step"]
     assert {row["phase"] for row in rows} == {"rollout", "score", "reference", "update"} and len(rows) in (4, 12)
     for row in rows:
@@ -167,20 +167,20 @@ def test_the_released_way_gives_the_sampled_reward(tiny_model):
 
 
 @pytest.mark.slow
-def test_one_command_writes_a_log_and_a_table(tmp_path):
-    done = run_script(tmp_path, "bench/gpu.py", "--size", "tiny", "--parts", "step", "--out", tmp_path / "gpu.jsonl")
+def test_one_command_writes_a_log_and_a_table(tmp_path, capsys):
+    call(tmp_path, "bench/gpu.py", "--size", "tiny", "--parts", "step", "--out", tmp_path / "gpu.jsonl")
     rows = read_jsonl(tmp_path / "gpu.jsonl")
     assert [row["part"] for row in rows] == ["ceilings"] + ["step"] * 4 + ["rollout"]
     for row in rows[1:5]:
         assert row["size"] == "tiny" and row["tokens_per_s"] > 0
         assert row["expected_gb"] == pytest.approx(row["peak_gb"], rel=0.1), row
     text = (tmp_path / "gpu.md").read_text()
-    assert text.split("\n\n", 1)[1] in done.stdout and text.count("\n|") == 2 + len(rows)
+    assert text.split("\n\n", 1)[1] in capsys.readouterr().out and text.count("\n|") == 2 + len(rows)
     assert "| tiny, 32 and 32 bits: score, 1 x 1,024 tokens |" in text
 
 
 def test_what_does_not_fit_into_the_time_is_named(tmp_path):
-    run_script(tmp_path, "bench/gpu.py", "--size", "tiny", "--minutes", "0", "--out", tmp_path / "gpu.jsonl")
+    call(tmp_path, "bench/gpu.py", "--size", "tiny", "--minutes", "0", "--out", tmp_path / "gpu.jsonl")
     rows = read_jsonl(tmp_path / "gpu.jsonl")
     assert [row["part"] for row in rows[1:]] == [
         "tests", "kernels, 64 x 32000 torch.bfloat16", "step, tiny", "vLLM, tiny"]
@@ -317,26 +317,40 @@ def test_only_one_of_the_two_waits_passively(tmp_path, policy, seen):
 
 
 @pytest.mark.slow
-def test_a_short_run_of_all_four_cases(workshop, tmp_path):
-    small = ["--limit", 300, "--prompts-per-step", 2, "--group-size", 2, "--max-new-tokens", 8]
-    done = run_script(workshop, "bench/busy.py", "--steps", 1, "--rounds", 1, "--out", tmp_path / "busy.jsonl", *small)
+def test_a_short_run_of_all_four_cases(workshop, tmp_path, monkeypatch, capsys):
+    """The training runs are in this process: what their own would have of each policy is tested above."""
+    started = []
+
+    def run(command, **_):
+        for policy, words in busy.COMMANDS.items():
+            if command[: len(words) + 1] == [*words, str(ROOT / "train_rlt.py")]:
+                started.append(policy)
+                call(workshop, "train_rlt.py", *command[len(words) + 1 :])
+
+    monkeypatch.setattr(busy.subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["busy.py", "--steps", "1", "--rounds", "1", "--out", str(tmp_path / "busy.jsonl"),
+                                      "--limit", "300", "--prompts-per-step", "2", "--group-size", "2",
+                                      "--max-new-tokens", "8"])
+    busy.main()
+    assert started == ["default", "passive"] * 2
     rows = read_jsonl(tmp_path / "busy.jsonl")
     assert [(row["wait_policy"], row["busy"]) for row in rows] == [
         ("default", 0), ("passive", 0), ("default", 1), ("passive", 1)]
     for row in rows:
         assert 0 < row["seconds"] <= row["slowest"] and row["cores"] >= 1 and row["torch"] and row["date"]
-    assert "ratio" in done.stdout and "quiet, passive against default" in done.stdout
+    shown = capsys.readouterr().out
+    assert "ratio" in shown and "quiet, passive against default" in shown
 
 
 # ---------------------------------------------------------------------------------------------------------
 # bench/shared_prompts.py
 
 
-def test_shared_prompts_are_timed_both_ways(workshop, tmp_path):
+def test_shared_prompts_are_timed_both_ways(workshop, tmp_path, capsys):
     """The script itself checks that both give the same log-probs."""
-    done = run_script(workshop, "bench/shared_prompts.py", "--model", "toy-teacher", "--data", "runs/toy/train.jsonl",
-                      "--group-size", 4, "--rounds", 2, "--out", tmp_path / "log.jsonl")
+    call(workshop, "bench/shared_prompts.py", "--model", "toy-teacher", "--data", "runs/toy/train.jsonl",
+         "--group-size", 4, "--rounds", 2, "--out", tmp_path / "log.jsonl")
     rows = read_jsonl(tmp_path / "log.jsonl")
     assert [row["prompts_read"] for row in rows] == ["once", "each", "each", "once"]
     assert all(row["t_rollout"] > 0 and row["t_score"] > 0 and row["t_update"] > 0 for row in rows)
-    assert "log-probs differ by at most" in done.stdout
+    assert "log-probs differ by at most" in capsys.readouterr().out

@@ -20,7 +20,7 @@ from rlt.rows import load_rows
 
 import pytest
 import torch
-from conftest import call, data_file, ended, run_script
+from conftest import call, data_file, ended
 from test_grading import AFTER, BEFORE, GPQA, write_evaluation
 
 from evaluate import PROTOCOLS
@@ -354,8 +354,8 @@ def test_compare(tmp_path, capsys):
 
 def test_a_refused_comparison_is_one_line(tmp_path):
     write_evaluation(tmp_path / "before", BEFORE), write_evaluation(tmp_path / "after", AFTER[1:])
-    done = run_script(tmp_path, "evaluate.py", "--compare", "before", "after", check=False)
-    assert done.returncode == 2 and not done.stdout
+    done = ended(tmp_path, "evaluate.py", "--compare", "before", "after")
+    assert done.code == 2 and not done.stdout
     [line] = done.stderr.splitlines()
     assert "evaluate.py: error: after/eval_toy.json and before/eval_toy.json differ in questions" in line
     assert not (tmp_path / "after/compare_toy.json").exists()

@@ -28,7 +28,7 @@ from rlt.updates import Updates
 
 import pytest
 import torch
-from conftest import ROOT, call, ended, run_script
+from conftest import ROOT, call, ended
 
 TRAINERS = ("train_rlt.py", "rl_student.py", "on_policy_student.py", "sft_student.py")
 RL = ("--limit", 80, "--prompts-per-step", 2, "--group-size", 4, "--max-new-tokens", 12, "--eval-rows", 4)
@@ -954,7 +954,7 @@ def test_a_run_that_is_killed_and_stopped_again_and_again(workshop, tmp_path, sc
         code = process.wait(timeout=60)
         stderr = process.stderr.read()
         assert code == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[kind], stderr
-    run_script(workshop, script, *flags, "--out", out, "--resume")
+    call(workshop, script, *flags, "--out", out, "--resume")
     assert metrics(out) == metrics(tmp_path / "straight")
     weights = [(folder / "final/adapter_model.safetensors").read_bytes() for folder in (out, tmp_path / "straight")]
     assert weights[0] == weights[1]

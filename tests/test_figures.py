@@ -12,7 +12,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from conftest import run_script
+from conftest import ended
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "figures"
@@ -280,10 +280,11 @@ def commands():
 
 @pytest.mark.parametrize("script", ["data/toy.py", "train_rlt.py", "rl_student.py", "on_policy_student.py",
                                     "sft_student.py", "distill.py", "evaluate.py"])
-def test_every_flag_of_the_study_exists(commands, script, tmp_path):
+def test_every_flag_of_the_study_exists(commands, script, tmp_path, monkeypatch):
     used = {word for command in commands if command[0] == script for word in command if word.startswith("--")}
     assert len(used) > 3
-    known = run_script(tmp_path, script, "--help", COLUMNS="200").stdout.replace("=", " ").split()
+    monkeypatch.setenv("COLUMNS", "200")
+    known = ended(tmp_path, script, "--help").stdout.replace("=", " ").split()
     assert not used - {word.strip("[],") for word in known}
 
 

@@ -695,16 +695,15 @@ def test_rows_as_the_models_see_them(workshop, tmp_path, script):
 # -- a real tokenizer and real rows
 
 
-def test_real_rows(workshop, tmp_path, qwen_tokenizer, tiny_model):
+def test_real_rows(workshop, tmp_path, qwen_tokenizer, tiny_model, capsys):
     """From GSM8K to a saved adapter, on a random Qwen2 with Qwen2.5's tokenizer and padded vocabulary."""
     tiny_model(152064, hidden_size=16, intermediate_size=32).save_pretrained(tmp_path / "model")
     qwen_tokenizer.save_pretrained(tmp_path / "model")
     data = data_file("gsm8k_train_1k.jsonl")
     flags = ["--data", data, "--limit", 12, "--max-new-tokens", 8]
-    done = run_script(workshop, "train_rlt.py", *flags, "--model", tmp_path / "model", "--steps", 2,
-                      "--prompts-per-step", 2, "--group-size", 2, "--eval-rows", 2, "--out", tmp_path / "teacher",
-                      "--temperature", 0.7)
-    following = shlex.split(re.search(r"Next: python distill.py (.*)\n", done.stdout)[1])
+    call(workshop, "train_rlt.py", *flags, "--model", tmp_path / "model", "--steps", 2, "--prompts-per-step", 2,
+         "--group-size", 2, "--eval-rows", 2, "--out", tmp_path / "teacher", "--temperature", 0.7)
+    following = shlex.split(re.search(r"Next: python distill.py (.*)\n", capsys.readouterr().out)[1])
     args = parser_of("distill.py").parse_args(following)
     assert (args.model, args.data, args.temperature, args.max_new_tokens) == (
         str(tmp_path / "teacher"), str(data), 0.7, 8)

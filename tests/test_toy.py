@@ -11,7 +11,7 @@ from rlt.prompts import EXPLANATION, SOLUTION, THOUGHT, Prompts
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import ended
 from torch.nn.functional import cross_entropy
 
 from data import toy as game  # `toy` is the fixture: a folder that holds runs/toy
@@ -445,16 +445,16 @@ def test_a_run_that_dies_leaves_nothing(tmp_path, monkeypatch):
 def test_what_is_there_is_never_written_over(tmp_path):
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy" / "mine").write_text("mine")
-    done = run_script(tmp_path, "data/toy.py", "--out", "toy", check=False)
-    assert done.returncode == 2 and "toy exists already: delete it, or choose another --out" in done.stderr
+    done = ended(tmp_path, "data/toy.py", "--out", "toy")
+    assert done.code == 2 and "toy exists already: delete it, or choose another --out" in done.stderr
     for flags, complaint in (
         (["--steps", "-1"], "--steps -1: expected 0 or more"),
         (["--hidden-size", "100"], "--hidden-size 100: expected a multiple of 32"),
         (["--careful-base", "0.7"], "--careful-base 0.7: expected 0 to 0.21"),
         (["--careful-rows", "-0.1"], "--careful-rows -0.1: expected 0 to 0.29"),
     ):
-        done = run_script(tmp_path, "data/toy.py", *flags, check=False)
-        assert done.returncode == 2 and complaint in done.stderr
+        done = ended(tmp_path, "data/toy.py", *flags)
+        assert done.code == 2 and complaint in done.stderr
     assert [path.name for path in tmp_path.rglob("*")] == ["toy", "mine"]
 
 

@@ -11,7 +11,7 @@ from rlt.prompts import SOLUTION, THOUGHT
 from rlt.rows import load_rows
 
 import pytest
-from conftest import data_file, ended, run_script
+from conftest import call, data_file, ended
 
 from data import word_problems as problems
 
@@ -132,7 +132,7 @@ def test_gsm8k_rows():
 
 def test_the_script_writes_rows_that_the_others_read(tmp_path):
     (tmp_path / "gsm8k.jsonl").write_text('{"question": "How much?", "answer": "1+1=<<1+1=2>>2\\n#### 2"}\n' * 3)
-    run_script(tmp_path, "data/word_problems.py", "--out", "rows", "--gsm8k", "gsm8k.jsonl", "--easy-rows", 50)
+    call(tmp_path, "data/word_problems.py", "--out", "rows", "--gsm8k", "gsm8k.jsonl", "--easy-rows", 50)
     names = {path.stem for path in (tmp_path / "rows").iterdir()}
     assert names == {"train", "val", "test", "easy", "practice", "chains", "warmup"}
     rows = load_rows(tmp_path / "rows/warmup.jsonl")
