@@ -23,7 +23,7 @@ PROMPTS, COMPLETIONS = [[5, 6, 7, 8], [5, 9]], [[3, 9, 11, 12], [5, 5, 13]]
 PLAIN = dict(r=4, lora_alpha=8, task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"])
 
 
-@pytest.fixture(scope="module", params=mostly_slow([False, True], plain=[True]), ids=["own head", "tied head"])
+@pytest.fixture(scope="module")
 def base(request, tmp_path_factory):
     return make_base(tmp_path_factory.mktemp("base"), request.param)
 
@@ -85,9 +85,13 @@ KINDS = {
     "parameters": {"target_parameters": ["mlp.up_proj.weight"]},
     "trainable tokens": {"trainable_token_indices": [3, 5, 9]},
 }
+# A head of its own is another case where embeddings are trained, which a tied head shares.
+OWN_HEAD = ("plain", "embeddings whole", "embeddings", "trainable tokens")
+HEADS_AND_KINDS = [pytest.param(True, kind, id=f"tied head-{kind}") for kind in KINDS]
+HEADS_AND_KINDS += [pytest.param(False, kind, id=f"own head-{kind}", marks=pytest.mark.slow) for kind in OWN_HEAD]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("base", "kind"), HEADS_AND_KINDS, indirect=["base"])
 def test_the_reference_is_the_start_and_all_parts_are_trained_and_saved(base, tmp_path, kind):
     own, tensors = theirs(base, tmp_path / "theirs", **KINDS[kind])
     tied = json.loads((base / "config.json").read_text())["tie_word_embeddings"]
@@ -123,6 +127,7 @@ def test_the_reference_is_the_start_and_all_parts_are_trained_and_saved(base, tm
     assert torch.equal(ask(ours(tmp_path / "ours")), moved), "and it can be trained on"
 
 
+@pytest.mark.parametrize("base", mostly_slow([True, False], plain=[True]), ids=["tied head", "own head"], indirect=True)
 @pytest.mark.parametrize("changes, message", [
     ({"bias": "all"}, "trains biases of its base (bias='all')"),
     ({"bias": "lora_only"}, "trains biases of its base (bias='lora_only')"),
@@ -171,7 +176,7 @@ def test_adapters_on_coarser_bases_are_float32_and_start_as_their_reference(plai
     assert len(parameters) == tensors and all(p.dtype == torch.float32 and p.grad.norm() > 0 for p in parameters)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("base", "kind"), HEADS_AND_KINDS, indirect=["base"])
 def test_the_base_comes_out_of_every_adapter(base, tmp_path, kind):
     """Where its weights may be shared; else they have been changed."""
     theirs(base, tmp_path, **KINDS[kind])

