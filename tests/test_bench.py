@@ -120,10 +120,18 @@ def test_the_recipe_adds_up():
     assert logged[7] == four and logged[11]["h_rollout"] == pytest.approx(four["h_rollout"] / 10)
 
 
+@pytest.fixture
+def few_tokens(monkeypatch):
+    """Rollouts of few tokens: the peak is that of the longest cache all the same."""
+    monkeypatch.setattr(step, "DECODED", 6)
+
+
 @pytest.mark.slow
-def test_it_runs_and_the_dry_run_is_right(tmp_path):
+def test_it_runs_and_the_dry_run_is_right(tmp_path, few_tokens, monkeypatch):
     """Three settings, four phases each: the estimate is within a tenth of the peak."""
-    call(tmp_path, "bench/step.py", "--size", "tiny", "--parts", "step", "--out", tmp_path / "log.jsonl")
+    out = str(tmp_path / "log.jsonl")
+    monkeypatch.setattr(sys, "argv", ["step.py", "--size", "tiny", "--parts", "step", "--out", out])
+    step.main()
     rows = [row for row in read_jsonl(tmp_path / "log.jsonl") if row["part"] == "step"]
     assert {row["phase"] for row in rows} == {"rollout", "score", "reference", "update"} and len(rows) in (4, 12)
     for row in rows:
@@ -167,8 +175,10 @@ def test_the_released_way_gives_the_sampled_reward(tiny_model):
 
 
 @pytest.mark.slow
-def test_one_command_writes_a_log_and_a_table(tmp_path, capsys):
-    call(tmp_path, "bench/gpu.py", "--size", "tiny", "--parts", "step", "--out", tmp_path / "gpu.jsonl")
+def test_one_command_writes_a_log_and_a_table(tmp_path, few_tokens, monkeypatch, capsys):
+    out = str(tmp_path / "gpu.jsonl")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--size", "tiny", "--parts", "step", "--out", out])
+    gpu.main()
     rows = read_jsonl(tmp_path / "gpu.jsonl")
     assert [row["part"] for row in rows] == ["ceilings"] + ["step"] * 4 + ["rollout"]
     for row in rows[1:5]:
@@ -327,7 +337,7 @@ def test_a_short_run_of_all_four_cases(workshop, tmp_path, monkeypatch, capsys):
                 started.append(policy)
                 call(workshop, "train_rlt.py", *command[len(words) + 1 :])
 
-    monkeypatch.setattr(busy.subprocess, "run", run)
+    monkeypatch.setattr(busy, "subprocess", SimpleNamespace(**vars(subprocess) | {"run": run}))  # the runs start others
     monkeypatch.setattr(sys, "argv", ["busy.py", "--steps", "1", "--rounds", "1", "--out", str(tmp_path / "busy.jsonl"),
                                       "--limit", "300", "--prompts-per-step", "2", "--group-size", "2",
                                       "--max-new-tokens", "8"])

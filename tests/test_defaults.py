@@ -174,7 +174,7 @@ def own(tmp_path, tiny_model):
 
 
 @pytest.mark.slow
-def test_from_ones_own_rows_to_an_evaluation_by_the_printed_commands(own, capsys):
+def test_from_ones_own_rows_to_an_evaluation_by_the_printed_commands(own, graded_here, capsys):
     columns = ("--question-column", "Q", "--solution-column", "A", "--skip-bad-rows")
     call(own, "sft_student.py", "--format", "teacher", "--model", "my model", "--data", "pairs.csv", *columns,
          "--explanation-column", "E", "--out", "runs/warm", *SMALL["sft_student.py"])
@@ -199,7 +199,7 @@ def test_from_ones_own_rows_to_an_evaluation_by_the_printed_commands(own, capsys
 
 
 @pytest.mark.slow
-def test_the_readmes_path(own, capsys):
+def test_the_readmes_path(own, graded_here, capsys):
     """Every command of "Your rows, your model", with small steps and another model, in its order."""
     with (own / "pairs.csv").open("w") as file:
         csv.writer(file).writerows([["question", "answer"], *([f"What is {i} + {i}?", 2 * i] for i in range(1, 25))])

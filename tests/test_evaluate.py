@@ -23,6 +23,7 @@ import torch
 from conftest import call, data_file, ended
 from test_grading import AFTER, BEFORE, GPQA, write_evaluation
 
+from bench import zoo
 from evaluate import PROTOCOLS
 
 
@@ -43,6 +44,20 @@ def qwen_folder(tmp_path, tiny_model, qwen_tokenizer):
     """A model folder as other people have them, with Qwen2.5's tokenizer."""
     tiny_model(len(qwen_tokenizer)).save_pretrained(tmp_path / "model")
     qwen_tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def words():
+    """A tokenizer that is loaded in no time: a token is a byte."""
+    return zoo.tokenizer()
+
+
+@pytest.fixture
+def other_folder(tmp_path, tiny_model, words):
+    """A model folder that is not the toy's."""
+    tiny_model(len(words)).save_pretrained(tmp_path / "model")
+    words.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -129,13 +144,13 @@ def test_public_rows(tmp_path, capsys, qwen_folder, task, file, grader):
     assert result["questions"] == 3 and result["truncated"] == 1.0 and result["length"] == 8
 
 
-def test_two_verdicts_on_the_same_samples(tmp_path, capsys, qwen_folder, qwen_tokenizer, monkeypatch):
+def test_two_verdicts_on_the_same_samples(tmp_path, capsys, other_folder, words, monkeypatch, graded_here):
     """math-verify does algebra, the string match does not; the paper's numbers are marked as such."""
     answers = [r"\boxed{2(k+1)}", r"\boxed{\dfrac12}", r"no box", r"<think>\boxed{5}, wait"]
     golds = ["2k+2", r"\frac{1}{2}", "5", "5"]
     rows = write_rows(tmp_path / "rows.jsonl", [
         {"problem": f"problem {i}", "solution": "as you see", "answer": gold} for i, gold in enumerate(golds)])
-    says(monkeypatch, qwen_tokenizer, answers)
+    says(monkeypatch, words, answers)
     call(tmp_path, "evaluate.py", "--task", "math500", "--data", rows, "--model", "model", "--max-new-tokens", 99)
     result = json.loads((tmp_path / "runs/eval/model/eval_math500.json").read_text())
     samples = read_jsonl(tmp_path / "runs/eval/model/eval_math500_samples.jsonl")
@@ -151,28 +166,27 @@ def test_two_verdicts_on_the_same_samples(tmp_path, capsys, qwen_folder, qwen_to
     assert "as printed in arXiv 2506.08388, not measured here" in shown
 
 
-def test_a_thought_that_the_template_opens(tmp_path, qwen_folder, qwen_tokenizer, monkeypatch):
+def test_a_thought_that_the_template_opens(tmp_path, other_folder, words, monkeypatch, graded_here):
     """Cut off in it, an answer shows no tag of its own: it is none all the same."""
-    before, qwen_tokenizer.chat_template = qwen_tokenizer.chat_template, (
+    words.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n{% endif %}"
         "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n"
         "{% endif %}")
-    qwen_tokenizer.save_pretrained(qwen_folder)
-    qwen_tokenizer.chat_template = before
+    words.save_pretrained(other_folder)
     rows = write_rows(tmp_path / "rows.jsonl", [{"problem": f"{i}", "solution": "so", "answer": "5"} for i in (1, 2)])
-    says(monkeypatch, qwen_tokenizer, [r"maybe \boxed{5}, wait", r"maybe \boxed{7}</think> \boxed{5}"])
+    says(monkeypatch, words, [r"maybe \boxed{5}, wait", r"maybe \boxed{7}</think> \boxed{5}"])
     call(tmp_path, "evaluate.py", "--task", "aime25", "--data", rows, "--model", "model", "--max-new-tokens", 99)
     samples = read_jsonl(tmp_path / "runs/eval/model/eval_aime25_samples.jsonl")
     assert [s["grade"] for s in samples] == [False, True] and [s["answer"] for s in samples] == [None, "5"]
     assert samples[0]["output"].startswith("<think>")
 
 
-def test_gpqa(tmp_path, capsys, qwen_folder, qwen_tokenizer, monkeypatch):
+def test_gpqa(tmp_path, capsys, other_folder, words, monkeypatch):
     """Four choices in an order of their own, a letter for an answer; a null in one row leaves that row out."""
     rows = [{"Question": f"Which energy, {i}?", **GPQA} for i in range(8)]
     rows[3]["Incorrect Answer 1"] = None
     path = write_rows(tmp_path / "gpqa.jsonl", rows)
-    says(monkeypatch, qwen_tokenizer, [r"\boxed{A}"])
+    says(monkeypatch, words, [r"\boxed{A}"])
     flags = ("--task", "gpqa", "--data", path, "--model", "model", "--max-new-tokens", 99)
     call(tmp_path, "evaluate.py", *flags, "--seed", 5)
     result = json.loads((tmp_path / "runs/eval/model/eval_gpqa.json").read_text())
@@ -241,14 +255,14 @@ def test_files_of_older_versions_are_guarded_too(folder):
         call(folder, "evaluate.py", "--model", "toy", "--limit", 4)
 
 
-def test_nothing_is_written_into_other_peoples_folders(tmp_path, qwen_folder):
-    before = {path: path.stat().st_mtime_ns for path in qwen_folder.rglob("*")}
+def test_nothing_is_written_into_other_peoples_folders(tmp_path, other_folder):
+    before = {path: path.stat().st_mtime_ns for path in other_folder.rglob("*")}
     args = ("--task", "countdown", "--data", data_file("countdown_sample.jsonl"), "--limit", 2, "--max-new-tokens", 4)
-    for name in ("model", "./model/", qwen_folder):
+    for name in ("model", "./model/", other_folder):
         call(tmp_path, "evaluate.py", "--model", name, *args)
-    assert {path: path.stat().st_mtime_ns for path in qwen_folder.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in other_folder.rglob("*")} == before
     folders = {path.parent.name for path in (tmp_path / "runs/eval").rglob("eval_countdown.json")}
-    assert folders == {"model", "_".join(qwen_folder.parts[1:])}
+    assert folders == {"model", "_".join(other_folder.parts[1:])}
 
 
 def test_where_results_go(tmp_path):
@@ -310,12 +324,12 @@ def test_questions_that_are_too_long_are_left_out_on_demand(folder, capsys):
 
 @pytest.mark.parametrize("temperature", [0, 1])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_broken_model_is_no_evaluation(tmp_path, qwen_folder, tiny_model, qwen_tokenizer, temperature, value):
+def test_a_broken_model_is_no_evaluation(tmp_path, other_folder, tiny_model, words, temperature, value):
     """0 % would be a number. One line, and nothing is written."""
-    model = tiny_model(len(qwen_tokenizer))
+    model = tiny_model(len(words))
     with torch.no_grad():
         model.lm_head.weight[7, 0] = value
-    model.save_pretrained(qwen_folder)
+    model.save_pretrained(other_folder)
     flags = ("--data", data_file("countdown_sample.jsonl"), "--limit", 2, "--max-new-tokens", 4)
     stdout, stderr, code = ended(tmp_path, "evaluate.py", "--task", "countdown", "--model", "model", *flags,
                                  "--temperature", temperature)

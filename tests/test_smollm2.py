@@ -137,7 +137,7 @@ def test_the_readmes_example_prints_what_it_says(workplace, monkeypatch, capsys)
 
 
 @pytest.mark.slow
-def test_every_script_takes_a_step_on_it(workplace):
+def test_every_script_takes_a_step_on_it(workplace, graded_here):
     sizes = {"train": (4, (3,)), "test": (2, (3,)), "easy": (4, (1,))}
     word_problems.write(workplace / "rows", word_problems.make_rows(0, sizes))
     short, small = ("--max-new-tokens", 16), ("--micro-batch-tokens", 1024)

@@ -97,7 +97,7 @@ def test_each_of_them_closes_an_explanation(tmp_path, end):
 
 
 @pytest.mark.parametrize("end", mostly_slow(ENDS, plain=[LISTED_END]))
-def test_an_evaluation_reads_the_answer_without_its_end(tmp_path, end):
+def test_an_evaluation_reads_the_answer_without_its_end(tmp_path, graded_here, end):
     chain_model(tmp_path / "model", end)
     (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "How many?", "answer": "7"}) + "\n")
     call(tmp_path, "evaluate.py", "--task", "gsm8k", "--data", "rows.jsonl", "--model", "model", "--max-new-tokens", 25)

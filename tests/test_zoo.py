@@ -326,7 +326,7 @@ def words_and_rows(folder, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["Llama", "Qwen3-MoE", "Mamba-2", "Granite", "Gemma 3 text", "RWKV", "GPT-OSS",
                                   "Falcon-H1", "Qwen3-Next", "Phi-3, longrope", "GPT-2", "DeepSeek-V3"])
-def test_every_script_takes_it(tmp_path, name):
+def test_every_script_takes_it(tmp_path, graded_here, name):
     """One of each kind: what scripts may stumble over is positions, experts, states and caches that are unlike Llama's,
     not the order of norms. All others take a step above, and are saved and restored."""
     words_and_rows(tmp_path, name)
