@@ -87,8 +87,11 @@ KINDS = {
 }
 # A head of its own is another case where embeddings are trained, which a tied head shares.
 OWN_HEAD = ("plain", "embeddings whole", "embeddings", "trainable tokens")
-HEADS_AND_KINDS = [pytest.param(True, kind, id=f"tied head-{kind}") for kind in KINDS]
-HEADS_AND_KINDS += [pytest.param(False, kind, id=f"own head-{kind}", marks=pytest.mark.slow) for kind in OWN_HEAD]
+IN_EVERY_RUN = ("plain", "DoRA", "norms whole", "embeddings whole", "PiSSA", "parameters", "trainable tokens")
+HEADS_AND_KINDS = [
+    pytest.param(tied, kind, id=f"{'tied' if tied else 'own'} head-{kind}",
+                 marks=[] if tied and kind in IN_EVERY_RUN else pytest.mark.slow)
+    for tied, kinds in ((True, KINDS), (False, OWN_HEAD)) for kind in kinds]
 
 
 @pytest.mark.parametrize(("base", "kind"), HEADS_AND_KINDS, indirect=["base"])

@@ -248,7 +248,7 @@ def test_grading_another_task_is_an_error():
 
 
 @pytest.mark.parametrize("gold", ["", " ", r"\text{}"])
-def test_a_gold_answer_that_cannot_be_read_is_never_right(gold, capsys):
+def test_a_gold_answer_that_cannot_be_read_is_never_right(gold, graded_here, capsys):
     bad, good = row(answer=gold), row(answer="5")
     for output in (r"\boxed{\text{}}", r"\boxed{5}"):
         with pytest.raises(UserError, match="leave that row out"):
@@ -278,7 +278,7 @@ NO_ANSWER = [None, math.nan, math.inf, "", " ", "NaN", "nan", "None", "null", Tr
 
 @pytest.mark.parametrize("task, golds", [
     ("gsm8k", [*NO_ANSWER, "####", "steps ####  "]), ("math500", NO_ANSWER), ("aime24", NO_ANSWER)])
-def test_gold_that_no_answer_can_equal_is_left_out(task, golds, capsys):
+def test_gold_that_no_answer_can_equal_is_left_out(task, golds, graded_here, capsys):
     good, bad = row(answer="5"), [row(), *(row(answer=gold) for gold in golds)]
     for one in bad:
         with pytest.raises(UserError, match="rows.jsonl line 1 .*leave that row out"):
@@ -540,7 +540,7 @@ def test_grades_come_in_order_whatever_the_workers():
     rows = [row(answer=str(i % 4)) for i in range(23)]
     outputs = [rf"\boxed{{{i % 3}}}" if i % 5 else "no box" for i in range(23)]
     want = [i % 5 > 0 and i % 4 == i % 3 for i in range(23)]
-    for workers in (1, 3, 7):
+    for workers in (1, 5):
         assert grade_all("math500", outputs, rows, workers=workers) == want
     rows = [row(solution=str(i)) for i in range(11)]
     outputs = [f"{OPEN} {i if i % 3 else 'x'} {CLOSE}" for i in range(11)]

@@ -210,7 +210,7 @@ def test_answers_of_any_type_are_text(tmp_path, answer, text):
     assert (row["question"], row["solution"]) == ("p", "72")
 
 
-def test_a_small_float_has_no_exponent_in_the_solution_and_is_not_graded(tmp_path, capsys):
+def test_a_small_float_has_no_exponent_in_the_solution_and_is_not_graded(tmp_path, graded_here, capsys):
     rows = load(tmp_path, {"problem": "p", "answer": 1e-05}, {"problem": "p", "answer": "5"})
     assert [row["solution"] for row in rows] == ["\\boxed{0.00001}", "\\boxed{5}"]
     assert gradable("math500", rows) == rows[1:]
