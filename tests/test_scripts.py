@@ -502,7 +502,8 @@ def test_changing_a_flag_changes_what_it_says(workshop, tmp_path, unchanged, fla
 
 def test_the_clip_flags(workshop, tmp_path):
     """They act from the second update on the same explanations, each on its side."""
-    flags = ["--model", "toy", "--lr", 5e-2, "--warmup-steps", 0, "--updates-per-batch", 3, *FIRST_OF_TWO]
+    flags = ["--model", "toy", "--lr", 5e-2, "--warmup-steps", 0, "--updates-per-batch", 3, *FIRST_OF_TWO,
+             "--eval-every", 0]
     clipped = {}
     for low, high in ((0.01, 0.01), (0.9, 0.01), (0.01, 100), (0.9, 100)):
         entries, _ = train(workshop, tmp_path / f"{low}-{high}", *flags, "--epsilon-low", low, "--epsilon-high", high)
