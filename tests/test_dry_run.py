@@ -151,7 +151,7 @@ def test_scoring(name):
 
 
 @pytest.mark.parametrize(("name", "batch", "prompt", "new"), [
-    ("vocabulary", 32, 20, 6), ("depth", 16, 300, 6), ("length", 4, 50, 60), ("width", 4, 500, 8),
+    ("vocabulary", 32, 20, 6), ("depth", 16, 300, 20), ("length", 4, 50, 60), ("width", 4, 500, 8),
     ("attention", 16, 10, 50), ("shared heads", 48, 10, 70)])
 def test_a_rollout(name, batch, prompt, new):
     config, _ = SHAPES[name]
