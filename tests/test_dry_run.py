@@ -152,7 +152,7 @@ def test_scoring(name):
 
 @pytest.mark.parametrize(("name", "batch", "prompt", "new"), [
     ("vocabulary", 32, 20, 6), ("depth", 16, 300, 20), ("length", 4, 50, 60), ("width", 4, 500, 8),
-    ("attention", 16, 10, 50), ("shared heads", 48, 10, 70)])
+    ("attention", 8, 10, 100), ("shared heads", 16, 10, 200)])
 def test_a_rollout(name, batch, prompt, new):
     config, _ = SHAPES[name]
     policy = ModelFootprint(config, bits=32, gpu=False, rank=8)
