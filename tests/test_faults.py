@@ -936,8 +936,8 @@ def metrics(folder):
     return [{k: v for k, v in entry.items() if not k.startswith("t_") and k != "tokens_per_s"} for entry in entries]
 
 
-# One process loads torch and the rest, once, and those that are killed are forks of it. How a process ends that a user
-# has started is tested above.
+# One process loads torch and the rest, once, and those that are killed are forks of it: on the CPU, for a GPU can't be
+# used after a fork. How a process ends that a user has started is tested above.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["rlt.models", "rewards", "peft", "transformers.models.qwen2.modeling_qwen2"])
 
@@ -962,7 +962,7 @@ def start(folder, stderr, script, *flags):
 @pytest.mark.parametrize("script", TRAINERS)
 def test_a_run_that_is_killed_and_stopped_again_and_again(workshop, tmp_path, script):
     """kill -9, SIGTERM, Ctrl-C, each somewhere in a step: at the end the metrics and weights are those of one run."""
-    flags = (*SMALL[script], "--steps", 6, "--save-every", 2)
+    flags = (*SMALL[script], "--steps", 6, "--save-every", 2, "--device", "cpu")
     call(workshop, script, *flags, "--out", tmp_path / "straight")
     out, stderr = tmp_path / "killed", tmp_path / "stderr.txt"
     for kind, after in ((signal.SIGKILL, 1), (signal.SIGTERM, 2), (signal.SIGINT, 4)):
@@ -971,7 +971,8 @@ def test_a_run_that_is_killed_and_stopped_again_and_again(workshop, tmp_path, sc
         while process.is_alive() and (len(read_jsonl(out / "metrics.jsonl")) < after
                                       or (out / "config.json").stat().st_mtime < started):  # still the one before
             time.sleep(0.05)
-        os.kill(process.pid, kind)
+        if process.is_alive():
+            os.kill(process.pid, kind)
         process.join(60)
         expected = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[kind]
         assert process.exitcode == expected, stderr.read_text()
@@ -985,8 +986,8 @@ def test_a_run_that_is_killed_and_stopped_again_and_again(workshop, tmp_path, sc
 def test_two_processes_on_one_run(workshop, tmp_path):
     """Started at the same time: one does the work, the other one says so."""
     stderrs = [tmp_path / f"stderr-{i}.txt" for i in range(2)]
-    processes = [start(workshop, stderr, "train_rlt.py", *RL, "--steps", 2, "--out", tmp_path / "run")
-                 for stderr in stderrs]
+    flags = (*RL, "--steps", 2, "--device", "cpu", "--out", tmp_path / "run")
+    processes = [start(workshop, stderr, "train_rlt.py", *flags) for stderr in stderrs]
     for process in processes:
         process.join()
     stderrs = [stderr.read_text() for stderr in stderrs]
