@@ -86,13 +86,15 @@ def result_of(out):
 
 def progress_of(out):
     """A number that grows while a script works."""
-    files = [out] if out.suffix == ".jsonl" else [out / "metrics.jsonl", *out.glob("*/eval_*")]
-    return sum(path.stat().st_size for path in files if path.exists())
+    files = [path for path in (out, out / "metrics.jsonl") if path.is_file()]
+    # not in a training run, whose folders are renamed meanwhile
+    return sum(path.stat().st_size for path in files or out.glob("*/eval_*"))
 
 
-def kills(folder, n, draw):
+def kills(folder, n, draw, scripts=tuple(SCRIPTS)):
     """n interruptions of each script -> an entry of counts for each."""
-    for script, flags in SCRIPTS.items():
+    for script in scripts:
+        flags = SCRIPTS[script]
         suffix = ".jsonl" if script == "distill.py" else ""
         straight, began = folder / f"straight-{script}{suffix}", time.monotonic()
         process = start(folder, script, *flags, "--out", straight)
@@ -234,6 +236,7 @@ def main():
                        ("soak", "steps of one run")):
         parser.add_argument(f"--{name}", type=float if name == "fuzz" else int, default=0, metavar="N",
                             help=f"{what}; 0: leave the part out")
+    parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, metavar="NAME", help="of --kills; default: all")
     parser.add_argument("--seed", type=int, default=0, help="of what is broken, and when")
     parser.add_argument("--log", type=Path, default=ROOT / "figures/logs/faults.jsonl", metavar="FILE")
     args = parser.parse_args()
@@ -249,9 +252,12 @@ def main():
             raise SystemExit(ended_badly(warm_up))
         for name, part in PARTS.items():
             began, size = time.monotonic(), getattr(args, name)
-            for counts in part(folder, size, random.Random(args.seed)) if size else []:
-                log(part=name, command=f"python bench/faults.py --{name} {size} --seed {args.seed}", **counts,
-                    seconds=round(time.monotonic() - began))
+            command, options = f"python bench/faults.py --{name} {size} --seed {args.seed}", {}
+            if name == "kills" and args.scripts:
+                command += f" --scripts {' '.join(args.scripts)}"
+                options = {"scripts": args.scripts}
+            for counts in part(folder, size, random.Random(args.seed), **options) if size else []:
+                log(part=name, command=command, **counts, seconds=round(time.monotonic() - began))
                 began, failures = time.monotonic(), failures + counts["failures"]
     sys.exit(bool(failures))
 
