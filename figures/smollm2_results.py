@@ -36,6 +36,11 @@ def explanations_table():
         chains, leak, closed = (share(found[key], count) for key in ("is_right_chain", "leak", "closed"))
         numbers = f"{found['length']:.0f} | {found['score']:.2f} | {found['kl']:.2f} | {found['reward']:.2f}"
         lines.append(f"| {name} | {chains} | {100 * found['right_steps']:.0f} % | {leak} | {closed} | {numbers} |")
+    students = [f"{row['arm']} {share(found['mean'], found['questions'])} of {found['questions']}"
+                for row in read_log("smollm2_study.jsonl", COMMAND) if "accuracy" in row
+                for found in [row["accuracy"]["test greedy"]]]
+    lines += ["", f"Test questions answered right by students (greedy), by what they were trained on: "
+              f"{'; '.join(students)}."] if students else []
     row = row_of(MEASURED["after RL"])
     lines += ["", f"Measured: {row['machine']}, torch {row['torch']}, {row['date']}, seed {row['seed']}. "
               "`figures/logs/smollm2_study.jsonl` holds the commands and the commit.", ""]
