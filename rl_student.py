@@ -4,15 +4,23 @@ Train a student with GRPO on correctness: the baseline that a teacher must beat,
 
     laptop                python rl_student.py
     after a cold start    python rl_student.py --model runs/student --out runs/cold-start
-    with hints            python rl_student.py --hints --rewards 0 0 1 --model runs/hints --data runs/hints/train.jsonl
+    from right chains     python rl_student.py --failed-groups adaback --explanation-column chain
+    with hints            python rl_student.py --failed-groups guide --rewards 0 0 1 --model runs/hints
+                          --data runs/hints/train.jsonl
                           (made by: python data/toy.py --clocks 3 --careful-base 0 --hints --out runs/hints; the base of
                           the plain toy has never seen a hint)
 
     reward = right 1, wrong -0.5, no answer -1        graded as in evaluate.py, by rlt/grading.py
 
-With --hints it is Guide-GRPO (arXiv 2506.13923): where all answers to a question fail, the group is sampled again
-with the row's hint in the prompt and replaces the plain one. Hinted answers are learned without the hint: their
-ratio is the new policy's, which doesn't see it, over the old one's, which did; shaped, not clipped.
+A question whose whole group of answers fails teaches nothing. What --failed-groups does about such questions:
+
+    guide    Guide-GRPO (arXiv 2506.13923): the group is sampled again with the row's hint in the prompt and replaces
+             the plain one. Hinted answers are learned without the hint: their ratio is the new policy's, which doesn't
+             see it, over the old one's, which did; shaped, not clipped
+    adaback  AdaBack (arXiv 2506.18110): every prompt ends with the start of the row's explanation, the more of it the
+             more often the question has failed; the policy writes the rest, and learns that alone
+    relift   ReLIFT (arXiv 2506.07527): they are collected; whenever there are --relift-rows of them, one step of SFT on
+             their explanations follows the RL update. Without the paper's entropy bonus in the SFT loss
 """
 
 import sys
@@ -23,7 +31,9 @@ from rlt.defaults import settle
 from rlt.distributed import all_reduce_mean, all_reduce_sum, init_distributed
 from rlt.dry_run import dry_run_rl
 from rlt.episodes import Episode, completion_lengths, pack, split_into_micro_batches, unpack
+from rlt.errors import UserError
 from rlt.evaluations import print_evaluation_command
+from rlt.failed_groups import FAILED_GROUPS, AdaBack, ReLift, gather_groups, restore_state, save_state
 from rlt.grading import GOLD, TASKS, answer_of, gradable, grade_all
 from rlt.grpo import LOSSES, group_advantages, grpo_loss, guided_loss, step_denominator, tis_weights
 from rlt.logprobs import batched_logprobs, completion_logprobs
@@ -31,14 +41,14 @@ from rlt.lora import update_mode
 from rlt.memory import MicroBatched
 from rlt.prompts import Prompts, show_rows
 from rlt.rollout import make_engine
-from rlt.rows import load_rows
+from rlt.rows import load_rows, map_rows
 from rlt.runs import Run, check_run_folder, digest
 from rlt.steps import StepTimer, batch_indices, check_logprob_diff, lr_fraction, quantiles, split_held_out
 from rlt.updates import Updates
 
 import torch
 
-from rewards import implementation
+from rewards import implementation, micro_batches
 
 STATS = ("clip_fraction", "guided_log_ratio", "kl_ref")  # of grpo_loss and guided_loss
 
@@ -52,15 +62,19 @@ group = parser.add_argument_group("data")
 group.add_argument("--task", choices=TASKS, default="toy", metavar="NAME",
                    help=f"how answers are graded: {', '.join(TASKS)}")
 flags.add_data(group, data="toy", what="questions and what answers are graded against",
-               columns=("question", "solution"))
-group = parser.add_argument_group("reward, equal groups, hints")
+               columns=("question", "solution", "explanation"))
+group = parser.add_argument_group("reward, equal groups, failed groups")
 group.add_argument("--rewards", type=flags.number(float), nargs=3, default=[-1.0, -0.5, 1.0],
-                   metavar=("NONE", "WRONG", "RIGHT"), help="of no answer, a wrong, a right one; --hints needs 0 0 1")
+                   metavar=("NONE", "WRONG", "RIGHT"), help="of no answer, a wrong, a right one; guide needs 0 0 1")
 group.add_argument("--keep-zero-groups", action="store_true", help="count groups whose rewards are all equal in the "
                    "loss's denominator, and their KL to the reference; else they are dropped")
-group.add_argument("--hints", action="store_true", help="Guide-GRPO, with the rows' column `hint`")
+group.add_argument("--failed-groups", choices=FAILED_GROUPS, default="none", metavar="NAME", help="what to do about "
+                   "questions of which all answers fail: none, guide (the rows' column `hint`), adaback or relift "
+                   "(their explanation, a right chain)")
 group.add_argument("--hint-ratio", choices=("guide", "naive"), default="guide", metavar="KIND", help="old log-probs of "
                    "hinted answers: guide: with the hint; naive: without, as if they had been sampled so")
+group.add_argument("--relift-rows", type=flags.number(int, 1), default=32, metavar="N",
+                   help="relift: rows of an SFT step (paper: 128)")
 flags.add_rollouts(parser.add_argument_group("sampling"), prompts_per_step=16, group_size=16)
 flags.add_grpo(parser.add_argument_group("policy update"), LOSSES, steps=60, warmup_steps=5)
 group = parser.add_argument_group("system")
@@ -70,12 +84,17 @@ flags.add_system(group)
 flags.add_run_folder(parser.add_argument_group("run folder"), "runs/rl_student", save_every=20, eval_every=20,
                      eval_what="held-out success")
 args = parser.parse_args()
-if args.hints and args.rewards[:2] != [0, 0]:
-    parser.error(f"--hints with --rewards {args.rewards}: Guide-GRPO takes a binary reward, pass --rewards 0 0 1")
-if args.hints and args.loss == "gspo":
-    parser.error("--hints with --loss gspo: hinted answers have one ratio a token; pass grpo, dapo or dr_grpo")
-if args.hint_ratio != "guide" and not args.hints:
-    parser.error(f"--hint-ratio {args.hint_ratio} does nothing without --hints")
+guide = args.failed_groups == "guide"
+if guide and args.rewards[:2] != [0, 0]:
+    parser.error(f"--failed-groups guide with --rewards {args.rewards}: Guide-GRPO takes a binary reward, pass "
+                 "--rewards 0 0 1")
+if guide and args.loss == "gspo":
+    parser.error("--failed-groups guide with --loss gspo: hinted answers have one ratio a token; pass grpo, dapo or "
+                 "dr_grpo")
+if args.hint_ratio != "guide" and not guide:
+    parser.error(f"--hint-ratio {args.hint_ratio} does nothing without --failed-groups guide")
+if args.relift_rows != parser.get_default("relift_rows") and args.failed_groups != "relift":
+    parser.error(f"--relift-rows {args.relift_rows} does nothing without --failed-groups relift")
 # ---------------------------------------------------------------------------------------------------------
 
 device = models.pick_device(args.device)
@@ -90,18 +109,38 @@ tokenizer = models.load_tokenizer(args.model)
 settle(parser, args, rows, tokenizer)
 run = Run(args)
 prompts, vocab = Prompts(tokenizer), len(tokenizer)
-context = models.context_length(args.model) - args.max_new_tokens
-rows = prompts.drop_overlong(gradable(args.task, rows), context, skip=args.skip_bad_rows,
-                             also=[prompts.hinted_prompt] if args.hints else [])
+context = models.context_length(args.model)
+longest_prompt_of = {  # a row's
+    "guide": prompts.hinted_prompt,
+    "adaback": lambda row: prompts.question_prompt(row) + prompts.revealed_chain(row, 1.0),
+}.get(args.failed_groups, prompts.question_prompt)
+rows = prompts.drop_overlong(gradable(args.task, rows), context - args.max_new_tokens, skip=args.skip_bad_rows,
+                             also=[longest_prompt_of] if args.failed_groups in ("guide", "adaback") else [])
+
+
+def sft_row(row):
+    """ReLIFT: the row as sft_student.py learns it: ids before the loss starts, ids with loss, cut to the context."""
+    ids, start = prompts.sft_row(row, "student")
+    if start >= context:
+        raise UserError(f"takes {start} tokens before its explanation, the model reads {context}: shorten it")
+    return ids[:start], ids[start:context]
+
+
+longest_sft_row = 0
+if args.failed_groups == "relift":  # rows that SFT can't be made of are found here
+    sft_rows = map_rows(rows, sft_row, args.skip_bad_rows)
+    rows = [row for row, _ in sft_rows]
+    longest_sft_row = max((len(before) + len(supervised) for _, (before, supervised) in sft_rows), default=0)
 rows, held_out = split_held_out(rows, args)
+if args.failed_groups == "relift" and args.relift_rows > len(rows):
+    raise UserError(f"--relift-rows {args.relift_rows}, but there are {len(rows)} rows to train on: lower it.")
 if args.show_rows:
     print(show_rows(prompts, rows, args.show_rows))
     sys.exit()
-prompt_of = prompts.hinted_prompt if args.hints else prompts.question_prompt
-longest = max(len(prompt_of(row)) for row in rows + held_out)
+longest = max(len(longest_prompt_of(row)) for row in rows + held_out)
 if args.dry_run is not None:
     sys.exit(dry_run_rl(args, device, world, args.bits, None, longest_prompt=longest, vocab=vocab,
-                        held_out=len(held_out)))
+                        held_out=len(held_out), longest_sft_row=longest_sft_row))
 
 # model and optimizer
 policy = models.load_lora(args.model, bits=args.bits, device=device, seed=args.seed, rank=args.lora_rank,
@@ -111,9 +150,19 @@ parameters = models.adapter_parameters(policy)
 optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
 updates = Updates(run, optimizer, parameters, tokenizer, STATS)
 micro_batched = MicroBatched(args.micro_batch_tokens)
+adaback = AdaBack(len(rows), args.seed) if args.failed_groups == "adaback" else None
+relift, optimizers = None, {"optimizer.pt": optimizer}  # by their files in a checkpoint
+if args.failed_groups == "relift":
+    relift = ReLift(args.relift_rows)
+    sft_optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)  # moments of its own, as in the paper
+    optimizers["sft_optimizer.pt"] = sft_optimizer
+    sft_updates = Updates(run, sft_optimizer, parameters, tokenizer)
 if run.checkpoint:
     saving.restore(policy, run.checkpoint)
-    saving.restore_optimizer(optimizer, run.checkpoint)
+    for file, each in optimizers.items():
+        saving.restore_optimizer(each, run.checkpoint, file)
+    if adaback or relift:
+        restore_state(adaback or relift, run.checkpoint)
 engine = make_engine(args.engine, policy, tokenizer, base=models.base_of(args.model), bits=args.bits, device=device,
                      max_tokens=longest + args.max_new_tokens, batch=args.rollout_batch)
 run.start(base_hash=saving.fingerprint(policy), rows_hash=digest(rows, *GOLD[args.task]), device=str(device),
@@ -126,7 +175,10 @@ distribution = dict(temperature=args.temperature, vocab=vocab)  # what is sample
 
 def save(folder):
     saving.save_model(policy, tokenizer, folder, adapters=list(policy.peft_config))
-    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    for file, each in optimizers.items():
+        torch.save(each.state_dict(), folder / file)
+    if adaback or relift:
+        save_state(adaback or relift, folder)
 
 
 def sample(prompt_ids, *key):
@@ -136,7 +188,7 @@ def sample(prompt_ids, *key):
 
 
 def compute_rewards(batch, completions):
-    """Rewards (B,) of B completions, which are right (B,), and their texts."""
+    """Rewards (B,) of B completions, which are right (B,), and their texts. Each is the whole of an answer."""
     texts = [prompts.turn_text(completion) for completion in completions]
     right = torch.tensor([bool(verdict) for verdict in grade_all(args.task, texts, batch)], device=device)
     answered = torch.tensor([answer_of(args.task, text) is not None for text in texts], device=device)
@@ -151,7 +203,7 @@ def sample_failed_groups(batch, completions, rewards, right, texts, *key):
     """
     hinted_prompts = [None] * len(batch)
     solved = right.view(-1, args.group_size).any(1).repeat_interleave(args.group_size)
-    failed = (~solved).nonzero().flatten().tolist() if args.hints else []
+    failed = (~solved).nonzero().flatten().tolist() if guide else []
     if not failed:
         return hinted_prompts, 0, None
     for i in failed:
@@ -202,6 +254,30 @@ def update_policy(episodes):
     return loss, grad_norm, stats
 
 
+def imitate(questions):
+    """ReLIFT: an optimizer step of SFT on the explanations of these rows (indices) -> its loss, nats a token.
+
+    The loss is sft_student.py's: the mean over all supervised tokens.
+    """
+    examples = [(rows[i], *sft_row(rows[i])) for i in questions]
+    tokens = sum(len(supervised) for *_, supervised in examples)  # of all ranks
+    mine = examples[rank::world]
+
+    def compute_gradients(micro_batch_tokens):
+        sft_updates.zero_grad()
+        for indices in micro_batches([len(before) + len(supervised) for _, before, supervised in mine],
+                                     micro_batch_tokens):
+            batch, before, supervised = zip(*(mine[i] for i in indices), strict=True)
+            logprobs, _ = completion_logprobs(policy, before, supervised, vocab=vocab)
+            sft_updates.backward(-logprobs.sum().double() / tokens, zip(batch, supervised, strict=True))
+
+    update_mode(policy)
+    micro_batched(compute_gradients)
+    loss, _, _ = sft_updates.step()
+    policy.eval()
+    return loss
+
+
 def held_out_success(*key):
     """Share of held-out rows that one answer each gets right."""
     completions = sample([prompts.question_prompt(row) for row in held_out], "held out", *key)
@@ -213,15 +289,20 @@ for step in run.steps(progress, save):
     eval_solved_before = held_out_success("before") if step == 0 and held_out and rank == 0 else None
     timer = StepTimer(device)
 
-    # 1. this rank's share of the step's questions, and G answers to each
-    batch = [rows[i] for i in batch_indices(len(rows), args.prompts_per_step, step, args.seed)[rank::world]]
-    batch = [row for row in batch for _ in range(args.group_size)]  # (B,), grouped by question
-    prompt_ids = [prompts.question_prompt(row) for row in batch]
+    # 1. this rank's share of the step's questions, and G answers to each; AdaBack: they begin with what is revealed
+    questions = batch_indices(len(rows), args.prompts_per_step, step, args.seed)  # of all ranks
+    shares = [adaback.share(i, step) if adaback else 0.0 for i in questions]
+    mine = [(rows[i], prompts.revealed_chain(rows[i], share))
+            for i, share in list(zip(questions, shares, strict=True))[rank::world]]
+    batch = [row for row, _ in mine for _ in range(args.group_size)]  # (B,), grouped by question
+    revealed = [ids for _, ids in mine for _ in range(args.group_size)]  # (B,)
+    prompt_ids = [prompts.question_prompt(row) + ids for row, ids in zip(batch, revealed, strict=True)]
     completions = sample(prompt_ids, step, rank)
     sampled_tokens = sum(len(c.ids) for c in completions)
 
-    # 2. rewards (B,); where all answers to a question fail, new ones with the hint
-    rewards, right, texts = compute_rewards(batch, completions)
+    # 2. rewards (B,) of whole answers; Guide: where all answers to a question fail, new ones with the hint
+    rewards, right, texts = compute_rewards(
+        batch, [c._replace(ids=ids + c.ids) for ids, c in zip(revealed, completions, strict=True)])
     solved = right.float().mean().item()
     hinted_prompts, hinted_tokens, hinted_solved = sample_failed_groups(
         batch, completions, rewards, right, texts, step, rank)
@@ -251,10 +332,19 @@ for step in run.steps(progress, save):
     unpack(episodes, "old_logprobs", old_logprobs)
     timer.end("score")
 
-    # 5. the policy update
-    for group in optimizer.param_groups:
+    # 5. the policy update; AdaBack and ReLIFT note which questions failed; ReLIFT: SFT where enough of them have
+    for group in [group for each in optimizers.values() for group in each.param_groups]:
         group["lr"] = args.lr * lr_fraction(step, run.lr_steps, args.warmup_steps, args.final_lr_fraction)
     loss, grad_norm, stats = update_policy(episodes)
+    run.weights_changed = True  # if no group had a signal, too: what follows must not be done twice
+    success = gather_groups(right.view(-1, args.group_size).float().mean(1).tolist())  # (P,) of all ranks
+    if adaback:
+        adaback.update(questions, shares, success)
+    relift_loss = None
+    if relift:
+        relift.add(questions, success)
+        if chosen := relift.take():
+            relift_loss = imitate(chosen)
     engine.load_adapter(policy)
     if args.beta > 0 and args.sync_ref_every and (step + 1) % args.sync_ref_every == 0:
         models.sync_reference(policy, args.sync_ref_mix)
@@ -272,8 +362,10 @@ for step in run.steps(progress, save):
     entry = {
         "step": step, "reward": all_reduce_mean(rewards.mean().item(), B),
         "reward_std": all_reduce_mean(groups.std(1).mean().item(), B), "solved": all_reduce_mean(solved, B),
-        "hinted": all_reduce_mean(n_hinted / B, B) if args.hints else None,
+        "hinted": all_reduce_mean(n_hinted / B, B) if guide else None,
         "hinted_solved": all_reduce_mean(hinted_solved, n_hinted),
+        "revealed": sum(shares) / len(shares) if adaback else None,
+        "relift_buffer": len(relift.buffer) if relift else None, "relift_loss": relift_loss,
         "zero_groups": all_reduce_mean((~signal).float().mean().item(), B), "usable_groups": usable,
         "sampled_tokens": tokens, "length": all_reduce_mean(sum(lengths) / B, B),
         **quantiles("length", lengths),

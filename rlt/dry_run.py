@@ -33,20 +33,21 @@ COLUMNS = ("weights", "adapters, AdamW", "cache", "activations", "logits", "tota
 
 
 def phases(policy, student=None, *, vocab, tokens, rollout=None, scored=False, learned=False, reference=False,
-           checkpointing=False, kl_gradient=False, offloaded=False, shared=False, engine_bytes=0):
+           checkpointing=False, kl_gradient=False, offloaded=False, shared=False, engine_bytes=0, optimizers=1):
     """Peak bytes by phase: {phase: {column: bytes}}. The parts are at their own peaks, the total at the phase's.
 
     policy: the ModelFootprint that samples and learns. student: the frozen one, for the reward. tokens: of a forward
     pass. rollout: (batch, prompt, new) tokens of generate, or None. scored: a pass of the policy, and of the student
     where there is one. learned: an update, with gradients. reference: a pass under the reference adapter. offloaded:
     the student is on the device only while it scores. shared: its weights are those of the policy's base.
-    engine_bytes: what vLLM reserves, for its own copy of the base and its cache; 0: transformers samples.
+    engine_bytes: what vLLM reserves, for its own copy of the base and its cache; 0: transformers samples. optimizers:
+    AdamWs, each with states of its own.
     """
     student_bytes = student.weights + student.adapters if student and not shared else 0
     table = {}
 
-    def add(name, transient, *, cache=0, activations=0, logits=0, with_student=not offloaded, copies=2):
-        """copies: of the trained parameters' size, beside them: AdamW's two states, and gradients."""
+    def add(name, transient, *, cache=0, activations=0, logits=0, with_student=not offloaded, copies=2 * optimizers):
+        """copies: of the trained parameters' size, beside them: an AdamW's two states, and gradients."""
         weights = policy.weights + student_bytes * with_student + engine_bytes
         trained = policy.adapters + copies * policy.trained_bytes
         table[name] = dict(zip(COLUMNS, (weights, trained, cache, activations, logits, weights + trained + transient),
@@ -87,7 +88,8 @@ def phases(policy, student=None, *, vocab, tokens, rollout=None, scored=False, l
             student_peak, student_kept = student.forward_bytes(tokens)
             logits = 37 * chunk // 4 + grad_states + student_kept
             activations = max(activations, kept + student_peak)
-        add("update", max(activations, kept + logits), activations=activations, logits=logits, copies=3,
+        add("update", max(activations, kept + logits), activations=activations, logits=logits,
+            copies=2 * optimizers + 1,
             with_student=not offloaded or kl_gradient)
     return table
 
@@ -96,10 +98,11 @@ def phases(policy, student=None, *, vocab, tokens, rollout=None, scored=False, l
 # --dry-run
 
 
-def dry_run(args, device, policy, student=None, *, row, vocab, shared=False, **parts):
+def dry_run(args, device, policy, student=None, *, row, vocab, shared=False, optimizers=1, **parts):
     """Print what the run needs, by phase, and what to change if that is too much -> 0 if it can run, else 1.
 
-    row: tokens of the longest row. shared, parts: for `phases`, whose other arguments come from the script's flags.
+    row: tokens of the longest row. shared, optimizers, parts: for `phases`, whose other arguments come from the
+    script's flags.
     """
     flags, problems = vars(args), []
     available, where = available_bytes(device, args.dry_run)
@@ -110,7 +113,7 @@ def dry_run(args, device, policy, student=None, *, row, vocab, shared=False, **p
     table = phases(policy, student, vocab=vocab, tokens=max(flags.get("micro_batch_tokens", 0), row),
                    checkpointing=flags.get("gradient_checkpointing", False),
                    offloaded=flags.get("offload_student", False), shared=shared, engine_bytes=engine_bytes,
-                   **{"kl_gradient": flags.get("kl_gradient", False)} | parts)
+                   optimizers=optimizers, **{"kl_gradient": flags.get("kl_gradient", False)} | parts)
     print(f"{sum(p.numel() for p in policy.parameters):,} trained parameters; rows of up to {row:,} tokens\n")
     print(f"{'GB':10}", *(f"{column:>{len(column) + 5}}" for column in COLUMNS))
     for phase, numbers in table.items():
@@ -130,7 +133,7 @@ def dry_run(args, device, policy, student=None, *, row, vocab, shared=False, **p
         saves = 1 + (args.steps // args.save_every if args.save_every else 0)
         if kept := flags.get("keep_checkpoints", 0):
             saves = min(saves, kept + 1)  # the oldest goes once the new one is complete
-        needed = saves * (policy.saved + 2 * policy.trained_bytes) + policy.saved
+        needed = saves * (policy.saved + 2 * optimizers * policy.trained_bytes) + policy.saved
         free = shutil.disk_usage(folder).free
         print(f"disk: {needed / GB:.2f} GB for {saves} checkpoints and the result, {free / GB:.1f} GB free in {folder}")
         if needed > free:
@@ -144,11 +147,13 @@ def dry_run(args, device, policy, student=None, *, row, vocab, shared=False, **p
     return 1 if problems else 0
 
 
-def dry_run_rl(args, device, world, bits, student_name, *, longest_prompt, held_out, vocab, shared=False):
+def dry_run_rl(args, device, world, bits, student_name, *, longest_prompt, held_out, vocab, shared=False,
+               longest_sft_row=0):
     """`dry_run` of a script with a GRPO loop.
 
     bits: of the policy's base. student_name: of the student in the reward, or None. longest_prompt: tokens. held_out:
-    rows that are sampled at the same time, for the held-out measure. shared: for `phases`.
+    rows that are sampled at the same time, for the held-out measure. shared: for `phases`. longest_sft_row: tokens, of
+    a script that does SFT too, with an optimizer of its own; 0: it does not.
     """
     gpu = args.dry_run > 0 or device.type == "cuda"
     adapter = {"rank": args.lora_rank, "targets": args.lora_targets} | model_and_adapter_config(args.model)
@@ -156,8 +161,9 @@ def dry_run_rl(args, device, world, bits, student_name, *, longest_prompt, held_
     if student_name:
         models.append(ModelFootprint(**model_and_adapter_config(student_name), bits=args.student_bits, gpu=gpu))
     completions = max(args.prompts_per_step // world * args.group_size, held_out)
-    return dry_run(args, device, *models, vocab=vocab, row=longest_prompt + args.max_new_tokens, scored=True,
-                   learned=True, reference=args.beta > 0, shared=shared,
+    return dry_run(args, device, *models, vocab=vocab, row=max(longest_prompt + args.max_new_tokens, longest_sft_row),
+                   scored=True, learned=True, reference=args.beta > 0, shared=shared,
+                   optimizers=2 if longest_sft_row else 1,
                    rollout=(min(args.rollout_batch, completions), longest_prompt, args.max_new_tokens))
 
 

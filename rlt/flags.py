@@ -15,13 +15,14 @@ from pathlib import Path
 
 from rlt.defaults import DEFAULTS
 from rlt.distributed import RANK
-from rlt.errors import FLAGS, UserError, print_user_errors
+from rlt.errors import FLAGS, UserError, flag_of, print_user_errors
 from rlt.report import REPORTS
 
 RENAMED = {  # old flag: what it is now. Config files of old runs are read with these, too
     "max_sampler_gap": "max_logprob_diff",
     "final_lr": "final_lr_fraction",
 }
+RENAMED_SWITCHES = {"hints": ("failed_groups", {True: "guide", False: "none"})}  # old switch: its flag, its values
 ENGINES = ("transformers", "vllm")
 
 
@@ -74,9 +75,12 @@ class _Parser(argparse.ArgumentParser):
 
     def _explain_unknown(self, argument):
         flag = argument.partition("=")[0]
-        new = RENAMED.get(flag.lstrip("-").replace("-", "_"))
-        if new:
-            return f"{flag} is now --{new.replace('_', '-')}"
+        name = flag.lstrip("-").replace("-", "_")
+        if name in RENAMED:
+            return f"{flag} is now {flag_of(RENAMED[name])}"
+        if name in RENAMED_SWITCHES:
+            new, values = RENAMED_SWITCHES[name]
+            return f"{flag} is now {flag_of(new)} {values[True]}"
         known = [option for action in self._actions for option in action.option_strings]
         close = difflib.get_close_matches(flag, known, n=1)
         return f"unknown argument {argument}" + (f": did you mean {close[0]}?" if close else ": see --help")
@@ -108,6 +112,9 @@ def flags_of_run(out, script):
 def renamed(flags):
     """The flags of an old config file under the names and values of today."""
     flags = {RENAMED.get(flag, flag): value for flag, value in flags.items()}
+    for switch in RENAMED_SWITCHES.keys() & flags.keys():
+        new, values = RENAMED_SWITCHES[switch]
+        flags[new] = values[flags.pop(switch)]
     return flags | ({"engine": "transformers"} if flags.get("engine") == "batch" else {})
 
 

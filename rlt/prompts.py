@@ -155,6 +155,18 @@ class Prompts:
         user = f"{self._text(row, 'question')}\n\n{self._text(row, 'hint')}"
         return self._turn(self.system["student"], user)
 
+    def revealed_chain(self, row, share):
+        """Ids of the start of an answer, to follow `question_prompt` (AdaBack): the opened thought and the first
+        floor(share * m) of the m tokens of the row's `explanation`, as in `sft_row`. [] where that is no token."""
+        if share == 0:
+            return []
+        text = self._text(row, "explanation").strip("\n")
+        if not text.strip():
+            raise UserError("has an empty explanation: give it one")
+        opened, chain, _ = self._encode_in_turn("", THOUGHT_OPENED, text, f"\n\n{THOUGHT[1]}")
+        revealed = chain[: int(share * len(chain))]
+        return opened + revealed if revealed else []
+
     def student_prompt(self, row):
         """The plain prompt with the thought opened: what stands before an explanation when the student scores it."""
         return self.question_prompt(row) + self._encode_in_turn("", THOUGHT_OPENED)[0]

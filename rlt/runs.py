@@ -37,8 +37,9 @@ RESUME_OVERRIDABLE = {"resume", "show_rows", "steps", "lr_steps", "save_every", 
                       "device", "dry_run", "offload_student", "micro_batch_tokens", "gradient_checkpointing", "out",
                       "quiet", "report"}
 LOCK = ".lock"  # in a run folder; alone it does not make one
-LOGGED = ("reward", "score", "kl", "solved", "hinted", "closed", "leak", "kl_ref", "length", "eval_reward_before",
-          "eval_reward", "eval_solved_before", "eval_solved", "loss", "val_loss")  # what the console shows of a step
+LOGGED = ("reward", "score", "kl", "solved", "hinted", "revealed", "closed", "leak", "kl_ref", "length",
+          "eval_reward_before", "eval_reward", "eval_solved_before", "eval_solved", "loss", "relift_loss",
+          "val_loss")  # what the console shows of a step
 
 
 # ---------------------------------------------------------------------------------------------------------

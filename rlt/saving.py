@@ -71,8 +71,8 @@ def restore(model, folder):
                                 f"{missing[0]} for one: delete it to go on from the one before.")
 
 
-def restore_optimizer(optimizer, folder):
+def restore_optimizer(optimizer, folder, file="optimizer.pt"):
     """Read the state that a checkpoint holds back into the optimizer."""
-    with user_errors(f"the checkpoint {folder} can't be read, delete it to go on from the one before: optimizer.pt"):
-        state = torch.load(Path(folder) / "optimizer.pt", map_location="cpu", weights_only=True)
+    with user_errors(f"the checkpoint {folder} can't be read, delete it to go on from the one before: {file}"):
+        state = torch.load(Path(folder) / file, map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state)

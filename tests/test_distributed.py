@@ -42,8 +42,12 @@ CASES = {  # name of its output: script and flags
     "kl": ("train_rlt.py", *RLT, "--steps", 1, "--kl", "exact", "--kl-gradient", "--lr", 30, "--max-grad-norm", 1e-3),
     "rl": ("rl_student.py", *STUDENT, "--steps", 4, "--prompts-per-step", 2, "--lr", 1, "--max-grad-norm", 1e9,
            "--keep-checkpoints", 4),
-    "hints": ("rl_student.py", *STUDENT, "--steps", 2, "--prompts-per-step", 4, "--hints", "--loss", "dapo", "--lr", 1,
-              "--max-grad-norm", 1e9, "--seed", 9),
+    "hints": ("rl_student.py", *STUDENT, "--steps", 2, "--prompts-per-step", 4, "--failed-groups", "guide", "--loss",
+              "dapo", "--lr", 1, "--max-grad-norm", 1e9, "--seed", 9),
+    "adaback": ("rl_student.py", *STUDENT, "--steps", 3, "--prompts-per-step", 4, "--failed-groups", "adaback",
+                "--explanation-column", "chain", "--lr", 1, "--max-grad-norm", 1e9),
+    "relift": ("rl_student.py", *STUDENT, "--steps", 3, "--prompts-per-step", 4, "--failed-groups", "relift",
+               "--relift-rows", 3, "--explanation-column", "chain", "--lr", 1, "--max-grad-norm", 1e9),
     "sft": ("sft_student.py", "--data", "toy", "--limit", 80, "--steps", 3, "--batch-size", 5, "--val-rows", 7,
             "--eval-every", 1, "--warmup-steps", 0, "--lr", 0.3, "--max-grad-norm", 1e9, "--save-every", 1),
     "distilled.jsonl": ("distill.py", "--model", "toy-teacher", "--limit", 20, "--batch-size", 16, "--samples", 2,
@@ -134,7 +138,7 @@ def difference(one, other):
 # -- the update
 
 
-@pytest.mark.parametrize("name", ["rlt", "kl", "rl", "hints", "sft"])
+@pytest.mark.parametrize("name", ["rlt", "kl", "rl", "hints", "adaback", "relift", "sft"])
 def test_two_ranks_take_the_steps_of_one_process(outputs, workshop, name):
     one, two = (folder / name for folder in outputs[:2])
     steps = sorted(path.name for path in one.glob("step_*"))
@@ -147,7 +151,7 @@ def test_two_ranks_take_the_steps_of_one_process(outputs, workshop, name):
     assert difference(weights(started), weights(one / steps[-1])) > 1e-3, "a step this size would show a wrong gradient"
 
 
-@pytest.mark.parametrize("name", ["rlt", "kl", "rl", "hints", "sft"])
+@pytest.mark.parametrize("name", ["rlt", "kl", "rl", "hints", "adaback", "relift", "sft"])
 def test_two_ranks_log_the_numbers_of_one_process(outputs, name):
     alone, both = (timeless(folder / name) for folder in outputs[:2])
     assert len(alone) == len(both) > 0
@@ -174,7 +178,7 @@ def test_the_cases_are_what_they_should_be(outputs):
 
 def test_rank_0_alone_prints_and_writes(outputs):
     stdout = outputs[2].stdout
-    assert stdout.count("2 ranks, this one on cpu") == len(CASES) and stdout.count("The student is in") == 3
+    assert stdout.count("2 ranks, this one on cpu") == len(CASES) and stdout.count("The student is in") == 5
     for out, ranks in zip(outputs, (1, 2), strict=False):
         assert json.loads((out / "kl/config.json").read_text())["ranks"] == ranks
 

@@ -340,7 +340,7 @@ class OnDevice(torch.Tensor):
 
 
 UPDATES = [("train_rlt.py", ""), ("train_rlt.py", "--kl exact --kl-gradient"), ("rl_student.py", ""),
-           ("rl_student.py", "--hints"), ("on_policy_student.py", ""), ("sft_student.py", "")]
+           ("rl_student.py", "--failed-groups guide"), ("on_policy_student.py", ""), ("sft_student.py", "")]
 
 
 @pytest.mark.parametrize(("script", "flags"), UPDATES)

@@ -317,6 +317,8 @@ def test_every_input_of_a_command_has_been_written_before(commands):
 def settings_of(command):
     """A command's script, flags and values, without files, and without --kl: its default has changed since."""
     script, *words = command
+    if script == "rl_student.py":  # of the log; data/toy.py still has the switch
+        words = [new for word in words for new in (("--failed-groups", "guide") if word == "--hints" else (word,))]
     flags, left_out = [], False
     for word in words:
         if word.startswith("--"):

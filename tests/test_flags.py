@@ -129,7 +129,8 @@ def resumable():
     made.add_argument("--rewards", nargs=2, type=float, default=[0.0, 1.0])
     made.add_argument("--limit", type=int)
     made.add_argument("--engine", choices=flags.ENGINES, default="transformers")
-    made.add_argument("--hints", action="store_true")
+    made.add_argument("--failed-groups", choices=("none", "guide"), default="none")
+    made.add_argument("--keep-wrong", action="store_true")
     made.add_argument("--dry-run", type=float)
     made.add_argument("--quiet", action="store_true")
     made.add_argument("--resume", action="store_true")
@@ -148,14 +149,16 @@ def test_a_resumed_run_takes_its_own_flags(tmp_path, capsys, config):
     if "/" not in config:
         (tmp_path / "run").touch()
     write_config(tmp_path / config, **{"lambda": 5.0}, final_lr=0.5, rewards=[2.0, 3.0], limit=7, engine="batch",
-                 hints=True, head_chunk=9, dry_run=80.0, quiet=True, resume=False, out="elsewhere")
+                 hints=True, keep_wrong=True, head_chunk=9, dry_run=80.0, quiet=True, resume=False, out="elsewhere")
     out = str(tmp_path / "run")
     args = vars(resumable().parse_args(["--resume", "--out", out, "--limit", "8"]))
-    assert args == {"lambda": 5.0, "final_lr_fraction": 0.5, "rewards": [2.0, 3.0], "limit": 8, "hints": True,
-                    "engine": "transformers", "dry_run": None, "quiet": False, "resume": True,
+    assert args == {"lambda": 5.0, "final_lr_fraction": 0.5, "rewards": [2.0, 3.0], "limit": 8,
+                    "failed_groups": "guide", "keep_wrong": True, "engine": "transformers", "dry_run": None,
+                    "quiet": False, "resume": True,
                     "out": out}
     assert capsys.readouterr().out == (f"{out} goes on with the flags it was started with: --lambda 5.0 "
-                                       "--final-lr-fraction 0.5 --rewards 2.0 3.0 --hints\n")
+                                       "--final-lr-fraction 0.5 --rewards 2.0 3.0 --failed-groups guide "
+                                       "--keep-wrong\n")
     args = vars(resumable().parse_args(["--resume", "--out", out, "--lambda", "1"]))
     assert args["lambda"] == 1.0, "given, although it is the default: it is compared with the run's, not replaced"
     assert vars(resumable().parse_args(["--out", out]))["limit"] is None, "without --resume nothing is taken"

@@ -16,7 +16,7 @@ from test_scripts import options
 
 TINY = ("--steps", 2, "--limit", 60, "--prompts-per-step", 3, "--group-size", 4, "--max-new-tokens", 10,
         "--eval-rows", 4)
-GUIDE = ("--hints", "--rewards", 0, 0, 1)
+GUIDE = ("--failed-groups", "guide", "--rewards", 0, 0, 1)
 GRADER = "rlt.grading.grade_all"
 
 
@@ -124,9 +124,12 @@ def test_a_resumed_run_is_the_same(toy, tmp_path, lenient):
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        (["--hints"], "pass --rewards 0 0 1"),
-        (["--hints", "--rewards", "0", "0", "1", "--loss", "gspo"], "one ratio a token"),
-        (["--hint-ratio", "naive"], "does nothing without --hints"),
+        (["--failed-groups", "guide"], "pass --rewards 0 0 1"),
+        (["--failed-groups", "guide", "--rewards", "0", "0", "1", "--loss", "gspo"], "one ratio a token"),
+        (["--hint-ratio", "naive"], "does nothing without --failed-groups guide"),
+        (["--relift-rows", "9"], "does nothing without --failed-groups relift"),
+        (["--failed-groups", "adaback", "--relift-rows", "9"], "does nothing without --failed-groups relift"),
+        (["--hints"], "--hints is now --failed-groups guide"),
     ],
 )
 def test_what_does_not_go_together(toy, tmp_path, flags, complaint):
@@ -154,5 +157,5 @@ def test_both_rl_scripts_have_the_same_settings():
             assert getattr(ours[flag], what) == getattr(theirs[flag], what), flag
     assert shared >= {"--lr", "--steps", "--warmup-steps", "--beta", "--epsilon-low", "--epsilon-high", "--loss",
                       "--group-size", "--prompts-per-step", "--temperature", "--advantage-scale", "--tis-cap"}
-    assert ours.keys() - theirs.keys() == {"--bits", "--task", "--rewards", "--keep-zero-groups", "--hints",
-                                           "--hint-ratio"}
+    assert ours.keys() - theirs.keys() == {"--bits", "--task", "--rewards", "--keep-zero-groups", "--failed-groups",
+                                           "--hint-ratio", "--relift-rows", "--explanation-column"}
