@@ -25,7 +25,7 @@ from study_steps import ROOT, TOY_FLAGS, Job, mean_of, read_rows
 
 BEST_OF_10 = ("--samples", 10, "--keep", "best")  # as many sampled tokens as RL and the explanations after it
 CORRECTNESS = ("--rewards", 0, 0, 1)  # 1 for a correct answer, nothing for the format
-GUIDE = ("--failed-groups", "guide", *CORRECTNESS)
+GUIDE = ("--failed-groups", "guide")
 WARM_UP_SHARES = (0.1, 0.02, 0.0)  # of full chains among the warm-up rows: columns of the map
 
 
@@ -208,8 +208,8 @@ ARMS = {  # by the names of the log
     "on-policy, warm-up teacher, forward KL": lambda job: job.on_policy(job.warm_up_teacher(), "--forward-share", 1),
     # Guide-GRPO
     "GRPO": lambda job: job.rl(*CORRECTNESS),
-    "Guide": lambda job: job.rl(*GUIDE),
-    "Guide, naive ratio": lambda job: job.rl(*GUIDE, "--hint-ratio", "naive"),
+    "Guide": lambda job: job.rl(*GUIDE, *CORRECTNESS),
+    "Guide, naive ratio": lambda job: job.rl(*GUIDE, "--hint-ratio", "naive", *CORRECTNESS),
     "signal": signal,
     "what Guide did": lambda job: what_rl_did(job, "GRPO", "Guide", "Guide, naive ratio"),
     "what RL did": lambda job: what_rl_did(job, "direct RL"),

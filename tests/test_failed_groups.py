@@ -220,15 +220,14 @@ def test_what_is_revealed_of_a_real_text(qwen_tokenizer):
 
 def writes_the_rest(prompts, rows, right):
     """In generate's place: after each prompt the rest of the right answer, or nothing but the end of the turn."""
-    asked, calls = {row["question"]: row for row in rows}, []
+    answers = [(row, prompts.question_prompt(row), prompts.sft_row(row, "student")[0]) for row in rows]
+    calls = []
 
     def generate(model, tokenizer, prompt_ids, **_):
         calls.append([list(ids) for ids in prompt_ids])
         completions = []
         for i, ids in enumerate(map(list, prompt_ids)):
-            row = next(row for row in asked.values() if ids[: len(prompts.question_prompt(row))]
-                       == prompts.question_prompt(row))
-            whole, _ = prompts.sft_row(row, "student")
+            row, _, whole = next(answer for answer in answers if ids[: len(answer[1])] == answer[1])
             assert ids == whole[: len(ids)], "a prompt is the question and the start of its right answer"
             rest = whole[len(ids) :] if right(row, i) else [prompts.end_of_turn]
             completions.append(rollout.Completion(rest, [-1.0] * len(rest), True))
