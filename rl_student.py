@@ -289,7 +289,7 @@ for step in run.steps(progress, save):
     eval_solved_before = held_out_success("before") if step == 0 and held_out and rank == 0 else None
     timer = StepTimer(device)
 
-    # 1. this rank's share of the step's questions, and G answers to each; AdaBack: they begin with what is revealed
+    # 1. this rank's share of the step's questions, and G answers to each; AdaBack: their starts are in the prompts
     questions = batch_indices(len(rows), args.prompts_per_step, step, args.seed)  # of all ranks
     shares = [adaback.share(i, step) if adaback else 0.0 for i in questions]
     mine = [(rows[i], prompts.revealed_chain(rows[i], share))
@@ -381,7 +381,8 @@ for step in run.steps(progress, save):
     if step % 10 == 0 or step + 1 == args.steps:
         run.log_samples([{
             "step": step, "question": batch[i]["question"], "solution": batch[i]["solution"], "answer": texts[i],
-            "hinted": hinted_prompts[i] is not None, "reward": rewards[i].item(),
+            "hinted": hinted_prompts[i] is not None, "revealed": tokenizer.decode(revealed[i]),
+            "reward": rewards[i].item(),
         } for i in sorted({0, int(rewards.argmax())})])
 
 final = run.finish(lambda folder: saving.save_model(policy, tokenizer, folder))

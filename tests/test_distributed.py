@@ -22,7 +22,7 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-from rlt import distributed, models, rollout, runs
+from rlt import distributed, failed_groups, models, rollout, runs
 from rlt.errors import UserError
 from rlt.files import read_jsonl
 
@@ -45,7 +45,7 @@ CASES = {  # name of its output: script and flags
     "hints": ("rl_student.py", *STUDENT, "--steps", 2, "--prompts-per-step", 4, "--failed-groups", "guide", "--loss",
               "dapo", "--lr", 1, "--max-grad-norm", 1e9, "--seed", 9),
     "adaback": ("rl_student.py", *STUDENT, "--steps", 3, "--prompts-per-step", 4, "--failed-groups", "adaback",
-                "--explanation-column", "chain", "--lr", 1, "--max-grad-norm", 1e9),
+                "--explanation-column", "chain", "--lr", 1, "--max-grad-norm", 1e9, "--limit", 8),  # rows come again
     "relift": ("rl_student.py", *STUDENT, "--steps", 3, "--prompts-per-step", 4, "--failed-groups", "relift",
                "--relift-rows", 3, "--explanation-column", "chain", "--lr", 1, "--max-grad-norm", 1e9),
     "sft": ("sft_student.py", "--data", "toy", "--limit", 80, "--steps", 3, "--batch-size", 5, "--val-rows", 7,
@@ -164,6 +164,14 @@ def test_two_ranks_log_the_numbers_of_one_process(outputs, name):
             assert other[key] == wanted, (one["step"], key)
 
 
+@pytest.mark.parametrize("name", ["adaback", "relift"])
+def test_two_ranks_note_the_failures_of_one_process(outputs, name):
+    one, two = (json.loads((folder / name / "step_000003" / failed_groups.FILE).read_text()) for folder in outputs[:2])
+    assert one == two
+    if name == "adaback":
+        assert [0.0, 1.0] not in one["intervals"] and any(lo for lo, _ in one["intervals"])
+
+
 def test_the_cases_are_what_they_should_be(outputs):
     one, _, _ = outputs
     usable = [entry["usable_groups"] for entry in timeless(one / "rl")]
@@ -171,6 +179,8 @@ def test_the_cases_are_what_they_should_be(outputs):
     hints = timeless(one / "hints")
     assert any(0 < entry["hinted"] < 1 and entry["guided_log_ratio"] for entry in hints)
     assert any(entry["clip_fraction"] is not None for entry in hints)
+    assert any(entry["usable_groups"] for entry in timeless(one / "adaback"))
+    assert any(entry["relift_loss"] for entry in timeless(one / "relift"))
     rlt = timeless(one / "rlt")
     assert all(entry["grad_norm"] > 0 and entry["eval_reward"] for entry in rlt) and rlt[1]["kl_ref"] > 0
     assert timeless(one / "kl")[0]["grad_norm"] > 1e-3, "the clip acts"

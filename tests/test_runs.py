@@ -177,6 +177,14 @@ def test_a_run_of_an_older_version_goes_on_under_the_new_names(tmp_path):
         start(tmp_path, resume=True, **now | dict(engine="vllm"))
 
 
+@pytest.mark.parametrize(("hints", "now"), [(True, "guide"), (False, "none")])
+def test_a_run_with_the_old_switch_for_hints_goes_on(tmp_path, hints, now):
+    start(tmp_path, hints=hints).start()
+    start(tmp_path, resume=True, failed_groups=now)
+    with pytest.raises(UserError, match=f"started with --failed-groups {now}, now relift"):
+        start(tmp_path, resume=True, failed_groups="relift")
+
+
 def test_rows_are_known_by_all_that_is_trained_on():
     row = {"question": "q", "solution": "s", "explanation": "e", "where": "line 1", "reward": 0.5}
     same = runs.digest([row])
