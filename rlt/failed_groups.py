@@ -40,7 +40,8 @@ class AdaBack:
         mean success >= TAU    hi <- rho, lo <- 0        hi never rises
 
     The max is ours: a visit with rho = 0 that fails says nothing new. So is that all questions start at [0, 1]: in the
-    paper later ones start at running means of the others' intervals.
+    paper later ones start at running means of the others' intervals. Before a question comes for the second time, in
+    the second epoch, its share is therefore a plain draw from all of [0, 1].
     """
 
     def __init__(self, rows, seed):

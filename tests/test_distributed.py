@@ -45,7 +45,7 @@ CASES = {  # name of its output: script and flags
     "hints": ("rl_student.py", *STUDENT, "--steps", 2, "--prompts-per-step", 4, "--failed-groups", "guide", "--loss",
               "dapo", "--lr", 1, "--max-grad-norm", 1e9, "--seed", 9),
     "adaback": ("rl_student.py", *STUDENT, "--steps", 3, "--prompts-per-step", 4, "--failed-groups", "adaback",
-                "--explanation-column", "chain", "--lr", 1, "--max-grad-norm", 1e9, "--limit", 8),  # rows come again
+                "--explanation-column", "chain", "--lr", 1, "--max-grad-norm", 1e9, "--limit", 7),  # rows come again
     "relift": ("rl_student.py", *STUDENT, "--steps", 3, "--prompts-per-step", 4, "--failed-groups", "relift",
                "--relift-rows", 3, "--explanation-column", "chain", "--lr", 1, "--max-grad-norm", 1e9),
     "sft": ("sft_student.py", "--data", "toy", "--limit", 80, "--steps", 3, "--batch-size", 5, "--val-rows", 7,
