@@ -4,7 +4,8 @@ Train a student with GRPO on correctness: the baseline that a teacher must beat,
 
     laptop                python rl_student.py
     after a cold start    python rl_student.py --model runs/student --out runs/cold-start
-    from right chains     python rl_student.py --failed-groups adaback --explanation-column chain
+    from right chains     python rl_student.py --failed-groups adaback --explanation-column chain --limit 304
+                          (240 rows to train on and 64 held out: a question has to come several times)
     with hints            python rl_student.py --failed-groups guide --rewards 0 0 1 --model runs/hints
                           --data runs/hints/train.jsonl
                           (made by: python data/toy.py --clocks 3 --careful-base 0 --hints --out runs/hints; the base of

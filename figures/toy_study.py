@@ -26,6 +26,7 @@ from study_steps import ROOT, TOY_FLAGS, Job, mean_of, read_rows
 BEST_OF_10 = ("--samples", 10, "--keep", "best")  # as many sampled tokens as RL and the explanations after it
 CORRECTNESS = ("--rewards", 0, 0, 1)  # 1 for a correct answer, nothing for the format
 GUIDE = ("--failed-groups", "guide")
+FROM_CHAINS = ("--explanation-column", "chain", "--failed-groups")
 WARM_UP_SHARES = (0.1, 0.02, 0.0)  # of full chains among the warm-up rows: columns of the map
 
 
@@ -210,6 +211,8 @@ ARMS = {  # by the names of the log
     "GRPO": lambda job: job.rl(*CORRECTNESS),
     "Guide": lambda job: job.rl(*GUIDE, *CORRECTNESS),
     "Guide, naive ratio": lambda job: job.rl(*GUIDE, "--hint-ratio", "naive", *CORRECTNESS),
+    "AdaBack": lambda job: job.rl(*FROM_CHAINS, "adaback", "--limit", 304, *CORRECTNESS),  # each question four times
+    "ReLIFT": lambda job: job.rl(*FROM_CHAINS, "relift", *CORRECTNESS),
     "signal": signal,
     "what Guide did": lambda job: what_rl_did(job, "GRPO", "Guide", "Guide, naive ratio"),
     "what RL did": lambda job: what_rl_did(job, "direct RL"),
@@ -247,6 +250,7 @@ def plan():
         ("rooms", 3, rooms),
         ("base 0.005", 3, guide),
         ("base 0.0", 3, guide),
+        ("base 0.0", 1, ("AdaBack", "ReLIFT")),
         ("base 0.08", 1, on_map("student")),
         ("base 0.005", 1, on_map("refreshed")),
         ("base 0.0", 1, on_map("nothing")),
