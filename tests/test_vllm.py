@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import call
+from conftest import call, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -303,6 +303,46 @@ def test_a_rollout_of_random_weights_is_measured(tmp_path, monkeypatch):
     row, = step.measure_vllm(log, size, [(256, 3)], matmul=1e9)
     assert (row["part"], row["engine"], row["context"], row["batch"]) == ("rollout", "vllm", 256, 3), row
     assert row["tokens_per_s"] == pytest.approx(3 / row["seconds"], rel=1e-3) and 1e-4 < row["seconds"] < 10
+
+
+SMALL = ("--limit", 80, "--prompts-per-step", 2, "--group-size", 4, "--max-new-tokens", 12, "--eval-rows", 2,
+         "--save-every", 1, "--engine", "vllm")
+
+
+def metrics(folder):
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in e.items() if not k.startswith("t_") and k != "tokens_per_s"} for e in entries]
+
+
+@needs_vllm
+def test_a_teacher_trains_and_goes_on_as_if_it_had_not_stopped(workshop, tmp_path):
+    flags = ("train_rlt.py", *SMALL, "--lr-steps", 3, "--lr", 2e-2, "--warmup-steps", 0)
+    run_script(workshop, *flags, "--steps", 3, "--out", tmp_path / "once")
+    run_script(workshop, *flags, "--steps", 2, "--out", tmp_path / "twice")
+    run_script(workshop, *flags, "--steps", 3, "--out", tmp_path / "twice", "--resume")
+    once, twice = metrics(tmp_path / "once"), metrics(tmp_path / "twice")
+    assert len(once) == 3
+    for one, other in zip(once, twice, strict=True):
+        assert one["sampler_logprob_diff"] < 1e-4 and one["tis_weight"] == pytest.approx(1, abs=1e-4)
+        assert {**one, "eval_reward": None} == {**other, "eval_reward": None}  # the shorter run measures at its own end
+    weights = [(tmp_path / name / "final/adapter_model.safetensors").read_bytes() for name in ("once", "twice")]
+    assert weights[0] == weights[1]
+
+
+@needs_vllm
+def test_the_other_scripts_sample_with_it(workshop, tmp_path):
+    few = ("--limit", 6, "--max-new-tokens", 12, "--engine", "vllm")
+    run_script(workshop, "distill.py", "--model", "toy-teacher", *few, "--samples", 2, "--out", tmp_path / "rows.jsonl")
+    assert (tmp_path / "rows.jsonl").read_text()  # those that are not empty
+    run_script(workshop, "evaluate.py", "--model", "toy", *few, "--out", tmp_path / "evaluated")
+    [report] = (tmp_path / "evaluated").glob("*/eval_toy.json")
+    assert json.loads(report.read_text())["questions"] == 6
+    for script, flags in (("rl_student.py", ("--failed-groups", "guide", "--rewards", 0, 0, 1)),
+                          ("on_policy_student.py", ("--teacher", "toy-teacher"))):
+        sizes = [*SMALL[:4], *SMALL[6 if script.startswith("on") else 4 :]]  # one has no groups
+        run_script(workshop, script, *sizes, *flags, "--steps", 1, "--out", tmp_path / script)
+        [entry] = metrics(tmp_path / script)
+        assert entry["sampler_logprob_diff"] < 1e-4 or not entry["usable_groups"], entry
 
 
 PLAIN = """
