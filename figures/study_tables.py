@@ -80,6 +80,7 @@ def claims():
         "Three clocks: other shares of full chains": other_share_claims(),
         "Guide-GRPO (arXiv 2506.13923), three clocks: 0.5 % full chains in the base's pretraining": guide_claims(0.005),
         "Guide-GRPO, three clocks: 0 % full chains in the base's pretraining": guide_claims(0.0),
+        "Right chains where all answers fail (AdaBack, ReLIFT), on that base": right_chain_claims(),
         "What RL adds (the analysis of the Guide paper)": self_distillation_claims(),
     }
 
@@ -229,6 +230,19 @@ def guide_claims(share):
         Claim("Guide-GRPO above GRPO during training", above("GRPO", mean_solved),
               "solved without a hint, points, mean of 60 steps"),
         Claim("Guide-GRPO above Guide-GRPO with the naive ratio", above("Guide, naive ratio", greedy)),
+    ]
+
+
+def right_chain_claims():
+    def above(arm, other):
+        return differences(arm, other, greedy, "base 0.0")
+
+    return [
+        Claim("AdaBack above GRPO", above("AdaBack", "GRPO")),
+        Claim("ReLIFT above GRPO", above("ReLIFT", "GRPO")),
+        Claim("AdaBack above ReLIFT", above("AdaBack", "ReLIFT")),
+        Claim("AdaBack above SFT on right chains", above("AdaBack", "ground truth")),
+        Claim("ReLIFT above SFT on right chains", above("ReLIFT", "ground truth")),
     ]
 
 
