@@ -89,8 +89,7 @@ def phases(policy, student=None, *, vocab, tokens, rollout=None, scored=False, l
             logits = 37 * chunk // 4 + grad_states + student_kept
             activations = max(activations, kept + student_peak)
         add("update", max(activations, kept + logits), activations=activations, logits=logits,
-            copies=2 * optimizers + 1,
-            with_student=not offloaded or kl_gradient)
+            copies=2 * optimizers + 1, with_student=not offloaded or kl_gradient)
     return table
 
 

@@ -6,8 +6,7 @@ Questions whose whole group of answers fails: what `rl_student.py --failed-group
     ReLift    which questions wait for a step of SFT                  arXiv 2506.07527
 
 Both are updated once a step with the success of all its questions, in the order of the step: `gather_groups`. So they
-are the same on every rank, and on any number of ranks. Both are saved in checkpoints. No models here. Guide-GRPO keeps
-nothing between steps.
+are the same on every rank, and on any number of ranks. Both are saved in checkpoints. Guide-GRPO keeps nothing.
 """
 
 import json
@@ -15,7 +14,7 @@ import random
 from pathlib import Path
 
 from rlt.distributed import all_gather_object
-from rlt.errors import UserError
+from rlt.models import user_errors
 from rlt.steps import seed_for
 
 FAILED_GROUPS = ("none", "guide", "adaback", "relift")
@@ -99,8 +98,5 @@ def save_state(memory, folder):
 
 def restore_state(memory, folder):
     """Read back what save_state wrote, the same numbers to the last bit."""
-    try:
+    with user_errors(f"the checkpoint {folder} can't be read, delete it to go on from the one before: {FILE}"):
         memory.load_state_dict(json.loads((Path(folder) / FILE).read_text()))
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"the checkpoint {folder} can't be read, delete it to go on from the one before: {FILE}"
-                        ) from None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rlt import errors
+from rlt.files import read_jsonl
 
 import pytest
 import torch
@@ -120,6 +121,12 @@ def graded_here(monkeypatch):
         return verdicts
 
     monkeypatch.setattr(grading, "_in_processes", in_this_process)
+
+
+def metrics(folder):
+    """The entries of a run's metrics.jsonl without the numbers that depend on the clock."""
+    entries = read_jsonl(folder / "metrics.jsonl")
+    return [{k: v for k, v in entry.items() if not k.startswith("t_") and k != "tokens_per_s"} for entry in entries]
 
 
 def documented_metrics():

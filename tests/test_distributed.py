@@ -28,7 +28,7 @@ from rlt.files import read_jsonl
 
 import pytest
 import torch
-from conftest import ROOT, call
+from conftest import ROOT, call, metrics
 
 import rewards
 
@@ -119,11 +119,6 @@ def outputs(workshop, tmp_path_factory):
     return one, two, done
 
 
-def timeless(folder):
-    entries = read_jsonl(folder / "metrics.jsonl")
-    return [{k: v for k, v in e.items() if not k.startswith("t_") and k != "tokens_per_s"} for e in entries]
-
-
 def weights(folder):
     from safetensors.torch import load_file
 
@@ -153,7 +148,7 @@ def test_two_ranks_take_the_steps_of_one_process(outputs, workshop, name):
 
 @pytest.mark.parametrize("name", ["rlt", "kl", "rl", "hints", "adaback", "relift", "sft"])
 def test_two_ranks_log_the_numbers_of_one_process(outputs, name):
-    alone, both = (timeless(folder / name) for folder in outputs[:2])
+    alone, both = (metrics(folder / name) for folder in outputs[:2])
     assert len(alone) == len(both) > 0
     for one, other in zip(alone, both, strict=True):
         assert one.keys() == other.keys()
@@ -174,16 +169,16 @@ def test_two_ranks_note_the_failures_of_one_process(outputs, name):
 
 def test_the_cases_are_what_they_should_be(outputs):
     one, _, _ = outputs
-    usable = [entry["usable_groups"] for entry in timeless(one / "rl")]
+    usable = [entry["usable_groups"] for entry in metrics(one / "rl")]
     assert {0, 1} <= set(usable), "both ranks without a usable group, and one of them"
-    hints = timeless(one / "hints")
+    hints = metrics(one / "hints")
     assert any(0 < entry["hinted"] < 1 and entry["guided_log_ratio"] for entry in hints)
     assert any(entry["clip_fraction"] is not None for entry in hints)
-    assert any(entry["usable_groups"] for entry in timeless(one / "adaback"))
-    assert any(entry["relift_loss"] for entry in timeless(one / "relift"))
-    rlt = timeless(one / "rlt")
+    assert any(entry["usable_groups"] for entry in metrics(one / "adaback"))
+    assert any(entry["relift_loss"] for entry in metrics(one / "relift"))
+    rlt = metrics(one / "rlt")
     assert all(entry["grad_norm"] > 0 and entry["eval_reward"] for entry in rlt) and rlt[1]["kl_ref"] > 0
-    assert timeless(one / "kl")[0]["grad_norm"] > 1e-3, "the clip acts"
+    assert metrics(one / "kl")[0]["grad_norm"] > 1e-3, "the clip acts"
 
 
 def test_rank_0_alone_prints_and_writes(outputs):
@@ -205,7 +200,7 @@ def test_one_rank_goes_on_where_two_have_stopped(outputs, workshop, monkeypatch)
         monkeypatch.setitem(CASES, "rlt", (*CASES["rlt"], "--steps", 3, "--resume"))
         perform(workshop, out, "rlt")
     one, two = (out / "rlt" for out in outputs[:2])
-    assert [entry["step"] for entry in timeless(two)] == [0, 1, 2]
+    assert [entry["step"] for entry in metrics(two)] == [0, 1, 2]
     assert difference(weights(one / "final"), weights(two / "final")) < 1e-6
     assert difference(weights(two / "step_000002"), weights(two / "final")) > 1e-4
 

@@ -29,7 +29,7 @@ from rlt.updates import Updates
 
 import pytest
 import torch
-from conftest import ROOT, call, ended
+from conftest import ROOT, call, ended, metrics
 
 TRAINERS = ("train_rlt.py", "rl_student.py", "on_policy_student.py", "sft_student.py")
 RL = ("--limit", 80, "--prompts-per-step", 2, "--group-size", 4, "--max-new-tokens", 12, "--eval-rows", 4)
@@ -929,11 +929,6 @@ def test_nothing_that_is_read_is_run():
 
 
 # -- the real thing: processes that are killed
-
-
-def metrics(folder):
-    entries = read_jsonl(folder / "metrics.jsonl")
-    return [{k: v for k, v in entry.items() if not k.startswith("t_") and k != "tokens_per_s"} for entry in entries]
 
 
 # One process loads torch and the rest, once, and those that are killed are forks of it: on the CPU, for a GPU can't be

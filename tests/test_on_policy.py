@@ -10,7 +10,7 @@ from rlt.tags import SOLUTION, THOUGHT
 
 import pytest
 import torch
-from conftest import call, ended
+from conftest import call, ended, metrics
 
 from rewards import Row
 
@@ -130,8 +130,7 @@ def test_it_learns_and_a_stopped_run_goes_on_as_if_it_had_not(workshop, tmp_path
     call(workshop, "on_policy_student.py", *flags, "--out", tmp_path / "once")
     call(workshop, "on_policy_student.py", *flags, "--steps", 2, "--out", tmp_path / "twice")
     call(workshop, "on_policy_student.py", *flags, "--resume", "--out", tmp_path / "twice")
-    once, twice = ([{key: value for key, value in entry.items() if not key.startswith("t_") and key != "tokens_per_s"}
-                    for entry in read_jsonl(tmp_path / name / "metrics.jsonl")] for name in ("once", "twice"))
+    once, twice = (metrics(tmp_path / name) for name in ("once", "twice"))
     drop = ("eval_kl", "eval_nll")  # the shorter run measures at its own end
     assert [{k: v for k, v in e.items() if k not in drop} for e in once] == [
         {k: v for k, v in e.items() if k not in drop} for e in twice]

@@ -17,7 +17,7 @@ from rlt.steps import seed_for
 
 import pytest
 import torch
-from conftest import ROOT, call, data_file, documented_metrics, ended, mostly_slow, run_script
+from conftest import ROOT, call, data_file, documented_metrics, ended, metrics, mostly_slow, run_script
 
 import rewards
 
@@ -29,11 +29,6 @@ def train(folder, out, *flags):
     """Two steps of train_rlt; returns its metrics without times, and its final adapter."""
     call(folder, "train_rlt.py", "--steps", 2, *TINY, "--out", out, *flags)
     return metrics(folder / out), adapter(folder / out / "final")
-
-
-def metrics(folder):
-    entries = read_jsonl(folder / "metrics.jsonl")
-    return [{k: v for k, v in entry.items() if not k.startswith("t_") and k != "tokens_per_s"} for entry in entries]
 
 
 def adapter(folder):

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import call, run_script
+from conftest import call, metrics, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -307,11 +307,6 @@ def test_a_rollout_of_random_weights_is_measured(tmp_path, monkeypatch):
 
 SMALL = ("--limit", 80, "--prompts-per-step", 2, "--group-size", 4, "--max-new-tokens", 12, "--eval-rows", 2,
          "--save-every", 1, "--engine", "vllm")
-
-
-def metrics(folder):
-    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in e.items() if not k.startswith("t_") and k != "tokens_per_s"} for e in entries]
 
 
 @needs_vllm
