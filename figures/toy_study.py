@@ -243,14 +243,14 @@ def plan():
 
     parts = (
         ("toy", 5, main),
-        ("toy", 2, [f"on-policy, {teacher}" for teacher in ("base", "warm-up teacher", "score only", "RLT")]),
+        ("toy", 5, [f"on-policy, {teacher}" for teacher in ("base", "warm-up teacher", "score only", "RLT")]),
         ("toy", 1, ("on-policy, clean chains", "on-policy, warm-up teacher, forward KL")),
         ("toy", 3, [f"RL after {arm}" for arm in COLD_STARTS]),
         ("toy", 3, [f"rank {i} of 5" for i in range(1, 6)]),
         ("rooms", 3, rooms),
         ("base 0.005", 3, guide),
         ("base 0.0", 3, guide),
-        ("base 0.0", 1, ("AdaBack", "ReLIFT", "ground truth")),
+        ("base 0.0", 3, ("AdaBack", "ReLIFT", "ground truth")),
         ("base 0.08", 1, on_map("student")),
         ("base 0.005", 1, on_map("refreshed")),
         ("base 0.0", 1, on_map("nothing")),
