@@ -59,7 +59,7 @@ group.add_argument("--model", type=flags.path, default="toy-teacher", help="teac
 group.add_argument("--student", type=flags.path, help="frozen student; default: the teacher's own base")
 flags.add_bits(group, "--teacher-bits", "weights of the teacher's base")
 flags.add_student_bits(group)
-group.add_argument("--offload-student", action="store_true", help="keep the student in host memory between uses")
+flags.add_switch(group, "--offload-student", "keep the student in host memory between uses")
 flags.add_lora(group)
 group = parser.add_argument_group("data")
 flags.add_data(group, data="toy", columns=("question", "solution"))

@@ -35,7 +35,8 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
         hidden = action.default is None or action.default is False or action.default is argparse.SUPPRESS
         shown = action.option_strings and not hidden
-        return f"{action.help} [%(default)s]" if shown else action.help
+        text = action.help.removesuffix(" (default: %(default)s)")  # a switch's, before Python 3.13
+        return f"{text} [%(default)s]" if shown else text
 
 
 class _Parser(argparse.ArgumentParser):
@@ -318,9 +319,14 @@ def add_micro_batches(group):
                        help="tokens of one forward pass")
 
 
+def add_switch(group, flag, what):
+    """A switch that a resumed run may turn off again, by --no-flag."""
+    group.add_argument(flag, action=argparse.BooleanOptionalAction, default=False, help=what)
+
+
 def add_checkpointing(group):
-    group.add_argument("--gradient-checkpointing", action="store_true",
-                       help="recompute activations in the backward pass: less memory, a third more time")
+    add_switch(group, "--gradient-checkpointing", "recompute activations in the backward pass: less memory, a third "
+               "more time")
 
 
 def add_system(group):

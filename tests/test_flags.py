@@ -164,6 +164,17 @@ def test_a_resumed_run_takes_its_own_flags(tmp_path, capsys, config):
     assert vars(resumable().parse_args(["--out", out]))["limit"] is None, "without --resume nothing is taken"
 
 
+def test_a_resumed_run_may_turn_a_switch_off(tmp_path):
+    write_config(tmp_path / "config.json", offload=True)
+
+    def offload(*given):
+        made = resumable()
+        flags.add_switch(made, "--offload", "to host memory")
+        return made.parse_args(["--resume", "--out", str(tmp_path), *given]).offload
+
+    assert (offload(), offload("--no-offload"), offload("--offload")) == (True, False, True)
+
+
 @pytest.mark.parametrize("text", [
     None, "{", "[]", "{}", '{"flags": {"limit": 7}}', '{"flags": [], "command": "train_rlt.py"}',
     '{"flags": {"limit": 7}, "command": ""}', '{"flags": {"limit": 7}, "command": "distill.py --limit 7"}'])
