@@ -20,6 +20,7 @@ TOY_FLAGS = {  # setting: flags of data/toy.py
     # three clocks; the share of full chains among the explanations of long problems that the base is pretrained on
     **{f"base {share}": ["--clocks", 3, "--hints", "--careful-base", share] for share in (0.08, 0.005, 0.0)},
 }
+BEST_OF_10 = ("--samples", 10, "--keep", "best")  # as many sampled tokens as RL and the explanations after it
 RESUMABLE = ("train_rlt.py", "rl_student.py", "on_policy_student.py", "sft_student.py", "distill.py")
 TEACHER_CURVE = ("step", "reward", "score", "kl", "closed", "leak", "length", "entropy", "kl_ref", "eval_reward")
 ON_POLICY_CURVE = ("step", "kl", "nll", "closed", "length", "eval_kl", "eval_nll")
@@ -117,15 +118,24 @@ class Job:
         return self.run("sft_student.py", "--format", "teacher", "--data", data, *self.if_quick("--steps", 2),
                         out="runs/chains-teacher")
 
-    def train_teacher(self, warm_up, *flags):
-        """RLT from this warm-up teacher."""
-        out = f"runs/{self.name}"
+    def train_teacher(self, warm_up, *flags, part=""):
+        """RLT from this warm-up teacher. part: the end of the folder's name where one arm trains several times; its
+        curve goes on."""
+        out = f"runs/{self.name}{part}"
         self.run("train_rlt.py", "--model", warm_up, *flags, *self.if_quick("--steps", 2), out=out)
         metrics = self.read(f"{out}/metrics.jsonl")
-        self.facts["curve"] = [{key: entry[key] for key in TEACHER_CURVE} for entry in metrics]
-        self.facts["sampled_tokens"] = round(sum(entry["length"] for entry in metrics) * COMPLETIONS_PER_STEP)
+        curve = self.facts.setdefault("curve", [])
+        curve += [{key: entry[key] for key in TEACHER_CURVE} | {"step": len(curve) + i}
+                  for i, entry in enumerate(metrics)]
+        self.facts["sampled_tokens"] = round(sum(entry["length"] for entry in curve) * COMPLETIONS_PER_STEP)
         self.facts["seconds_a_step"] = mean_of(metrics, ("t_rollout", "t_score", "t_update"))
         return out
+
+    def warm_up_on_best(self):
+        """SFT of the teacher on the best of ten of the warm-up teacher's explanations: no RL."""
+        data = self.explain(self.warm_up_teacher(), *BEST_OF_10, out="best-of-10")
+        return self.run("sft_student.py", "--format", "teacher", "--data", data, *self.if_quick("--steps", 2),
+                        out="runs/best-teacher")
 
     def explain(self, teacher, *flags, out=None):
         """The teacher's explanations of the training questions; all teachers' are scored alike: exact KL, lambda 3."""
@@ -156,10 +166,10 @@ class Job:
         rows = self.read(self.rows)
         return self.write(f"runs/{self.name}.jsonl", [{**row, "explanation": explanation(row)} for row in rows])
 
-    def sft(self, data, *flags):
-        """A student of these explanations."""
+    def sft(self, data, *flags, part=""):
+        """A student of these explanations. part: the end of the folder's name where one arm makes several."""
         few = self.if_quick("--steps", 2, "--skip-bad-rows")  # a base of 20 steps also writes tags, which are refused
-        return self.run("sft_student.py", "--data", data, *flags, *few, out=f"runs/student-{self.name}")
+        return self.run("sft_student.py", "--data", data, *flags, *few, out=f"runs/student-{self.name}{part}")
 
     def rl(self, *flags):
         """A student by RL on correctness."""
