@@ -24,6 +24,7 @@ A question whose whole group of answers fails teaches nothing. What --failed-gro
              their explanations follows the RL update. Without the paper's entropy bonus in the SFT loss
 """
 
+import math
 import sys
 
 from rlt import flags, models, saving
@@ -51,6 +52,7 @@ import torch
 
 from rewards import implementation, micro_batches
 
+NAIVE_START = 8  # tokens
 STATS = ("clip_fraction", "guided_log_ratio", "kl_ref")  # of grpo_loss and guided_loss
 
 # ---------------------------------------------------------------------------------------------------------
@@ -72,8 +74,9 @@ group.add_argument("--keep-zero-groups", action="store_true", help="count groups
 group.add_argument("--failed-groups", choices=FAILED_GROUPS, default="none", metavar="NAME", help="what to do about "
                    "questions of which all answers fail: none, guide (the rows' column `hint`), adaback or relift "
                    "(their explanation, a right chain)")
-group.add_argument("--hint-ratio", choices=("guide", "naive"), default="guide", metavar="KIND", help="old log-probs of "
-                   "hinted answers: guide: with the hint; naive: without, as if they had been sampled so")
+group.add_argument("--hint-ratio", choices=("guide", "naive", "start"), default="guide", metavar="KIND", help="old "
+                   "log-probs of hinted answers: guide: with the hint; naive: without, as if they had been sampled so; "
+                   f"start: without for the first {NAIVE_START} tokens, then with it")
 group.add_argument("--relift-rows", type=flags.number(int, 1), default=32, metavar="N",
                    help="relift: rows of an SFT step (paper: 128)")
 flags.add_rollouts(parser.add_argument_group("sampling"), prompts_per_step=16, group_size=16)
@@ -327,9 +330,12 @@ for step in run.steps(progress, save):
         token_weights, tis = tis_weights(old_logprobs, sampler_logprobs, args.tis_cap)
         unpack(episodes, "tis_weights", token_weights)
         tis = {key: all_reduce_mean(value, len(token_weights)) for key, value in tis.items()}
-    if args.hint_ratio == "naive":
-        old_logprobs, _ = micro_batched(
+    if args.hint_ratio != "guide":
+        plain_logprobs, _ = micro_batched(
             batched_logprobs, policy, [e.prompt for e in episodes], completion_ids, **distribution)
+        place = torch.tensor([i for ids in completion_ids for i in range(len(ids))], device=device)  # in its answer
+        naive_until = NAIVE_START if args.hint_ratio == "start" else math.inf
+        old_logprobs = torch.where(place < naive_until, plain_logprobs, old_logprobs)
     unpack(episodes, "old_logprobs", old_logprobs)
     timer.end("score")
 

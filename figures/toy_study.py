@@ -223,6 +223,7 @@ ARMS = {  # by the names of the log
     "GRPO": lambda job: job.rl(*CORRECTNESS),
     "Guide": lambda job: job.rl(*GUIDE, *CORRECTNESS),
     "Guide, naive ratio": lambda job: job.rl(*GUIDE, "--hint-ratio", "naive", *CORRECTNESS),
+    "Guide, naive start": lambda job: job.rl(*GUIDE, "--hint-ratio", "start", *CORRECTNESS),
     "AdaBack": lambda job: job.rl(*FROM_CHAINS, "adaback", "--limit", 304, *CORRECTNESS),  # each question four times
     "ReLIFT": lambda job: job.rl(*FROM_CHAINS, "relift", *CORRECTNESS),
     "signal": signal,
@@ -263,7 +264,7 @@ def plan():
         ("rooms", 3, rooms),
         ("base 0.005", 3, guide),
         ("base 0.0", 3, guide),
-        ("base 0.0", 3, ("AdaBack", "ReLIFT", "ground truth")),
+        ("base 0.0", 3, ("AdaBack", "ReLIFT", "ground truth", "Guide, naive start")),
         ("base 0.08", 1, on_map("student")),
         ("base 0.005", 1, on_map("refreshed")),
         ("base 0.0", 1, on_map("nothing")),

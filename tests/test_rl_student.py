@@ -88,6 +88,11 @@ def test_hinted_groups_replace_the_failed_ones(toy, tmp_path, monkeypatch):
         assert torch.allclose(e.old_logprobs, torch.tensor(scope["completions"][i].logprobs), atol=1e-4)
     naive, _ = train(toy, tmp_path / "naive", *GUIDE, "--steps", 1, "--eval-every", 0, "--hint-ratio", "naive")
     assert not torch.allclose(pack(naive["episodes"], "old_logprobs"), pack(episodes, "old_logprobs"), atol=1e-3)
+    start, _ = train(toy, tmp_path / "start", *GUIDE, "--steps", 1, "--eval-every", 0, "--hint-ratio", "start")
+    assert max(len(e.completion) for e in episodes) > 8
+    for e, as_guide, as_naive in zip(start["episodes"], episodes, naive["episodes"], strict=True):
+        assert torch.equal(e.old_logprobs[:8], as_naive.old_logprobs[:8])
+        assert torch.equal(e.old_logprobs[8:], as_guide.old_logprobs[8:])
 
 
 def test_a_group_that_fails_with_the_hint_too_is_dropped(toy, tmp_path):
