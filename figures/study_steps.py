@@ -189,10 +189,11 @@ class Job:
         self.facts["seconds_a_step"] = mean_of(metrics, ("t_rollout", "t_update"))
         return student
 
-    def teacher_of(self, arm, *flags):
-        """The RLT of another arm on the same seed, trained with its flags if it does not exist."""
+    def teacher_of(self, arm, *flags, careful=None):
+        """The RLT of another arm on the same seed, trained with its flags if it does not exist. careful: see
+        warm_up_teacher."""
         other = type(self)(self.recipes, self.setting, self.seed, arm, self.quick)
-        teacher = other.train_teacher(other.warm_up_teacher(), *flags)
+        teacher = other.train_teacher(other.warm_up_teacher(careful), *flags)
         self.commands += other.commands
         return teacher
 

@@ -21,7 +21,7 @@ import sys
 import time
 from importlib.metadata import version
 
-from study_steps import BEST_OF_10, ROOT, TOY_FLAGS, Job, mean_of, read_rows
+from study_steps import BEST_OF_10, ROOT, TOY_FLAGS, Job, mean_of, read_rows, share_of_full_chains
 
 CORRECTNESS = ("--rewards", 0, 0, 1)  # 1 for a correct answer, nothing for the format
 GUIDE = ("--failed-groups", "guide")
@@ -136,6 +136,23 @@ def signal(job):
 # -- three clocks: the warm-up teacher is trained on rows with this share of full chains
 
 
+def what_the_reward_sees(job, careful=0.1):
+    """Explanations by a teacher of full chains and by RLT, scored by the base and by a warmed-up student: means, and
+    the tokens of some."""
+    students = {"base": job.base(), "warmed-up": job.student_of(f"warm-up teacher, rows {careful}")}
+    teachers = {"full chains": job.warm_up_on_chains(), "RLT": job.teacher_of(f"RLT, rows {careful}", careful=careful)}
+    seen = job.facts["seen"] = []
+    for by, teacher in teachers.items():
+        for student in students:
+            data = f"runs/seen-{by.replace(' ', '-')}-{student}.jsonl"
+            job.run("distill.py", "--model", teacher, "--student", students[student], "--limit", 64, out=data)
+            rows = job.read(data)
+            kept = [{key: row[key] for key in ("question", "solution", "explanation", "reward", "score", "kl", "closed",
+                                               "tokens")} for row in rows[:8]]
+            seen.append({"by": by, "student": student, **mean_of(rows, ("reward", "score", "kl", "length")),
+                         "full_chain": share_of_full_chains(rows), "rows": kept})
+
+
 def map_warm_up(job, careful, *flags, student=None):
     """As warm_up(). student: the arm whose student scores the explanations, instead of the base."""
     scored_by = ("--student", job.student_of(student)) if student else ()
@@ -228,6 +245,7 @@ ARMS = {  # by the names of the log
     "ReLIFT": lambda job: job.rl(*FROM_CHAINS, "relift", *CORRECTNESS),
     "signal": signal,
     "what Guide did": lambda job: what_rl_did(job, "GRPO", "Guide", "Guide, naive ratio"),
+    "what the reward sees": what_the_reward_sees,
     "what RL did": lambda job: what_rl_did(job, "direct RL"),
     # the map
     **{arm: recipe for careful in WARM_UP_SHARES for arm, recipe in map_arms(careful).items()},
@@ -270,6 +288,7 @@ def plan():
         ("base 0.0", 1, on_map("nothing")),
         ("base 0.08", 3, ("RLT, rows 0.02", "best of 10, rows 0.02")),
         ("base 0.0", 3, hardest),
+        ("base 0.0", 1, ["what the reward sees"]),
         ("base 0.0", 1, [f"RLT, refreshed every 20 steps, rows {careful}" for careful in (0.1, 0.02)]),
         ("toy", 3, ("long problems", "what RL did", *(f"{arm}, 176 rows" for arm in FEW_ROWS))),
         ("toy", 3, other_students),
