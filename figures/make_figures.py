@@ -27,6 +27,7 @@ PAGES = (ROOT / "README.md", ROOT / "figures/README.md", ROOT / "rlt/README.md")
 TABLES = {  # what a page calls the block: the function that writes it
     "toy table": study_tables.accuracy_table,
     "claims": study_tables.claims_table,
+    "cells": toy_map.cells_table,
     "smollm2": smollm2_results.explanations_table,
     "bench text": benchmarks.scoring_table,
     "machines": machines.machine_table,
