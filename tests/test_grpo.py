@@ -77,6 +77,15 @@ def test_groups_are_rows():
     assert (group_advantages(torch.arange(3.0).repeat_interleave(4).view(3, 4)) == 0).all()
 
 
+@pytest.mark.parametrize("scale", ["std", "none"])
+def test_a_number_of_the_question_changes_no_advantage(scale):
+    """So the score above the student's unaided one, log p(solution | question), trains the same teacher."""
+    rewards = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]], dtype=torch.float64)
+    unaided = torch.tensor([[-7.5], [0.3]], dtype=torch.float64)
+    torch.testing.assert_close(group_advantages(rewards - unaided, scale=scale),
+                               group_advantages(rewards, scale=scale), rtol=1e-12, atol=1e-12)
+
+
 def test_advantages_refuse_what_has_no_meaning():
     with pytest.raises(ValueError, match=r"shape \(4, 1\).*2 or more samples"):
         group_advantages(torch.zeros(4, 1))
