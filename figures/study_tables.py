@@ -80,6 +80,7 @@ def claims():
         "Three clocks: other shares of full chains": other_share_claims(),
         "Guide-GRPO (arXiv 2506.13923), three clocks: 0.5 % full chains in the base's pretraining": guide_claims(0.005),
         "Guide-GRPO, three clocks: 0 % full chains in the base's pretraining": guide_claims(0.0),
+        "Guide-GRPO with the naive ratio on an answer's first 8 tokens, on that base": naive_start_claims(),
         "Right chains where all answers fail (AdaBack, ReLIFT), on that base": right_chain_claims(),
         "What RL adds (the analysis of the Guide paper)": self_distillation_claims(),
     }
@@ -127,6 +128,7 @@ def on_policy_claims():
     new, rlt = "not in the paper", "on-policy, RLT"
     others = {"on-policy, warm-up teacher": "by the warm-up teacher", "on-policy, score only": "by RLT without KL",
               "on-policy, base": "by the base with the solution in its prompt",
+              "on-policy, best of 10": "by a teacher trained on the best of 10 explanations, without RL",
               "on-policy, clean chains": "by a teacher warmed up on full chains, without RL"}
     return [
         *(Claim(f"corrected by RLT above corrected {by}", differences(rlt, arm, greedy), paper=new)
@@ -185,6 +187,10 @@ def ablation_claims():
               differences("RLT, exact KL and gradient", "RLT, exact KL", greedy), paper="not in the paper"),
         Claim("exact KL with its whole gradient above the sampled KL (k1), sampled",
               differences("RLT, exact KL and gradient", "RLT", sampled), SAMPLED_POINTS, paper="not in the paper"),
+        Claim("solution tokens weighted by their spread (R3) above equal weights",
+              differences("RLT, spread-weighted score", "RLT", greedy), paper="not in the paper"),
+        Claim("solution tokens weighted by their spread (R3) above equal weights, sampled",
+              differences("RLT, spread-weighted score", "RLT", sampled), SAMPLED_POINTS, paper="not in the paper"),
     ]
 
 
@@ -230,6 +236,20 @@ def guide_claims(share):
         Claim("Guide-GRPO above GRPO during training", above("GRPO", mean_solved),
               "solved without a hint, points, mean of 60 steps"),
         Claim("Guide-GRPO above Guide-GRPO with the naive ratio", above("Guide, naive ratio", greedy)),
+    ]
+
+
+def naive_start_claims():
+    def above(other, measure=greedy):
+        return differences("Guide, naive start", other, measure, "base 0.0")
+
+    new = "not in the paper"
+    return [
+        Claim("above GRPO", above("GRPO"), paper=new),
+        Claim("above Guide-GRPO", above("Guide"), paper=new),
+        Claim("above the naive ratio on all tokens", above("Guide, naive ratio"), paper=new),
+        Claim("above the naive ratio on all tokens during training", above("Guide, naive ratio", mean_solved),
+              "solved without a hint, points, mean of 60 steps", paper=new),
     ]
 
 

@@ -57,6 +57,7 @@ def usable_groups(rows):
 
 GUIDE_ARMS = {"GRPO": (GREY, "GRPO"), "Guide": (RED, "Guide-GRPO"),
               "Guide, naive ratio": (BLUE, "Guide-GRPO with the naive ratio")}
+GUIDE_CURVES = GUIDE_ARMS | {"Guide, naive start": (ORANGE, "naive ratio on 8 tokens only")}
 GAINS = {"self_distillation": (ORANGE, "gain, in reach before\n(self-distillation)"),
          "capability_gain": (BLUE, "gain, out of reach before\n(capability gain)"),
          "regression": (GREY, "loss (regression)")}
@@ -67,11 +68,10 @@ def guide():
     figure, panels = plt.subplot_mosaic("gcs;gCS", figsize=(10, 5), width_ratios=(1, 1.1, 1.1))
     draw_usable_groups(panels["g"])
     for share, curves, gains in ((0.005, panels["c"], panels["s"]), (0.0, panels["C"], panels["S"])):
-        for arm, (colour, label) in GUIDE_ARMS.items():
-            for row in rows_of(arm, f"base {share}"):
+        for arm, (colour, label) in GUIDE_CURVES.items():
+            for i, row in enumerate(rows_of(arm, f"base {share}")):
                 solved = smooth([100 * entry["solved"] for entry in row["curve"]])
-                line, = curves.plot(steps(row["curve"]), solved, color=colour, lw=0.9)
-            line.set_label(label)
+                curves.plot(steps(row["curve"]), solved, color=colour, lw=0.9, label=None if i else label)
         curves.set_title(describe_base(share))
         curves.set_xlabel("step")
         curves.set_ylabel("samples without a hint\nthat solve the question, %")
@@ -79,7 +79,7 @@ def guide():
         gains.set_title(describe_base(share))
         for axes in (curves, gains):
             axes.set_ylim(0, 103)
-    panels["c"].legend(title="one line for each seed")
+    panels["C"].legend(title="one line for each seed", loc="upper left")
     panels["S"].legend(loc="upper center")
     save(figure, "toy_guide")
 

@@ -177,6 +177,7 @@ ON_POLICY = {  # arm: the teacher that corrects the student
     "on-policy, base": "base model", "on-policy, warm-up teacher": "warm-up teacher",
     "on-policy, warm-up teacher, forward KL": "warm-up teacher, forward KL",
     "on-policy, score only": "RLT without KL (λ = 0)", "on-policy, RLT": "RLT (λ = 3)",
+    "on-policy, best of 10": "teacher of best of 10, no RL",
     "on-policy, clean chains": "warm-up teacher of full chains",
 }
 
@@ -185,7 +186,7 @@ def on_policy():
     """Students on their own words: accuracy, and the KL to the teacher along training."""
     figure, (final, curves) = plt.subplots(1, 2, figsize=(10, 2.9))
     rows = {arm: rows_of(arm) for arm in ON_POLICY}
-    colours = dict(zip(ON_POLICY, (GREY, BLUE, LILAC, PURPLE, RED, ORANGE), strict=True))
+    colours = dict(zip(ON_POLICY, (GREY, BLUE, LILAC, PURPLE, RED, "black", ORANGE), strict=True))
     bars(final, rows, labels=ON_POLICY, colours=colours)
     final.set_xlabel("exact match, %")
     final.set_ylabel("student corrected by")

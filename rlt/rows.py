@@ -109,7 +109,7 @@ def _row(raw, named, require_solution):
     for column in ("question", "solution", "explanation", "hint"):
         value = row.get(column)
         if column in required and _is_empty(value):
-            _raise_missing(column, named.get(column, column), raw, require_solution)
+            _raise_missing(column, named.get(column, column), raw, columns, require_solution)
         if value is not None and not isinstance(value, str) and column in ("question", "solution", *named):
             raise UserError(f"has {column} of type {type(value).__name__}, expected text")
         if isinstance(value, str) and BROKEN.search(value):
@@ -117,15 +117,24 @@ def _row(raw, named, require_solution):
     return row
 
 
-def _raise_missing(column, name, raw, require_solution):
-    """name: what the row calls our column, or "problem", its other name for a question."""
+def _raise_missing(column, name, raw, columns, require_solution):
+    """column: ours, which the row lacks; name: what a flag calls it; columns: as in _by_schema."""
     if name in raw:
         raise UserError(f"has an empty {column}")
-    if column == "question" and "problem" in raw:
-        raise UserError("has an empty problem")
+    for own in [own for own in raw if own not in columns]:  # the empty ones
+        if column in _by_schema_if_filled(columns, own):
+            raise UserError(f'has an empty "{own}"')
     wanted = '"question" and "solution"' if require_solution else '"question"'
     raise UserError(f'has no {wanted}; columns found: {", ".join(raw)}; name them by '
                     "--question-column and --solution-column")
+
+
+def _by_schema_if_filled(columns, empty):
+    """What _by_schema would find if this empty column had a value."""
+    try:
+        return _by_schema(columns | {empty.strip().lower(): "1"})
+    except UserError:  # a known column, for which "1" won't do
+        return {"question", "solution"}
 
 
 def _is_empty(value):

@@ -42,17 +42,20 @@ def load(tmp_path, *rows, **options):
         ("[" * 100_000, "is not JSON that can be read (its values are nested too deeply)"),
         ({"question": "q", "answer": "no number ####"}, 'has an answer without "#### number"'),
         ({"question": "", "answer": "#### 1"}, "has an empty question"),
-        ({"problem": None, "solution": "s"}, "has an empty problem"),
-        ({"problem": " ", "solution": "s"}, "has an empty problem"),
+        ({"question": "q", "answer": ""}, 'has an empty "answer"'),
+        ({"Question": "q", "Answer": None, "id": ""}, 'has an empty "Answer"'),
+        ({"instruction": "q", "input": "", "output": ""}, 'has an empty "output"'),
+        ({"problem": None, "solution": "s"}, 'has an empty "problem"'),
+        ({"problem": " ", "solution": "s"}, 'has an empty "problem"'),
         ({"problem": 5, "answer": "5"}, "has problem of type int, expected text"),
         ({"problem": "p", "answer": True}, "has an answer that is neither text nor a number"),
         ({"problem": "p", "answer": ["1", "2"]}, "has an answer that is neither text nor a number"),
         ('{"problem": "p", "answer": Infinity}', "has an answer that is neither text nor a number"),
-        ('{"problem": "p", "answer": NaN}', 'has no "question" and "solution"'),
+        ('{"problem": "p", "answer": NaN}', 'has an empty "answer"'),
         ({"conversations": [{"from": "user", "value": "q"}]}, "has conversations without a user turn and"),
-        ({"conversations": None}, 'has no "question" and "solution"; columns found: conversations'),
+        ({"conversations": None}, 'has an empty "conversations"'),
         ({"conversations": 5}, "has conversations without turns"),
-        ({"conversations": []}, 'has no "question" and "solution"'),
+        ({"conversations": []}, 'has an empty "conversations"'),
         ({"conversations": "[{"}, "has conversations that are no JSON"),
         ({"conversations": "[" * 100_000}, "has conversations that are no JSON"),
         ({"nums": 5, "target": 5}, 'has no "question"'),
@@ -281,7 +284,8 @@ def test_without_an_assistants_turn_at_the_end_there_are_no_messages_to_learn(tm
     """The last turn of any row with messages was learned, the user's words too."""
     [row] = load(tmp_path, {**GOOD, "explanation": "E", "messages": messages})
     assert "messages" not in row
-    with pytest.raises(UserError, match="has messages without a user turn and" if messages else 'has no "question"'):
+    complaint = "has messages without a user turn and" if messages else 'has an empty "messages"'
+    with pytest.raises(UserError, match=complaint):
         load(tmp_path, {"messages": messages})
 
 
