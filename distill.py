@@ -33,6 +33,7 @@ from rlt.rollout import check_finite, make_engine
 from rlt.rows import between, leaks, load_rows
 from rlt.rows_file import RowsFile, check_rows_file
 from rlt.runs import digest
+from rlt.steps import advice_on_format
 
 import torch
 
@@ -149,6 +150,8 @@ def explain(rows, batch):
     scoring_rows = [prompts.scoring_row(*pair) for pair in zip(rows, explanations, strict=True)]
     scored = micro_batched(score_explanations, teacher, student, scoring_rows, lam=args.lam, alpha=args.alpha,
                            kl=args.kl, temperature=args.temperature, vocab=vocab)
+    if batch == 0 and (advice := advice_on_format(scored, models.short_name(student_name))):
+        print(f"warning: {advice}", flush=True)
     unclosed = torch.tensor([not e.complete for e in explanations], device=device)
     rewards = (scored.reward.reward - args.unclosed_penalty * unclosed).tolist()
     scores, kls = scored.reward.score.tolist(), scored.reward.kl.tolist()

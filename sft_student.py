@@ -204,6 +204,7 @@ print(f"The {args.format} is in {final}.")
 if args.format == "teacher":
     carried = ("data", "question_column", "solution_column", "skip_bad_rows", "solution_in", "device")
     following = flags.carry(parser, args, *carried, teacher_bits="bits", model="out")
-    print_next("train_rlt.py" + following + flags.following_out(parser, args, "-rlt"))
+    print_next("train_rlt.py" + following + flags.following_out(parser, args, "-rlt"),
+               "or with --data of your own: RL needs questions and solutions, no explanations")
 else:
     print_evaluation_command(parser, args)

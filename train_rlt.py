@@ -37,6 +37,7 @@ from rlt.runs import Run, check_run_folder, digest
 from rlt.steps import (
     StepTimer,
     advice_on_closing,
+    advice_on_format,
     batch_indices,
     check_logprob_diff,
     lr_fraction,
@@ -288,6 +289,8 @@ for step in run.steps(progress, save):
     run.log(entry, progress)
     if step == 0 and entry["closed"] < 0.1:
         progress.write(f"warning: {advice_on_closing(entry, args)}")
+    if step == 0 and (advice := advice_on_format(scored, models.short_name(student_name))):
+        progress.write(f"warning: {advice}")
     if warning := reward_is_dropping(run.metrics):
         progress.write(f"warning: {warning} Lower --lr or raise --beta.")
     if step % 10 == 0 or step + 1 == args.steps:

@@ -21,6 +21,7 @@ import smollm2_results
 import study_tables
 import toy_map
 import toy_results
+import toy_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "figures/README.md", ROOT / "rlt/README.md")
@@ -28,6 +29,7 @@ TABLES = {  # what a page calls the block: the function that writes it
     "toy table": study_tables.accuracy_table,
     "claims": study_tables.claims_table,
     "cells": toy_map.cells_table,
+    "seen": toy_tokens.seen_table,
     "smollm2": smollm2_results.explanations_table,
     "bench text": benchmarks.scoring_table,
     "machines": machines.machine_table,
@@ -60,8 +62,8 @@ def main():
     args = parser.parse_args()
     if args.runs:
         return paper_results.draw(args.runs, args.out)
-    for draw in (*toy_results.FIGURES, *toy_map.FIGURES, *benchmarks.FIGURES, *reward_picture.FIGURES,
-                 *smollm2_results.FIGURES):
+    for draw in (*toy_results.FIGURES, *toy_map.FIGURES, *toy_tokens.FIGURES, *benchmarks.FIGURES,
+                 *reward_picture.FIGURES, *smollm2_results.FIGURES):
         draw()
     for name, write in TABLES.items():
         replace_block(PAGES, name, write())

@@ -187,10 +187,6 @@ def ablation_claims():
               differences("RLT, exact KL and gradient", "RLT, exact KL", greedy), paper="not in the paper"),
         Claim("exact KL with its whole gradient above the sampled KL (k1), sampled",
               differences("RLT, exact KL and gradient", "RLT", sampled), SAMPLED_POINTS, paper="not in the paper"),
-        Claim("solution tokens weighted by their spread (R3) above equal weights",
-              differences("RLT, spread-weighted score", "RLT", greedy), paper="not in the paper"),
-        Claim("solution tokens weighted by their spread (R3) above equal weights, sampled",
-              differences("RLT, spread-weighted score", "RLT", sampled), SAMPLED_POINTS, paper="not in the paper"),
     ]
 
 

@@ -120,8 +120,8 @@ def dry_run(args, device, policy, student=None, *, row, vocab, shared=False, opt
     print("the total is the phase's peak: its parts need not peak at the same time\n")
     if student and not shared and "student_bits" in flags and shares_base(
             args.model, args.teacher_bits, args.student or base_of(args.model), args.teacher_bits):
-        print(f"--student-bits {args.teacher_bits}: the student would be the teacher's own base, with no weights "
-              f"of its own: {student.weights / GB:.3g} GB less")
+        print(f"tip: with --student-bits {args.teacher_bits} the student is the teacher's own base, which needs no "
+              f"weights of its own: {student.weights / GB:.3g} GB less")
 
     out = folder = Path(flags.get("out") or "runs").resolve()
     while not folder.exists():

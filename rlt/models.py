@@ -87,7 +87,7 @@ def _downloaded_adapter(name):
     from huggingface_hub import snapshot_download
     from transformers.utils.peft_utils import find_adapter_config_file
 
-    with suppress(OSError, ValueError):  # whoever loads the model says what is wrong with its name
+    with suppress(OSError, ValueError):  # load_tokenizer says what is wrong with the name
         if find_adapter_config_file(name) is not None:
             return snapshot_download(name, allow_patterns=ADAPTER_FILES, ignore_patterns="*/*")
     return None
@@ -263,8 +263,14 @@ def load_tokenizer(name):
     template's own, these are its `prompts.turn_ends`.
     """
     from transformers import PreTrainedTokenizerFast
+    from transformers.utils.hub import cached_file
 
     folder, base = resolve(name), base_of(name)
+    for hub_id in {folder, base}:
+        if not Path(hub_id).is_dir():
+            with user_errors(f"{hub_id} is no folder here, and can't be loaded from the hub: check the name and the "
+                             "network, or pass a folder"):
+                cached_file(hub_id, "config.json")
     if folder != base and not (Path(folder) / "tokenizer.json").exists():
         folder = base
     # Not AutoTokenizer: it chooses by the model's architecture, and finds another class beside a bare adapter.

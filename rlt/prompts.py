@@ -310,6 +310,8 @@ class Prompts:
 
     def drop_overlong(self, rows, context, skip=False, also=()):
         """The rows whose prompts and solution, and what `also` makes ids of, fit into `context` tokens."""
+        if context <= 0:
+            raise UserError(f"--max-new-tokens is {-context} tokens longer than what the models can read: lower it.")
 
         def check_length(row):
             tokens = len(self.student_prompt(row)) + len(self.encode(row["solution"] or "")) + 32  # 32: tags

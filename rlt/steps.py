@@ -15,6 +15,8 @@ from rlt.distributed import all_gather_object, all_reduce_mean
 from rlt.errors import UserError
 from rlt.files import read_lines
 
+UNLIKELY = -3.0  # nats: less than 5 %
+
 
 def seed_for(*key):
     """A seed for this key alone, e.g. (seed, step, rank, batch)."""
@@ -67,6 +69,22 @@ def advice_on_closing(entry, args):
             "explanations:\n    python sft_student.py --format teacher --data ROWS --out runs/warm-up --model "
             f"{shlex.quote(args.model)}\nand train --model runs/warm-up. Where your rows have none, take others for "
             "the warm-up, such as GSM8K (--explanation-column answer): it is the format that is learned.")
+
+
+def advice_on_format(scored, student):
+    """What to do where the student does not know the format of solutions; None where it does.
+
+    scored: rewards.Scored of a step. It doesn't where the first token of nearly all solutions is the least likely one:
+    that token is the same for all, and says nothing of the explanation. student: its name.
+    """
+    parts = [part.tolist() for part in scored.solution_logprobs.split(scored.solution_lengths)]
+    unknown = [part[0] for part in parts if part[0] == min(part) < UNLIKELY]
+    if len(unknown) < 0.9 * len(parts):
+        return None
+    return (f"the student gives the first token of a solution a log-prob of {statistics.fmean(unknown):.1f}, whatever "
+            "the explanation says: it does not know the format, and the score tells explanations hardly apart. Warm it "
+            "up, too:\n    python sft_student.py --data ROWS --out runs/warm-student --model "
+            f"{shlex.quote(student)}\nwith rows that have explanations, and pass --student runs/warm-student.")
 
 
 def check_logprob_diff(sampler_logprobs, trainer_logprobs, limit):

@@ -7,15 +7,17 @@ import json
 import math
 import re
 import shlex
+from types import SimpleNamespace
 
 from rlt import console, models
 from rlt.defaults import DEFAULTS, settle
 from rlt.errors import UserError
 from rlt.files import read_jsonl
 from rlt.rows import load_rows
-from rlt.steps import split_held_out
+from rlt.steps import advice_on_format, split_held_out
 
 import pytest
+import torch
 from conftest import ROOT, call, ended, run_script
 from test_scripts import parser_of
 
@@ -206,9 +208,11 @@ def test_the_readmes_path(own, graded_here, capsys):
     (own / "test.csv").write_text((own / "pairs.csv").read_text())
     section = (ROOT / "README.md").read_text().partition("## Your rows, your model")[2]
     block = re.search(r"```sh\n(.*?)```", section, re.S)[1].replace("\\\n", " ").replace("smollm2 ", "'my model' ")
-    extra = re.search('SMALL="(.*?)"', block)[1]
+    for name in re.findall(r'^(\w+)="', block, re.M):  # shell variables, in their order
+        value = re.search(f'{name}="(.*?)"', block, re.S)[1]
+        block = block.replace(f"${name}", " ".join(value.split()))
     scripts = []
-    for line in block.replace("$SMALL", extra).splitlines():
+    for line in block.splitlines():
         if not line.startswith("python"):
             continue
         script, *flags = shlex.split(line, comments=True)[1:]
@@ -220,8 +224,8 @@ def test_the_readmes_path(own, graded_here, capsys):
             run_script(own, script, *flags)
         else:
             call(own, script, *flags, *small)
-    assert scripts == ["data/word_problems.py", "train_rlt.py", "sft_student.py", "train_rlt.py", "train_rlt.py",
-                       "figures/inspect_reward.py", "distill.py", "sft_student.py", "evaluate.py"]
+    assert scripts == ["data/word_problems.py", "train_rlt.py", "sft_student.py", "sft_student.py", "train_rlt.py",
+                       "train_rlt.py", "figures/inspect_reward.py", "distill.py", "sft_student.py", "evaluate.py"]
     assert (own / "runs/reward.html").exists() and (own / "runs/my-student/eval_gsm8k.json").exists()
 
 
@@ -271,6 +275,30 @@ def test_a_warm_up_without_explanations_says_what_to_do(own, capsys):
                     "--question-column", "Q", "--solution-column", "A", "--skip-bad-rows", "--out", "runs/w")
     [line] = refusal.stderr.splitlines()
     assert "pairs.csv has no explanations" in line and "GSM8K: --explanation-column answer" in line
+
+
+@pytest.mark.parametrize("logprobs, told", [
+    ([[-6.0, -1.0, -2.0], [-7.0, -0.5, -3.0]], True),
+    ([[-6.0, -1.0, -2.0], [-2.0, -0.5, -3.0]], False),  # of one explanation: it may be a bad one
+    ([[-2.9, -1.0, -2.0], [-2.0, -0.5, -1.0]], False),  # first, but not unlikely
+    ([[-6.0, -1.0, -9.0], [-7.0, -0.5, -8.0]], False),  # another token is what makes the difference
+])
+def test_a_student_that_does_not_know_the_format_is_noticed(logprobs, told):
+    scored = SimpleNamespace(solution_logprobs=torch.tensor(sum(logprobs, [])), solution_lengths=[3, 3])
+    advice = advice_on_format(scored, "my model")
+    assert (advice is not None) == told
+    if told:
+        assert "the first token of a solution a log-prob of -6.5, whatever" in advice
+        assert "--model 'my model'" in advice and "--student runs/warm-student" in advice
+
+
+@pytest.mark.parametrize("script", ["train_rlt.py", "distill.py"])
+def test_scripts_say_so_once(own, monkeypatch, capsys, script):
+    monkeypatch.setattr("rlt.steps.advice_on_format", lambda scored, name: f"look at {name}: {scored.reward.score}")
+    small = {"train_rlt.py": (*SMALL["train_rlt.py"], "--steps", 2), "distill.py": ("--batch-size", 8)}[script]
+    call(own, script, "--model", "my model", "--data", "pairs.csv", "--question-column", "Q", "--solution-column", "A",
+         "--skip-bad-rows", "--max-new-tokens", 8, *small, "--out", "runs/out")
+    assert capsys.readouterr().out.count("warning: look at my model: tensor(") == 1
 
 
 def test_a_teacher_that_was_never_warmed_up_is_noticed(own, workshop, capsys):

@@ -450,7 +450,8 @@ def test_a_dry_run_counts_a_shared_base_once(workshop, no_weights, monkeypatch, 
 
     shared, mixed = weights(32, 32), weights(32, 16)
     assert shared == pytest.approx(2 * weights(16, 16), rel=0.01) and shared < mixed
-    saved = "--student-bits 32: the student would be the teacher's own base, with no weights of its own: {:.3g} GB"
+    saved = ("tip: with --student-bits 32 the student is the teacher's own base, which needs no weights of its own: "
+             "{:.3g} GB less")
     asked = ("--model", "toy-teacher", "--limit", 400, "--out", "runs/never", "--teacher-bits", 32, "--dry-run", 24)
     assert saved.format(mixed - shared) in dry(workshop, script, *asked, "--student-bits", 16)[1]
     for others in (("--student-bits", 32), ("--student-bits", 16, "--student", "runs/toy-teacher")):

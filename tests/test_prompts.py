@@ -295,6 +295,8 @@ def test_rows_too_long_for_the_context_are_named(prompts, capsys):
     with pytest.raises(UserError, match="rows.jsonl line 2 takes .* room is for 400"):
         prompts.drop_overlong(rows, 400)
     assert prompts.drop_overlong(rows, 400, skip=True) == [ROW]
+    with pytest.raises(UserError, match="--max-new-tokens is 8 tokens longer than what the models can read: lower it"):
+        prompts.drop_overlong(rows, -8, skip=True)  # else all rows would be left out
     assert "1 of 2 rows left out, the first: rows.jsonl line 2 takes" in capsys.readouterr().out
 
 

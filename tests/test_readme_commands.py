@@ -98,7 +98,7 @@ def folder(workshop, tmp_path_factory):
         tokenizer.save_pretrained(folder / name)
     (folder / "runs/smollm2/model.safetensors").touch()  # else it would be made
     LoraConfig(r=machines.RANK, target_modules="all-linear", task_type="CAUSAL_LM",
-               base_model_name_or_path=str(folder / QWEN)).save_pretrained(folder / "runs/warm-up/final")
+               base_model_name_or_path=str(folder / QWEN)).save_pretrained(folder / "runs/warm-up-7b/final")
     return folder
 
 
