@@ -194,9 +194,10 @@ for step in run.steps(progress, save):
     if validation and args.eval_every and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
         (val_loss,) = all_reduce_sum(micro_batched(sum_of_losses, validation[rank::world]))
         val_loss /= sum(len(x.supervised) for x in validation)
+    shown = val_loss is not None or (step + 1) % max(1, args.steps // 10) == 0  # a step may take a minute
     run.log({"step": step, "loss": loss, "val_loss": val_loss, "lr": optimizer.param_groups[0]["lr"],
              "grad_norm": grad_norm, **timer.numbers, "tokens_per_s": tokens / timer.seconds},
-            progress if val_loss is not None else None)
+            progress if shown else None)
     progress.set_postfix_str(f"loss {loss:.4g}")
 
 final = run.finish(lambda folder: saving.save_model(model, tokenizer, folder))

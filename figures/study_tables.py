@@ -133,6 +133,8 @@ def on_policy_claims():
     return [
         *(Claim(f"corrected by RLT above corrected {by}", differences(rlt, arm, greedy), paper=new)
           for arm, by in others.items()),
+        Claim("corrected by RLT above corrected by a teacher trained on the best of 10 explanations, sampled",
+              differences(rlt, "on-policy, best of 10", sampled), SAMPLED_POINTS, paper=new),
         Claim("corrected by RLT above SFT on its explanations", differences(rlt, "RLT", greedy), paper=new),
         Claim("corrected by RLT above SFT on its explanations, sampled", differences(rlt, "RLT", sampled),
               SAMPLED_POINTS, paper=new),

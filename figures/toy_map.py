@@ -79,7 +79,7 @@ def guide():
         gains.set_title(describe_base(share))
         for axes in (curves, gains):
             axes.set_ylim(0, 103)
-    panels["C"].legend(title="one line for each seed", loc="upper left")
+    panels["c"].legend(*panels["C"].get_legend_handles_labels(), title="one line for each seed", loc="lower right")
     panels["S"].legend(loc="upper center")
     save(figure, "toy_guide")
 

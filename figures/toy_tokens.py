@@ -9,8 +9,8 @@ from study_log import rows_of
 SETTINGS = Settings(lam=3.0, alpha=0.01, kl="exact", unclosed_penalty=1.0)  # distill.py's defaults
 STUDENTS = {"base": "the base", "warmed-up": "the warmed-up student"}
 WRITERS = {"full chains": "a teacher of full chains", "RLT": "RLT, with the base as reward student"}
-LABELS = {("full chains", "base"): "chain\nby the base", ("full chains", "warmed-up"): "chain\nby the warmed-up",
-          ("RLT", "base"): "RLT's\nby the base", ("RLT", "warmed-up"): "RLT's\nby the warmed-up"}
+LABELS = {("full chains", "base"): "a chain,\nto the base", ("full chains", "warmed-up"): "a chain,\nwarmed-up",
+          ("RLT", "base"): "RLT's,\nto the base", ("RLT", "warmed-up"): "RLT's,\nwarmed-up"}
 
 
 def seen():
