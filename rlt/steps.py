@@ -74,16 +74,16 @@ def advice_on_closing(entry, args):
 def advice_on_format(scored, student):
     """What to do where the student does not know the format of solutions; None where it does.
 
-    scored: rewards.Scored of a step. It doesn't where the first token of nearly all solutions is the least likely one:
-    that token is the same for all, and says nothing of the explanation. student: its name.
+    scored: rewards.Scored of a step. It hardly does where the first of several tokens is the least likely one of nearly
+    all solutions: often that token is the same for all, and says nothing of the explanation. student: its name.
     """
     parts = [part.tolist() for part in scored.solution_logprobs.split(scored.solution_lengths)]
-    unknown = [part[0] for part in parts if part[0] == min(part) < UNLIKELY]
-    if len(unknown) < 0.9 * len(parts):
+    unknown = [part[0] for part in parts if len(part) > 1 and part[0] == min(part) < UNLIKELY]
+    if not unknown or len(unknown) < 0.9 * len(parts):
         return None
     return (f"the student gives the first token of a solution a log-prob of {statistics.fmean(unknown):.1f}, whatever "
-            "the explanation says: it does not know the format, and the score tells explanations hardly apart. Warm it "
-            "up, too:\n    python sft_student.py --data ROWS --out runs/warm-student --model "
+            "the explanation says: it seems not to know the format, and the score then hardly depends on the "
+            "explanation. Warm it up, too:\n    python sft_student.py --data ROWS --out runs/warm-student --model "
             f"{shlex.quote(student)}\nwith rows that have explanations, and pass --student runs/warm-student.")
 
 

@@ -282,9 +282,12 @@ def test_a_warm_up_without_explanations_says_what_to_do(own, capsys):
     ([[-6.0, -1.0, -2.0], [-2.0, -0.5, -3.0]], False),  # of one explanation: it may be a bad one
     ([[-2.9, -1.0, -2.0], [-2.0, -0.5, -1.0]], False),  # first, but not unlikely
     ([[-6.0, -1.0, -9.0], [-7.0, -0.5, -8.0]], False),  # another token is what makes the difference
+    ([[-6.0], [-7.0]], False),  # one token: the answer itself
+    ([], False),
 ])
 def test_a_student_that_does_not_know_the_format_is_noticed(logprobs, told):
-    scored = SimpleNamespace(solution_logprobs=torch.tensor(sum(logprobs, [])), solution_lengths=[3, 3])
+    scored = SimpleNamespace(solution_logprobs=torch.tensor(sum(logprobs, [])),
+                             solution_lengths=[len(part) for part in logprobs])
     advice = advice_on_format(scored, "my model")
     assert (advice is not None) == told
     if told:
