@@ -109,14 +109,17 @@ class Job:
             rows = self.write(f"rows-{careful}.jsonl", rows_with(careful))
             data, steps = ["--data", rows], ["--steps", 300]
             out = f"runs/toy-teacher-{careful}"
-        return self.run("sft_student.py", "--format", "teacher", *data, *steps, *self.if_quick("--steps", 2), out=out)
+        return self.sft_teacher(*data, *steps, out=out)
+
+    def sft_teacher(self, *flags, out):
+        """SFT of the teacher. flags: of sft_student.py."""
+        return self.run("sft_student.py", "--format", "teacher", *flags, *self.if_quick("--steps", 2), out=out)
 
     def warm_up_on_chains(self):
         """SFT of the teacher on the full right chain of every row."""
         rows = [{**row, "explanation": row["chain"]} for row in self.read(self.rows)]
         data = self.write("runs/chains.jsonl", rows)
-        return self.run("sft_student.py", "--format", "teacher", "--data", data, *self.if_quick("--steps", 2),
-                        out="runs/chains-teacher")
+        return self.sft_teacher("--data", data, out="runs/chains-teacher")
 
     def train_teacher(self, warm_up, *flags):
         """RLT from this warm-up teacher."""
@@ -131,8 +134,7 @@ class Job:
     def warm_up_on_best(self):
         """SFT of the teacher on the best of ten of the warm-up teacher's explanations: no RL."""
         data = self.explain(self.warm_up_teacher(), *BEST_OF_10, out="best-of-10")
-        return self.run("sft_student.py", "--format", "teacher", "--data", data, *self.if_quick("--steps", 2),
-                        out="runs/best-teacher")
+        return self.sft_teacher("--data", data, out="runs/best-teacher")
 
     def explain(self, teacher, *flags, out=None):
         """The teacher's explanations of the training questions; all teachers' are scored alike: exact KL, lambda 3."""

@@ -160,12 +160,12 @@ def cells_table():
     for share in BASES:
         for careful in ROWS:
             ours, theirs = (cell_results(arms, share, careful) for arms in (WITH_RLT, WITHOUT_RLT))
-            at_0, at_1, _ = max(ours)
-            gains = at_0 - max(theirs)[0], at_1 - max(result[1] for result in theirs)
+            best, other = max(ours), max(theirs)
+            gains = best[0] - other[0], best[1] - max(result[1] for result in theirs)
             wins += min(gains) > 0
             lines.append(" | ".join([
                 f"| {percent(groups_without_success(share))}", percent(chains_in_warm_up(careful)),
-                *("{2}: {0:.0f}, {1:.0f}".format(*max(results)) for results in (ours, theirs)),
+                *("{2}: {0:.0f}, {1:.0f}".format(*result) for result in (best, other)),
                 "{:+.1f} | {:+.1f} |".format(*gains)]))
     lines += ["", f"Exact match, %, greedy and sampled at T = 1, on seed {MAP_SEED}. Last two columns: the arm with "
               "RLT minus the highest number of any arm without. RLT is ahead in both in "

@@ -266,11 +266,10 @@ def load_tokenizer(name):
     from transformers.utils.hub import cached_file
 
     folder, base = resolve(name), base_of(name)
-    for hub_id in {folder, base}:
-        if not Path(hub_id).is_dir():
-            with user_errors(f"{hub_id} is no folder here, and can't be loaded from the hub: check the name and the "
-                             "network, or pass a folder"):
-                cached_file(hub_id, "config.json")
+    if not Path(base).is_dir():
+        with user_errors(f"{base} is not a local folder and can't be loaded from the Hugging Face Hub, check the name "
+                         "and the network, or pass a folder"):
+            cached_file(base, "config.json")
     if folder != base and not (Path(folder) / "tokenizer.json").exists():
         folder = base
     # Not AutoTokenizer: it chooses by the model's architecture, and finds another class beside a bare adapter.

@@ -5,7 +5,6 @@ The hub is a stand-in: commits are put into the cache of downloads, from where t
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 from rlt import merge, models
@@ -13,11 +12,9 @@ from rlt.chat_template import turn_ends
 
 import pytest
 import torch
-from conftest import ROOT, call, ended
+from conftest import call, ended
+from test_zoo import words_and_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-sys.path.insert(0, str(ROOT / "bench"))
-import zoo
 
 CPU = torch.device("cpu")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -49,11 +46,9 @@ def hub(tmp_path_factory):
         patch.setattr(library.constants, "HF_HUB_CACHE", str(cache))
         patch.setattr(library.HfApi, "create_repo", create_repo)
         patch.setattr(library.HfApi, "create_commit", create_commit)
-        zoo.build("Llama").push_to_hub("org/small")
-        zoo.tokenizer().push_to_hub("org/small")
-        rows = [{"question": f"What is {i} + {i}?", "solution": f"It is \\boxed{{{2 * i}}}.", "answer": str(2 * i),
-                 "explanation": f"Twice {i}."} for i in range(1, 9)]
-        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        words_and_rows(folder, "Llama")
+        AutoModelForCausalLM.from_pretrained(folder / "base").push_to_hub("org/small")
+        AutoTokenizer.from_pretrained(folder / "base").push_to_hub("org/small")
         call(folder, "sft_student.py", "--model", "org/small", *ROWS, "--val-rows", 2, "--batch-size", 2, "--steps", 2,
              "--lr", 0.1, "--format", "teacher", "--out", "warm")
         yield folder
@@ -123,5 +118,5 @@ def test_a_name_that_is_nowhere_is_one_line(hub):
     for name in ("org/nothing", "nothing"):
         result = ended(hub, "train_rlt.py", "--model", name, *ROWS, "--out", "run")
         assert result.code == 2 and result.stderr.count("\n") == 1, result.stderr
-        assert f"{name} is no folder here, and can't be loaded from the hub: check the name and the" in result.stderr
+        assert f"{name} is not a local folder and can't be loaded from the Hugging Face Hub, check the" in result.stderr
     assert not (hub / "run").exists()
