@@ -12,28 +12,27 @@ one continues where it stopped. Every student gets the same questions and the sa
 """
 
 import argparse
-import os
-import shutil
 import statistics
 import sys
 from pathlib import Path
 
-from study_steps import ROOT, Job, mean_of
-from toy_study import try_arm
+from study_steps import ROOT, Job, mean_of, prepare_for_forks, replace_file, work_off
 
 GSM8K = "gsm8k.jsonl"  # a copy of its train split, in the folder of a seed
 LENGTH = ("--max-new-tokens", 64)  # of an explanation; the longest right chain takes 56 tokens
-MICRO_BATCH = ("--micro-batch-tokens", 1024)
-WHOLE_STEP = ("--micro-batch-tokens", 8192)  # of RL, so that a prompt is read once; 1,500 tokens where it is
+BITS = ("--bits", 32)
 WARM_UP = ("--steps", 46, "--batch-size", 8, "--lr", 1e-3, "--warmup-steps", 3, "--val-rows", 16, "--eval-every", 20,
            "--save-every", 20)
-RL = ("--prompts-per-step", 4, "--group-size", 8, "--steps", 25, "--lr-steps", 60, "--lr", 1e-3, "--eval-every", 20,
-      "--eval-rows", 32, "--save-every", 5)  # 25 steps take an hour of one core
-STUDENT = ("--steps", 50, "--batch-size", 8, "--lr", 1e-3, "--val-rows", 32, "--save-every", 10)
-QUESTIONS = 432  # 400 to learn from and 32 to validate
+BATCH = ("--prompts-per-step", 16, "--group-size", 8, "--steps", 50, "--lr", 3e-4)  # of RL
+RL = (*BATCH, "--eval-every", 25, "--eval-rows", 64, "--save-every", 25)
+STUDENT = ("--steps", 80, "--batch-size", 16, "--lr", 1e-3, "--val-rows", 32, "--save-every", 40)
+QUESTIONS = 672  # 640 to learn from, twice, and 32 to validate
 QUESTIONS_OF = {"val": 100, "test": 400}
+ANSWER = ("--max-new-tokens", 128)
+BEST_OF_8 = ("--samples", 8, "--keep", "best")
+CURVE = ("step", "reward", "score", "kl", "closed", "leak", "length", "entropy", "kl_ref", "eval_reward")
+SOLVED = ("step", "reward", "solved", "zero_groups", "length", "eval_solved")  # of RL on correctness
 MEASURED = 64  # validation questions whose explanations are looked at before and after RL
-CURVE = ("step", "reward", "score", "kl", "closed", "length", "entropy", "kl_ref", "eval_reward")
 MEASURES = {"is_right_chain": "is_right_chain", "right_steps": "right_steps", "leak": "leaks"}  # data/word_problems.py
 
 
@@ -47,14 +46,14 @@ def word_problems():
 
 
 class WordProblemJob(Job):
-    """One arm on one seed. model: what every teacher and student starts from."""
+    """One arm on one seed. Every teacher and student starts from runs/smollm2 in the job's folder."""
 
-    def __init__(self, seed, arm, model="smollm2", quick=False):
-        super().__init__(ARMS, "smollm2", seed, arm, quick)
-        self.model = model
+    def __init__(self, seed, arm, setting="smollm2", quick=False):
+        super().__init__(ARMS, setting, seed, arm, quick)
 
     def is_complete(self, script, out):
-        return super().is_complete(script, out) or (self.folder / out / "train.jsonl").exists()
+        made = {"data/smollm2.py": "config.json", "data/word_problems.py": "train.jsonl"}.get(script, "final")
+        return super().is_complete(script, out) or (self.folder / out / made).exists()
 
     def rows_of(self, split):
         """The file of a split of the word problems."""
@@ -62,7 +61,7 @@ class WordProblemJob(Job):
         return f"{out}/{split}.jsonl"
 
     def base(self):
-        return self.model
+        return self.run("data/smollm2.py", out="runs/smollm2", seed=False)
 
     def scored_by(self):
         return "--student", self.warm_up("student"), "--student-bits", 32
@@ -70,15 +69,19 @@ class WordProblemJob(Job):
     def warm_up(self, role):
         """The teacher before RL, or the student that scores: SFT on chains of GSM8K and of easy problems, then on more
         of these problems alone."""
-        model = self.model
+        model = self.base()
         for part, out in (("warmup", f"runs/chains-{role}"), ("practice", f"runs/warm-{role}")):
             model = self.run("sft_student.py", "--format", role, "--model", model, "--data", self.rows_of(part),
-                             *WARM_UP, *MICRO_BATCH, *self.if_quick("--steps", 2), out=out)
+                             *BITS, *WARM_UP, *self.if_quick("--steps", 2), out=out)
         return model
+
+    def other(self, arm):
+        """The job of another arm on the same seed."""
+        return type(self)(self.seed, arm, self.setting, self.quick)
 
     def teacher_of(self, arm, *flags):
         """The RLT of another arm on the same seed, trained with its flags if it does not exist; its curve is a fact."""
-        other = type(self)(self.seed, arm, self.model, self.quick)
+        other = self.other(arm)
         teacher = other.train_teacher(*flags)
         self.commands += other.commands
         self.facts |= other.facts
@@ -88,7 +91,8 @@ class WordProblemJob(Job):
         """RLT from the warm-up teacher."""
         quick = self.if_quick("--steps", 2, "--group-size", 2, "--eval-rows", 2)
         out = self.run("train_rlt.py", "--model", self.warm_up("teacher"), *self.scored_by(), "--data",
-                       self.rows_of("train"), *RL, *LENGTH, *WHOLE_STEP, *flags, *quick, out=f"runs/{self.name}")
+                       self.rows_of("train"), "--teacher-bits", 32, *RL, *LENGTH, *flags, *quick,
+                       out=f"runs/{self.name}")
         metrics = self.read(f"{out}/metrics.jsonl")
         self.facts["curve"] = [{key: entry[key] for key in CURVE} for entry in metrics]
         self.facts["seconds_a_step"] = mean_of(metrics, ("t_rollout", "t_score", "t_update"))
@@ -98,7 +102,8 @@ class WordProblemJob(Job):
         """The teacher's explanations of a split's questions; all teachers' are scored alike: exact KL, lambda 3."""
         data = f"runs/{self.name}.jsonl"
         self.run("distill.py", "--model", teacher, *self.scored_by(), "--data", self.rows_of(split), "--limit",
-                 limit, *LENGTH, *WHOLE_STEP, "--batch-size", 64, *flags, *self.if_quick("--limit", 12), out=data)
+                 limit, "--teacher-bits", 32, *LENGTH, "--batch-size", 512, *flags, *self.if_quick("--limit", 12),
+                 out=data)
         problems = {row["question"]: row for row in self.read(self.rows_of(split))}
         rows = self.read(data)
         pairs = [(problems[row["question"]], row["explanation"]) for row in rows]
@@ -120,8 +125,24 @@ class WordProblemJob(Job):
 
     def sft(self, data):
         """A student of these explanations, from the model as it comes."""
-        return self.run("sft_student.py", "--model", self.model, "--data", data, *STUDENT, *MICRO_BATCH,
+        return self.run("sft_student.py", "--model", self.base(), "--data", data, *BITS, *STUDENT,
                         *self.if_quick("--steps", 2, "--val-rows", 4), out=f"runs/student-{self.name}")
+
+    def rl(self, model):
+        """A student by RL on correctness, from this one."""
+        student = self.run("rl_student.py", "--task", "gsm8k", "--model", model, "--data", self.rows_of("train"), *BITS,
+                           *RL, *ANSWER, *self.if_quick("--steps", 2, "--group-size", 2, "--eval-rows", 2),
+                           out=f"runs/{self.name}")
+        metrics = self.read(f"{student}/metrics.jsonl")
+        self.facts["curve"] = [{key: entry[key] for key in SOLVED} for entry in metrics]
+        return student
+
+    def student_of(self, arm):
+        """The student of another arm on the same seed, made if it does not exist."""
+        other = self.other(arm)
+        student = self.recipes[arm](other)
+        self.commands += other.commands
+        return student
 
     def accuracy(self, student):
         """{split and decoding: exact match} of a student."""
@@ -129,7 +150,7 @@ class WordProblemJob(Job):
         for split, limit in QUESTIONS_OF.items():
             out = f"runs/eval-{self.name}-{split}"
             self.run("evaluate.py", "--task", "gsm8k", "--model", student, "--data", self.rows_of(split), "--limit",
-                     limit, "--max-new-tokens", 128, "--batch-size", 64, *self.if_quick("--limit", 4), "--out", out)
+                     limit, *BITS, *ANSWER, "--batch-size", 200, *self.if_quick("--limit", 4), "--out", out)
             result = self.report(f"{out}/{student.replace('/', '_')}/eval_gsm8k.json")
             found[f"{split} greedy"] = {**result["exact_match"], "questions": result["questions"],
                                         "length": result["length"]}
@@ -137,16 +158,18 @@ class WordProblemJob(Job):
 
 
 ARMS = {  # functions of a WordProblemJob that return its student, or None where they only measure
-    "explanations before RL": lambda job: job.measure(job.warm_up("teacher")),
-    "explanations after RL": lambda job: job.measure(job.teacher_of("RLT")),
+    "RLT": lambda job: job.sft(job.explain(job.train_teacher())),
+    "warm-up teacher": lambda job: job.sft(job.explain(job.warm_up("teacher"))),
+    "right chains": lambda job: job.sft(job.replace_explanations(lambda row: row["explanation"])),
+    "best of 8": lambda job: job.sft(job.explain(job.warm_up("teacher"), *BEST_OF_8)),
+    "solutions only": lambda job: job.sft(job.replace_explanations(lambda row: "")),
     "base": lambda job: job.base(),
     "warmed-up student": lambda job: job.warm_up("student"),
-    "solutions only": lambda job: job.sft(job.replace_explanations(lambda row: "")),
-    "warm-up teacher": lambda job: job.sft(job.explain(job.warm_up("teacher"))),
-    "RLT": lambda job: job.sft(job.explain(job.train_teacher())),
-    "right chains": lambda job: job.sft(job.replace_explanations(lambda row: row["explanation"])),
+    "explanations before RL": lambda job: job.measure(job.warm_up("teacher")),
+    "explanations after RL": lambda job: job.measure(job.teacher_of("RLT")),
     "score only": lambda job: job.sft(job.explain(job.train_teacher("--lambda", 0))),
-    "best of 8": lambda job: job.sft(job.explain(job.warm_up("teacher"), "--samples", 8, "--keep", "best")),
+    "direct RL": lambda job: job.rl(job.warm_up("student")),
+    "RL after RLT": lambda job: job.rl(job.student_of("RLT")),
 }
 
 
@@ -154,28 +177,27 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--gsm8k", type=Path, required=True, help="GSM8K's train split as JSONL (question, answer)")
-    parser.add_argument("--model", default="smollm2", help="another model folder, for a try")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="another model in SmolLM2's place, for a try")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM", help="arms, by name")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the rows and all draws")
     parser.add_argument("--quick", action="store_true", help="a few steps of every arm, to see that it runs")
     args = parser.parse_args()
     if not args.gsm8k.is_file():
         parser.error(f"--gsm8k {args.gsm8k}: expected a file of GSM8K's train split.")
-    model = args.model if args.model == "smollm2" else str(Path(args.model).resolve())
+    prepare_for_forks()
+    import transformers.models.llama.modeling_llama  # noqa: F401  # loaded once, for all the children
 
-    os.environ["OMP_NUM_THREADS"] = "1"  # before torch
-    # what is no measurement of the real model stays out of the committed log
-    real = not args.quick and model == "smollm2"
+    real = not args.quick and not args.model  # what is no measurement of SmolLM2 stays out of the committed log
     log = ROOT / ("figures/logs/smollm2_study.jsonl" if real else "runs/study/smollm2-try.jsonl")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    jobs = [WordProblemJob(seed, arm, model, args.quick) for seed in args.seeds for arm in args.arms]
+    setting = args.model.resolve().name if args.model else "smollm2"
+    jobs = [WordProblemJob(seed, arm, setting, args.quick) for arm in args.arms for seed in args.seeds]
     for job in jobs:
-        job.folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(args.gsm8k, job.folder / GSM8K)
-    failed = set()
-    while any(try_arm(job, log, failed) for job in jobs):  # from the top after every arm: another study may be running
-        pass
-    sys.exit(1 if failed else 0)
+        replace_file(job.folder / GSM8K, args.gsm8k.read_text())
+        model = job.folder / "runs/smollm2"
+        if args.model and not model.exists():
+            model.parent.mkdir(exist_ok=True)
+            model.symlink_to(args.model.resolve())
+    sys.exit(1 if work_off(jobs, log) else 0)
 
 
 if __name__ == "__main__":

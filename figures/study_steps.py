@@ -1,16 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""The steps that the arms of the toy study consist of: one command each, in the folder of the arm's setting and seed.
+"""The steps that the arms of a study consist of: one command each, in the folder of the arm's setting and seed.
 
-A step returns the path of what it made. What a command has made is not made again, so that arms share it.
+A step returns the path of what it made. What a command has made is not made again, so that arms share it. Several
+processes may work off the same study: an arm and a step belong to one of them at a time.
 """
 
+import contextlib
+import fcntl
 import functools
 import json
 import os
+import platform
 import runpy
+import shutil
 import statistics
+import subprocess
 import sys
+import time
 import traceback
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +50,22 @@ def file_name(arm):
     return arm.replace(", ", "-").replace(" ", "-")
 
 
+class Busy(Exception):
+    """Another process is at this arm or step."""
+
+
+@contextlib.contextmanager
+def only_one(path):
+    """Hold the file `path` as a lock. Raises Busy where another process holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy(path) from None
+        yield
+
+
 class Job:
     """One arm on one seed of one setting.
 
@@ -65,16 +89,19 @@ class Job:
         self.commands.append(" ".join(command))
         if out and self.is_complete(script, out):
             return out
-        print(f"[{self.folder.name}] {self.commands[-1]}", flush=True)
-        if script in RESUMABLE:
-            command.append("--resume")
-        child = os.fork()  # not a new process, which would spend seconds on imports
-        if child == 0:
-            os._exit(run_in_child(self.folder, command))
-        if os.waitpid(child, 0)[1]:
-            raise RuntimeError(f"{self.commands[-1]} failed: see {self.folder}/log.txt")
-        if out and out.endswith(".jsonl"):
-            (self.folder / f"{out}.complete").touch()
+        with only_one(self.folder / f"{out}.lock") if out else contextlib.nullcontext():
+            if out and self.is_complete(script, out):  # by now
+                return out
+            print(f"[{self.folder.name}] {self.commands[-1]}", flush=True)
+            if script in RESUMABLE:
+                command.append("--resume")
+            child = os.fork()  # not a new process, which would spend seconds on imports
+            if child == 0:
+                os._exit(run_in_child(self.folder, command))
+            if os.waitpid(child, 0)[1]:
+                raise RuntimeError(f"{self.commands[-1]} failed: see {self.folder}/log.txt")
+            if out and out.endswith(".jsonl"):
+                (self.folder / f"{out}.complete").touch()
         return out
 
     def is_complete(self, script, out):
@@ -91,7 +118,7 @@ class Job:
         return json.loads((self.folder / path).read_text())
 
     def write(self, path, rows):
-        (self.folder / path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        replace_file(self.folder / path, "".join(json.dumps(row) + "\n" for row in rows))
         return path
 
     # -- models and explanations
@@ -228,6 +255,14 @@ class Job:
         return found
 
 
+def replace_file(path, text):
+    """Write a file that other processes may be reading."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.{os.getpid()}")
+    new.write_text(text)
+    new.replace(path)
+
+
 def toy():
     """data/toy.py, which the scripts find by its path, as a module."""
     if str(ROOT) not in sys.path:
@@ -265,3 +300,82 @@ def run_in_child(folder, command):
     sys.stdout.flush()
     sys.stderr.flush()
     return status
+
+
+# ---------------------------------------------------------------------------------------------------------
+# all arms
+
+
+def prepare_for_forks():
+    """Set and import what the children need, once. A child of a process that has started CUDA could not use it."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # torch.cuda.is_available() does not start CUDA
+    import peft  # noqa: F401
+
+
+def work_off(jobs, log):
+    """Run all arms that are not in the log, in order; other processes may do the same -> the keys of those that failed.
+
+    Returns when nothing is left to do, or to wait for.
+    """
+    failed = set()
+    while True:
+        outcomes = []
+        for job in jobs:
+            outcomes.append(try_arm(job, log, failed))
+            if outcomes[-1] == "run":  # from the top again: another process may have finished what comes first
+                break
+        else:
+            if "busy" not in outcomes:
+                return failed
+            time.sleep(2)
+
+
+def try_arm(job, log, failed):
+    """Run an arm -> "run", "done" before or failed, or "busy" where another process is at it or at one of its steps."""
+    key = job.setting, job.seed, job.arm
+    try:
+        with only_one(job.folder / f"{job.name}.lock"):
+            rows = read_rows(log) if log.exists() else []
+            if key in failed or key in {(row["setting"], row["seed"], row["arm"]) for row in rows}:
+                return "done"
+            job.commands, job.facts = [], {}
+            run_arm(job, log)
+    except Busy:
+        return "busy"
+    except RuntimeError as error:  # of a command; the other arms can do without this one
+        failed.add(key)
+        print(f"[{job.folder.name}] {job.arm}: {error}", flush=True)
+    return "run"
+
+
+def run_arm(job, log):
+    """Run an arm and append its row to the log."""
+    started = time.time()
+    job.base()
+    student = job.recipes[job.arm](job)
+    accuracy = {"accuracy": job.accuracy(student)} if student else {}
+    row = {
+        "setting": job.setting, "arm": job.arm, "seed": job.seed, **accuracy, **job.facts, "commands": job.commands,
+        "minutes": (time.time() - started) / 60, "date": time.strftime("%Y-%m-%d"), "machine": machine(),
+        "torch": version("torch"), "transformers": version("transformers"),
+        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip(),
+    }
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(json.dumps(row) + "\n")
+    result = f"{100 * row['accuracy']['test greedy']['mean']:.1f} % greedy" if student else "measured"
+    print(f"[{job.folder.name}] {job.arm}: {result}, {row['minutes']:.1f} min", flush=True)
+
+
+def machine():
+    """What the commands ran on. Asked of the driver: torch would start CUDA."""
+    import torch
+
+    if torch.version.cuda and shutil.which("nvidia-smi"):
+        question = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        asked = subprocess.run(question, capture_output=True, text=True)
+        if asked.returncode == 0:
+            return asked.stdout.splitlines()[0]
+    return f"{platform.machine()} CPU, one thread"

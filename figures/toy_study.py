@@ -11,17 +11,19 @@ stopped. All students get the same number of steps of the same size; settings ma
 """
 
 import argparse
-import fcntl
 import functools
-import json
-import os
-import platform
-import subprocess
 import sys
-import time
-from importlib.metadata import version
 
-from study_steps import BEST_OF_10, ROOT, TOY_FLAGS, Job, mean_of, read_rows, share_of_full_chains
+from study_steps import (
+    BEST_OF_10,
+    ROOT,
+    TOY_FLAGS,
+    Job,
+    mean_of,
+    prepare_for_forks,
+    share_of_full_chains,
+    work_off,
+)
 
 CORRECTNESS = ("--rewards", 0, 0, 1)  # 1 for a correct answer, nothing for the format
 GUIDE = ("--failed-groups", "guide")
@@ -285,46 +287,6 @@ def plan():
     return [(setting, seed, arm) for setting, seeds, arms in parts for seed in range(seeds) for arm in arms]
 
 
-def run_arm(job, log):
-    """Run an arm and append its row to the log."""
-    started = time.time()
-    job.base()
-    student = job.recipes[job.arm](job)
-    accuracy = {"accuracy": job.accuracy(student)} if student else {}
-    row = {
-        "setting": job.setting, "arm": job.arm, "seed": job.seed, **accuracy, **job.facts, "commands": job.commands,
-        "minutes": (time.time() - started) / 60, "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()} CPU, one thread", "torch": version("torch"),
-        "transformers": version("transformers"),
-        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip(),
-    }
-    with log.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(json.dumps(row) + "\n")
-    result = f"{100 * row['accuracy']['test greedy']['mean']:.1f} % greedy" if student else "measured"
-    print(f"[{job.folder.name}] {job.arm}: {result}, {row['minutes']:.1f} min", flush=True)
-
-
-def try_arm(job, log, failed):
-    """Run an arm, unless it is finished, has failed, or another study uses its folder -> whether it was tried."""
-    key = job.setting, job.seed, job.arm
-    job.folder.mkdir(parents=True, exist_ok=True)
-    with (job.folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        rows = read_rows(log) if log.exists() else []
-        if key in failed or key in {(row["setting"], row["seed"], row["arm"]) for row in rows}:
-            return False
-        try:
-            run_arm(job, log)
-        except RuntimeError as error:  # of a command; the other arms can do without this one
-            failed.add(key)
-            print(f"[{job.folder.name}] {job.arm}: {error}", flush=True)
-        return True
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
@@ -334,19 +296,13 @@ def main():
     parser.add_argument("--quick", action="store_true", help="a few steps of every arm on seed 0, to see that it runs")
     args = parser.parse_args()
 
-    os.environ["OMP_NUM_THREADS"] = "1"  # before torch
-    import bitsandbytes  # noqa: F401
-    import peft  # noqa: F401
+    prepare_for_forks()
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401  # loaded once, for all the children
 
     log = ROOT / ("runs/study/quick.jsonl" if args.quick else "figures/logs/toy_study.jsonl")
-    log.parent.mkdir(parents=True, exist_ok=True)
     jobs = [Job(ARMS, setting, seed, arm, args.quick) for setting, seed, arm in plan()
             if setting in args.settings and seed in args.seeds and arm in args.arms and not (args.quick and seed)]
-    failed = set()
-    while any(try_arm(job, log, failed) for job in jobs):  # from the top after every arm: another study may be running
-        pass
-    sys.exit(1 if failed else 0)
+    sys.exit(1 if work_off(jobs, log) else 0)
 
 
 if __name__ == "__main__":

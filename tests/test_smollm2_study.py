@@ -15,7 +15,8 @@ class Recorder(smollm2_study.WordProblemJob):
     """Notes the commands of an arm; what they would have written is made up."""
 
     def run(self, script, *flags, out=None, seed=True):
-        self.commands.append((script, *map(str, [*flags, "--seed", self.seed, *(["--out", out] if out else [])])))
+        flags = [*flags, *(["--seed", self.seed] if seed else []), *(["--out", out] if out else [])]
+        self.commands.append((script, *map(str, flags)))
         return out
 
     def write(self, path, rows):
@@ -23,7 +24,7 @@ class Recorder(smollm2_study.WordProblemJob):
         return path
 
     def read(self, path):
-        row = dict.fromkeys((*smollm2_study.CURVE, "t_rollout", "t_score", "t_update"), 1.0)
+        row = dict.fromkeys((*smollm2_study.CURVE, *smollm2_study.SOLVED, "t_rollout", "t_score", "t_update"), 1.0)
         return [{**row, "question": "How many?", "explanation": "1+2=3", "start": 1, "steps": [2], "answer": "3"}]
 
     def report(self, path):
@@ -64,22 +65,24 @@ def parse(monkeypatch, tmp_path):
 def test_every_command_is_one_that_its_script_takes(parse, quick):
     commands = {command for arm in smollm2_study.ARMS for command in commands_of(arm, quick).commands}
     assert {script for script, *_ in commands} == {
-        "rows", "data/word_problems.py", "sft_student.py", "train_rlt.py", "distill.py", "evaluate.py"}
+        "rows", "data/smollm2.py", "data/word_problems.py", "sft_student.py", "train_rlt.py", "distill.py",
+        "rl_student.py", "evaluate.py"}
     for script, *words in sorted(commands):
         if script != "rows":
             args = parse(script, *words)
             steps = getattr(args, "steps", None)  # writing, scoring and grading have none
-            assert args.seed == 0 and steps in ((None, 2) if quick else (None, 25, 46, 50))
+            assert steps in ((None, 2) if quick else (None, 46, 50, 80))
+            assert script == "data/smollm2.py" or args.seed == 0
 
 
 def test_every_input_of_a_command_has_been_written_before():
     for arm in smollm2_study.ARMS:
-        made = {"smollm2"}
+        made = set()
         for _, *words in commands_of(arm, False).commands:
             given = dict(zip(words, words[1:], strict=False))
             for flag in ("--model", "--student", "--data"):
-                path = given.get(flag, "smollm2")
-                assert path in made or path.rpartition("/")[0] in made, (arm, path)
+                path = given.get(flag)
+                assert path is None or path in made or path.rpartition("/")[0] in made, (arm, path)
             made.add(given["--out"])
 
 
