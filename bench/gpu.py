@@ -7,11 +7,11 @@ What a GPU can tell about this repository, in one command and less than nine min
 
 Parts
     tests     the tests that need a GPU: pytest -m gpu
-    kernels   logits to numbers: eager torch, torch.compile, Liger and TRL where they are installed, and rewards.py;
-              GB/s as a share of a copy's in the same run, and the error against float64
     step      for each size of models, with random weights: a rollout, a scoring pass, a reference pass and an update;
               tokens/s, and the peak memory beside the one that --dry-run expects. The rollout by vLLM too, with what it
               takes of a GPU, where it is installed
+    kernels   logits to numbers: eager torch, torch.compile, Liger and TRL where they are installed, and rewards.py;
+              GB/s as a share of a copy's in the same run, and the error against float64
 
 Bits are the widest that fit, by the dry run. One log: a line of JSON for each measurement, appended to --out. One table
 at the end, printed and written beside the log (.md). A part that would start after --minutes is logged as skipped.
@@ -37,7 +37,7 @@ import torch  # noqa: E402
 from measure import CUDA, LOGS, Log, copy_bandwidth, matmul_rate  # noqa: E402
 from random_models import can_quantise  # noqa: E402
 
-PARTS = ("tests", "kernels", "step")
+PARTS = ("tests", "step", "kernels")
 TEST_SECONDS = 180  # that the tests may take
 KERNELS = ((4096, 152_064, torch.bfloat16), (4096, 32_000, torch.bfloat16), (4096, 152_064, torch.float32))
 KERNELS_ON_A_CPU = ((64, 32_000, torch.bfloat16),)
@@ -165,14 +165,14 @@ def main():
     jobs = []
     if "tests" in args.parts:
         jobs.append(("tests", lambda: run_tests(log, min(left(), TEST_SECONDS))))
-    if "kernels" in args.parts:
-        for tokens, vocab, dtype in KERNELS if CUDA else KERNELS_ON_A_CPU:
-            jobs.append((f"kernels, {tokens} x {vocab} {dtype}",
-                         lambda n=tokens, v=vocab, d=dtype: scoring.reduce(log, n, v, d, copy)))
     if "step" in args.parts:
         for name in args.size:
             jobs += [(f"step, {name}", lambda name=name: measure_step(log, name, matmul)),
                      (f"vLLM, {name}", lambda name=name: measure_vllm(log, name, matmul))]
+    if "kernels" in args.parts:
+        for tokens, vocab, dtype in KERNELS if CUDA else KERNELS_ON_A_CPU:
+            jobs.append((f"kernels, {tokens} x {vocab} {dtype}",
+                         lambda n=tokens, v=vocab, d=dtype: scoring.reduce(log, n, v, d, copy)))
     for name, job in jobs:
         if left() <= 0:
             log(part=name, skipped=f"--minutes {args.minutes:g} were over")
