@@ -159,15 +159,15 @@ class WordProblemJob(Job):
 
 ARMS = {  # functions of a WordProblemJob that return its student, or None where they only measure
     "RLT": lambda job: job.sft(job.explain(job.train_teacher())),
-    "warm-up teacher": lambda job: job.sft(job.explain(job.warm_up("teacher"))),
-    "right chains": lambda job: job.sft(job.replace_explanations(lambda row: row["explanation"])),
-    "best of 8": lambda job: job.sft(job.explain(job.warm_up("teacher"), *BEST_OF_8)),
-    "solutions only": lambda job: job.sft(job.replace_explanations(lambda row: "")),
-    "base": lambda job: job.base(),
     "warmed-up student": lambda job: job.warm_up("student"),
+    "right chains": lambda job: job.sft(job.replace_explanations(lambda row: row["explanation"])),
+    "solutions only": lambda job: job.sft(job.replace_explanations(lambda row: "")),
+    "score only": lambda job: job.sft(job.explain(job.train_teacher("--lambda", 0))),
+    "warm-up teacher": lambda job: job.sft(job.explain(job.warm_up("teacher"))),
+    "best of 8": lambda job: job.sft(job.explain(job.warm_up("teacher"), *BEST_OF_8)),
+    "base": lambda job: job.base(),
     "explanations before RL": lambda job: job.measure(job.warm_up("teacher")),
     "explanations after RL": lambda job: job.measure(job.teacher_of("RLT")),
-    "score only": lambda job: job.sft(job.explain(job.train_teacher("--lambda", 0))),
     "direct RL": lambda job: job.rl(job.warm_up("student")),
     "RL after RLT": lambda job: job.rl(job.student_of("RLT")),
 }
