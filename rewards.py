@@ -336,8 +336,8 @@ def _launch(kernel, out, token_ids, *sides):
         widths.append(logits.shape[1])
     tokens, itemsize = out.shape[1], max(logits.itemsize for logits, _ in sides)
     with torch.cuda.device_of(out):
-        kernel[(tokens,)](out, token_ids.contiguous(), tokens, *arguments, *widths,
-                          **meta_parameters(itemsize))
+        kernel[(tokens,)](out, token_ids.contiguous(), tokens, *arguments, *widths, **meta_parameters(itemsize),
+                          enable_fp_fusion=False)  # a fused t - s would round one side only: a KL to itself of -1e-8
 
 
 def meta_parameters(itemsize, num_warps=8, rows=2):

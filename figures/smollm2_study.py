@@ -20,18 +20,17 @@ from study_steps import ROOT, Job, mean_of, prepare_for_forks, replace_file, wor
 
 GSM8K = "gsm8k.jsonl"  # a copy of its train split, in the folder of a seed
 LENGTH = ("--max-new-tokens", 64)  # of an explanation; the longest right chain takes 56 tokens
-BITS = ("--bits", 32)
+BITS = ("--bits", 16)
 WARM_UP = ("--steps", 46, "--batch-size", 8, "--lr", 1e-3, "--warmup-steps", 3, "--val-rows", 16, "--eval-every", 20,
            "--save-every", 20)
-BATCH = ("--prompts-per-step", 16, "--group-size", 8, "--steps", 50, "--lr", 3e-4)  # of RL
-RL = (*BATCH, "--eval-every", 25, "--eval-rows", 64, "--save-every", 25)
+RL = ("--prompts-per-step", 16, "--group-size", 8, "--steps", 40, "--lr", 3e-4, "--eval-rows", 0, "--save-every", 20)
 STUDENT = ("--steps", 80, "--batch-size", 16, "--lr", 1e-3, "--val-rows", 32, "--save-every", 40)
 QUESTIONS = 672  # 640 to learn from, twice, and 32 to validate
 QUESTIONS_OF = {"val": 100, "test": 400}
 ANSWER = ("--max-new-tokens", 128)
 BEST_OF_8 = ("--samples", 8, "--keep", "best")
-CURVE = ("step", "reward", "score", "kl", "closed", "leak", "length", "entropy", "kl_ref", "eval_reward")
-SOLVED = ("step", "reward", "solved", "zero_groups", "length", "eval_solved")  # of RL on correctness
+CURVE = ("step", "reward", "score", "kl", "closed", "leak", "length", "entropy", "kl_ref")
+SOLVED = ("step", "reward", "solved", "zero_groups", "length")  # of RL on correctness
 MEASURED = 64  # validation questions whose explanations are looked at before and after RL
 MEASURES = {"is_right_chain": "is_right_chain", "right_steps": "right_steps", "leak": "leaks"}  # data/word_problems.py
 
@@ -64,7 +63,7 @@ class WordProblemJob(Job):
         return self.run("data/smollm2.py", out="runs/smollm2", seed=False)
 
     def scored_by(self):
-        return "--student", self.warm_up("student"), "--student-bits", 32
+        return "--student", self.warm_up("student"), "--student-bits", 16
 
     def warm_up(self, role):
         """The teacher before RL, or the student that scores: SFT on chains of GSM8K and of easy problems, then on more
@@ -89,9 +88,9 @@ class WordProblemJob(Job):
 
     def train_teacher(self, *flags):
         """RLT from the warm-up teacher."""
-        quick = self.if_quick("--steps", 2, "--group-size", 2, "--eval-rows", 2)
+        quick = self.if_quick("--steps", 2, "--group-size", 2)
         out = self.run("train_rlt.py", "--model", self.warm_up("teacher"), *self.scored_by(), "--data",
-                       self.rows_of("train"), "--teacher-bits", 32, *RL, *LENGTH, *flags, *quick,
+                       self.rows_of("train"), "--teacher-bits", 16, *RL, *LENGTH, *flags, *quick,
                        out=f"runs/{self.name}")
         metrics = self.read(f"{out}/metrics.jsonl")
         self.facts["curve"] = [{key: entry[key] for key in CURVE} for entry in metrics]
@@ -102,7 +101,7 @@ class WordProblemJob(Job):
         """The teacher's explanations of a split's questions; all teachers' are scored alike: exact KL, lambda 3."""
         data = f"runs/{self.name}.jsonl"
         self.run("distill.py", "--model", teacher, *self.scored_by(), "--data", self.rows_of(split), "--limit",
-                 limit, "--teacher-bits", 32, *LENGTH, "--batch-size", 512, *flags, *self.if_quick("--limit", 12),
+                 limit, "--teacher-bits", 16, *LENGTH, "--batch-size", 512, *flags, *self.if_quick("--limit", 12),
                  out=data)
         problems = {row["question"]: row for row in self.read(self.rows_of(split))}
         rows = self.read(data)
@@ -131,7 +130,7 @@ class WordProblemJob(Job):
     def rl(self, model):
         """A student by RL on correctness, from this one."""
         student = self.run("rl_student.py", "--task", "gsm8k", "--model", model, "--data", self.rows_of("train"), *BITS,
-                           *RL, *ANSWER, *self.if_quick("--steps", 2, "--group-size", 2, "--eval-rows", 2),
+                           *RL, *ANSWER, *self.if_quick("--steps", 2, "--group-size", 2),
                            out=f"runs/{self.name}")
         metrics = self.read(f"{student}/metrics.jsonl")
         self.facts["curve"] = [{key: entry[key] for key in SOLVED} for entry in metrics]

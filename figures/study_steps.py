@@ -95,10 +95,7 @@ class Job:
             print(f"[{self.folder.name}] {self.commands[-1]}", flush=True)
             if script in RESUMABLE:
                 command.append("--resume")
-            child = os.fork()  # not a new process, which would spend seconds on imports
-            if child == 0:
-                os._exit(run_in_child(self.folder, command))
-            if os.waitpid(child, 0)[1]:
+            if run_command(self.folder, command):
                 raise RuntimeError(f"{self.commands[-1]} failed: see {self.folder}/log.txt")
             if out and out.endswith(".jsonl"):
                 (self.folder / f"{out}.complete").touch()
@@ -282,8 +279,37 @@ def share_of_full_chains(rows):
     return statistics.fmean(toy().is_full_chain(row["question"], row["explanation"]) for row in rows)
 
 
+@functools.cache
+def can_fork():
+    """Whether a forked child could use CUDA, or there is none: a package that was imported may have started it here."""
+    import torch
+
+    return not torch.cuda.is_available() or fork(torch.cuda.init) == 0
+
+
+def fork(function, *arguments):
+    """Call a function in a forked child -> the exit status."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            status = function(*arguments) or 0
+        finally:  # whatever happens: the child must not continue as the study
+            os._exit(status)
+    return os.waitpid(child, 0)[1]
+
+
+def run_command(folder, command):
+    """Do what `python script flags` does in this folder, with its output in log.txt -> exit status."""
+    if can_fork():  # a new process would spend seconds on imports
+        return fork(run_in_child, folder, command)
+    with (folder / "log.txt").open("a") as log:
+        command = [sys.executable, str(ROOT / command[1]), *command[2:]]
+        return subprocess.run(command, cwd=folder, stdout=log, stderr=log).returncode
+
+
 def run_in_child(folder, command):
-    """In a forked child: do what `python script flags` does in this folder, with its output in log.txt -> status."""
+    """run_command in a forked child."""
     os.chdir(folder)
     log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -294,7 +320,7 @@ def run_in_child(folder, command):
         runpy.run_path(str(ROOT / command[1]), run_name="__main__")
     except SystemExit as leaving:
         status = leaving.code if isinstance(leaving.code, int) else bool(leaving.code)
-    except BaseException:  # whatever it is: the child must not continue as the study
+    except BaseException:
         traceback.print_exc()
         status = 1
     sys.stdout.flush()
@@ -307,10 +333,13 @@ def run_in_child(folder, command):
 
 
 def prepare_for_forks():
-    """Set and import what the children need, once. A child of a process that has started CUDA could not use it."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # before torch
+    """Set what torch reads when it is imported, and import what the children need."""
+    os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # torch.cuda.is_available() does not start CUDA
-    import peft  # noqa: F401
+    import torch
+
+    if torch.version.cuda is None:  # bitsandbytes, which peft imports, would start it
+        import peft  # noqa: F401
 
 
 def work_off(jobs, log):

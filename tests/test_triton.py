@@ -83,7 +83,7 @@ for target in (80, 90, 100):
         aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature)
                    if signature[name].startswith("*") or name.endswith("stride")}
         binary = compile(ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned),
-                         target=GPUTarget("cuda", target, 32), options={"num_warps": warps})
+                         target=GPUTarget("cuda", target, 32), options={"num_warps": warps, "enable_fp_fusion": False})
         with open("kernel.cubin", "wb") as file:
             file.write(binary.asm["cubin"])
         used = subprocess.run([os.path.join(tools, "cuobjdump"), "--dump-resource-usage", "kernel.cubin"],
