@@ -272,7 +272,7 @@ if triton is not None:
         token = tl.load(ids + row)
         t = (_load(teacher, token, VT) - max_t) * t_scale
         s = (_load(student, token, VS) - max_s) * s_scale
-        tl.store(out + row, (D / Z_t + tl.log2(Z_s / Z_t)) * LN2)
+        tl.store(out + row, (D / Z_t + tl.log2(tl.div_rn(Z_s, Z_t))) * LN2)  # x / x of Triton may not be 1
         tl.store(out + N + row, (t - tl.log2(Z_t)) * LN2)
         tl.store(out + 2 * N + row, (s - tl.log2(Z_s)) * LN2)
         tl.store(out + 3 * N + row, (tl.log2(Z_t) - E / Z_t) * LN2)
@@ -337,7 +337,7 @@ def _launch(kernel, out, token_ids, *sides):
     tokens, itemsize = out.shape[1], max(logits.itemsize for logits, _ in sides)
     with torch.cuda.device_of(out):
         kernel[(tokens,)](out, token_ids.contiguous(), tokens, *arguments, *widths, **meta_parameters(itemsize),
-                          enable_fp_fusion=False)  # a fused t - s would round one side only: a KL to itself of -1e-8
+                          enable_fp_fusion=False)  # fused, t - s rounds one side only: no 0 where they are equal
 
 
 def meta_parameters(itemsize, num_warps=8, rows=2):
