@@ -226,11 +226,11 @@ class Machine(NamedTuple):
     flops: float  # FLOP/s of one, bfloat16, dense
 
 
-# (low, high) of what nobody here has measured; the low hours take the first of each
+# (low, high): the low hours take the first of each. The figures of transformers hold what was measured on an H100
 TRANSFORMERS_BANDWIDTH = 0.9, 0.7  # share of the data sheet's, in large reads and copies
 VLLM_BANDWIDTH = 0.7, 0.3  # 0.35 in the published 7,224 tokens/s of Qwen3-4B with LoRA, 32 rows on a B200
 FLOPS = 0.45, 0.25  # share of the data sheet's; published for LoRA RL steps on an H100: 0.22 to 0.37
-LAUNCH = 5e-6, 10e-6  # seconds a kernel; low: hidden behind the reads where those take longer, high: added to them
+LAUNCH = 20e-6, 35e-6  # seconds a kernel, Python's share included; low: hidden behind longer reads, high: added to them
 KERNELS_PER_LAYER = 88  # of a decode step with an adapter on every linear layer, half of them the adapter's
 VLLM_ROWS = 256  # the most that it runs at a time
 MEAN, SCALE = 0.25, 0.255  # of an exponential distribution cut at the limit, as fractions of the limit
@@ -238,7 +238,7 @@ HOURS_ASSUMPTIONS = (
     "Completions are a quarter as long as the limit on average, exponentially distributed, and cut at the limit.",
     "transformers: each batch waits for its longest row. A decode step reads the weights, copies and reads the cache "
     "(once for each query head where prompts are padded) at 70 to 90 % of the GPU's bandwidth, and launches 88 kernels "
-    "a layer, 5 to 10 us each.",
+    "a layer, 20 to 35 us each.",
     "vLLM: up to 256 rows at a time, as many as its pages hold (40 % of the memory, less its weights), at 30 to 70 % "
     "of the bandwidth.",
     "Scoring, reference and update: 25 to 45 % of the GPU's bfloat16 FLOP/s, activations are recomputed.",
