@@ -20,7 +20,7 @@ import shlex
 import sys
 
 from rlt import flags, models, saving
-from rlt.console import print_next, progress_bar
+from rlt.console import print_next, print_progress, progress_bar
 from rlt.defaults import settle
 from rlt.distributed import all_gather_object, init_distributed
 from rlt.dry_run import ModelFootprint, dry_run
@@ -202,7 +202,9 @@ with progress_bar(initial=output.first_batch, total=len(batches), unit="batch") 
     for first in range(output.first_batch, len(batches), world):  # one batch a rank, and the same file by any number
         parts = all_gather_object(lines_of(first + rank) if first + rank < len(batches) else [])
         output.append([line for part in parts for line in part])
-        progress.update(len(batches[first : first + world]))
+        done = min(first + world, len(batches))
+        progress.update(done - first)
+        print_progress(args.model, first, done, len(batches), args.quiet)
 if rank:
     sys.exit()
 

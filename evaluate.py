@@ -26,7 +26,7 @@ from pathlib import Path
 
 from rlt import flags
 from rlt.checkpoints import check_writable
-from rlt.console import progress_bar
+from rlt.console import print_progress, progress_bar
 from rlt.distributed import WORLD, all_gather_object, init_distributed
 from rlt.errors import UserError
 from rlt.evaluations import (
@@ -148,9 +148,11 @@ def sample(name, engine, prompt_ids, args, rank, world):
 
     draw(0, prompt_ids[:1], max_new_tokens=1, temperature=0.0)  # see check_finite
     starts, drawn = range(0, len(prompt_ids), args.batch_size), []
-    for at in progress_bar(starts[rank::world], desc=name, unit="batch"):
+    own = starts[rank::world]
+    for at in progress_bar(own, desc=name, unit="batch"):
         drawn.append(draw(at, prompt_ids[at : at + args.batch_size], max_new_tokens=args.max_new_tokens,
                           temperature=args.temperature))
+        print_progress(name, len(drawn) - 1, len(drawn), len(own), args.quiet)
     drawn = all_gather_object(drawn)
     return [c for i in range(len(starts)) for c in drawn[i % world][i // world]]
 

@@ -83,9 +83,6 @@ def scoring_table():
             released, ours = passes["released", length], passes["ours", length]
             lines.append(f"| {device} | {ours['rows']} of {length:,} tokens | {speed(released)} | {speed(ours)} | "
                          f"{peak(released)} -> {peak(ours)} |")
-    if not any("NVIDIA" in device for device in scoring_rows()):
-        lines += ["", "Nothing here has been timed on a GPU yet: the kernels are tested in Triton's interpreter and "
-                  "compiled for sm_80, sm_90 and sm_100. `python bench/scoring.py` times them."]
     return "\n".join([*lines, ""])
 
 
@@ -153,28 +150,112 @@ def draw_peaks(axes, rows):
     axes.legend(loc="upper right")
 
 
-def measured_steps():
-    """Paragraphs and tables of the steps that were measured on GPUs."""
-    on_gpus = {machine: rows for machine, rows in step_rows().items() if not machine[0].startswith("CPU")}
-    if not on_gpus:
-        return ["", "None of it has been measured on a GPU: `python bench/gpu.py` does that, where there is one."]
-    return [line for (device, size), rows in on_gpus.items() for line in ["", *measured_lines(device, size, rows)]]
+# ---------------------------------------------------------------------------------------------------------
+# GPUs: bench/gpu.py
+
+KERNELS = {"eager": "PyTorch, eager", "compile": "torch.compile", "liger": "Liger", "trl": "TRL", "ours": "rewards.py"}
+NUMBERS = {"stats": "KL, two log-probs, entropy", "logprobs": "log-prob, entropy"}  # of a token
 
 
-def measured_lines(device, size, rows):
-    lines = [f"Measured on {device}, size {size}, {rows[0]['date']}:", "",
-             "| phase | tokens | completion tokens/s | share of matmul | peak |", "| --- | --- | --- | --- | --- |"]
-    for row in rows:
-        if "tokens_per_s" in row:
-            student = f"student {row['student_bits']} bits" if "student_bits" in row else ""
-            kind = ENGINES.get(row.get("engine"), student)
-            lines.append(f"| {row['part']} {kind} | {row.get('context') or row['length']:,} | "
-                         f"{row['tokens_per_s']:,.0f} | {row['of_matmul']:.0%} | {row['peak_gb']:.1f} GB |")
-    for row in rows:
-        if row["part"] == "recipe" and row["student_bits"] == 4 and row["length"] == 4096:
-            lines += ["", f"The whole recipe at 4,096 tokens, {ENGINES[row['engine']]}: {row['h_total']:,.0f} "
-                      f"GPU-hours, {row['h_without_rollout']:,.0f} without rollouts (the paper: {row['h_paper']})."]
+def gpu_rows(part):
+    """{device: rows of this part in logs/gpu.jsonl}; of repeated measurements, the last."""
+    asked = ("phase", "size", "kind", "impl", "tokens", "vocab", "dtype", "length", "rollout_rows")
+    devices = {}
+    for row in read_log("gpu.jsonl", "python bench/gpu.py"):
+        if row["part"] == part:
+            devices.setdefault(row["device"], []).append(row)
+    return {device: last_of_each(rows, lambda row: tuple(map(row.get, asked))) for device, rows in devices.items()}
+
+
+def ceilings(device):
+    return gpu_rows("ceilings")[device][-1]
+
+
+def gpu_tables():
+    """What was measured on GPUs: kernels against other implementations, and the phases of a training step."""
+    lines = []
+    for device, rows in gpu_rows("reduce").items():
+        limits = ceilings(device)
+        lines += [f"{device}, torch {limits['torch']}, {limits['date']}: time, and share of the bandwidth of a copy "
+                  f"({limits['copy_gb_s']:,.0f} GB/s). 4,096 tokens; Liger's KL takes log-probs, which it is given "
+                  "by `log_softmax`, and has no other number.", "",
+                  "| numbers of a token | vocabulary | " + " | ".join(KERNELS.values()) + " |",
+                  "| --- " * (2 + len(KERNELS)) + "|"]
+        found = {(row["kind"], row["vocab"], row["dtype"], row["impl"]): row for row in rows}
+        for kind, vocab, dtype in dict.fromkeys(key[:3] for key in found):
+            cells = (kernel_cell(found.get((kind, vocab, dtype, impl))) for impl in KERNELS)
+            lines.append(f"| {NUMBERS[kind]} | {vocab:,} {dtype} | {' | '.join(cells)} |")
+        lines.append("")
+    for device, rows in gpu_rows("step").items():
+        matmul = ceilings(device)["matmul_tflop_s"]
+        lines += [f"{device}: phases of a training step at 16,384 tokens, random weights in 16 bits, gradient "
+                  f"checkpointing. Shares are of a matrix product's speed, {matmul:,.0f} TFLOP/s.", "",
+                  "| teacher and student | phase | tokens/s | share | peak memory | expected by `--dry-run` |",
+                  "| --- | --- | --- | --- | --- | --- |"]
+        for row in rows:
+            phase = f"rollout of {row['rollout_rows']} rows" if row["phase"] == "rollout" else row["phase"]
+            lines.append(f"| {row['size'].upper()} | {phase} | {row['tokens_per_s']:,.0f} | {row['of_matmul']:.0%} | "
+                         f"{row['peak_gb']:.1f} GB | {row['expected_gb']:.1f} GB |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def kernel_cell(row):
+    return f"{row['ms']:.2f} ms, {row['of_copy']:.0%}" if row and row["ms"] else "-"
+
+
+def measured_text():
+    """The README's sentence on what was measured on GPUs."""
+    lines = []
+    for device, rows in gpu_rows("step").items():
+        worst = max(abs(row["peak_gb"] / row["expected_gb"] - 1) for row in rows)
+        sizes = " and ".join(dict.fromkeys(f"{row['size'].upper()}" for row in rows))
+        largest = {row["phase"]: row for row in rows if row["size"] == rows[0]["size"]}
+        decoding = largest.pop("rollout")
+        rates = ", ".join(f"{phase} {row['tokens_per_s']:,.0f}" for phase, row in largest.items())
+        lines.append(
+            f"Measured on one {device} (`python bench/gpu.py`): with {sizes} models of random weights in 16 bits and "
+            f"16,384 tokens, no phase's peak was more than {100 * worst:.1f} % from the one that `--dry-run` expects. "
+            f"Tokens a second of {decoding['size'].upper()} models: {rates}; a decode step of "
+            f"{decoding['rollout_rows']} rows by transformers takes {decoding['seconds']:.2f} s. Not measured: vLLM on "
+            "a GPU, 4-bit weights of this size, several GPUs ([all numbers](figures/README.md#speed-and-memory)).")
     return lines
+
+
+def gpu():
+    """Kernels against other implementations, and the peak of every phase with what --dry-run expects."""
+    for device, rows in gpu_rows("reduce").items():
+        figure, panels = plt.subplots(1, 3, figsize=(11, 2.6), width_ratios=(2, 2, 3))
+        for axes, (kind, numbers) in zip(panels, NUMBERS.items(), strict=False):
+            own = {row["impl"]: row for row in rows
+                   if (row["kind"], row["vocab"], row["dtype"]) == (kind, max(r["vocab"] for r in rows), "bfloat16")}
+            names = [name for name in reversed(KERNELS) if name in own]
+            axes.barh([KERNELS[name] for name in names], [100 * own[name]["of_copy"] for name in names],
+                      color=[RED if name == "ours" else GREY for name in names])
+            for place, name in enumerate(names):
+                axes.text(100 * own[name]["of_copy"] + 1, place, f"{own[name]['ms']:.2g} ms", va="center", fontsize=7)
+            axes.set_xlim(0, 118)
+            axes.set_xlabel("bandwidth, % of a copy's")
+            axes.set_title(f"{numbers} of a token")
+            axes.grid(axis="y", visible=False)
+        draw_gpu_peaks(panels[2], gpu_rows("step")[device])
+        figure.suptitle(f"{device}. Left and middle: from logits of 4,096 tokens, vocabulary 152,064, bfloat16. Right: "
+                        "a training step at 16,384 tokens", fontsize=8)
+        save(figure, "bench_gpu")
+
+
+def draw_gpu_peaks(axes, rows):
+    sizes = list(dict.fromkeys(row["size"] for row in rows))
+    for row in rows:
+        x = sizes.index(row["size"]) + 0.2 * (list(PHASES).index(row["phase"]) - 1.5)
+        axes.bar(x, row["peak_gb"], 0.18, color=PHASES[row["phase"]], label=row["phase"])
+        axes.plot(x, row["expected_gb"], "k_", ms=12, label="expected by --dry-run")
+    named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    axes.legend(named.values(), named.keys(), loc="upper right")
+    names = [f"teacher and student of {size.upper()}, 16 bits" for size in sizes]
+    axes.set_xticks(range(len(sizes)), names, fontsize=7)
+    axes.set_ylabel("peak memory of a phase, GB")
+    axes.grid(axis="x", visible=False)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -253,4 +334,4 @@ def models_table():
     return "\n".join([*lines, ""])
 
 
-FIGURES = (scoring, step)
+FIGURES = (scoring, step, gpu)

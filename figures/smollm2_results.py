@@ -1,71 +1,119 @@
 # SPDX-License-Identifier: MIT
-"""What the study on SmolLM2 has measured so far: RLT's training curve, and explanations before and after it."""
+"""What the study on SmolLM2 has measured: students, training curves, and explanations of one problem token by token."""
 
-import math
+import statistics
 
 import matplotlib.pyplot as plt
-from plotting import RED, save, smooth, steps
+from plotting import GREY, LABELS, RED, bars, save, steps
 from reward_picture import draw
 from reward_rows import read_scored
-from study_log import LOGS, read_log
+from study_log import LOGS, greedy, interval, read_log
 
 COMMAND = "python figures/smollm2_study.py --gsm8k train.jsonl"
-EXPLANATIONS = LOGS / "smollm2_explanations.jsonl"  # of one validation question, before and after RL
-MEASURED = {"before RL": "explanations before RL", "after RL": "explanations after RL"}
+BEFORE_AND_AFTER = LOGS / "smollm2_explanations.jsonl"  # of one problem, by the teacher before and after 25 steps of RL
+BY_LAMBDA = LOGS / "smollm2_samples.jsonl"  # of one problem, by teachers with the KL in their reward and without it
+STUDENTS = ("base", "solutions only", "warm-up teacher", "score only", "best of 8", "RLT", "warmed-up student",
+            "direct RL", "RL after RLT", "right chains")
+NAMES = LABELS | {"best of 8": "best of 8, no RL", "warmed-up student": "the warm-up's own rows, easier problems",
+                  "right chains": "right chains"}
+EXPLANATIONS = {"is_right_chain": "right chains", "right_steps": "right steps", "leak": "leak"}  # shares
 
 
-def row_of(arm):
-    return next(row for row in read_log("smollm2_study.jsonl", COMMAND) if row["arm"] == arm)
+def rows_of(arm):
+    """The rows of an arm, ordered by seed; [] if it has not been run."""
+    rows = [row for row in read_log("smollm2_study.jsonl", COMMAND) if row["arm"] == arm]
+    return sorted(rows, key=lambda row: row["seed"])
 
 
-def share(p, n):
-    """A share of n rows in %, with its standard error."""
-    return f"{100 * p:.0f} ± {100 * math.sqrt(p * (1 - p) / n):.0f} %"
-
-
-def explanations_table():
-    """The README's table: explanations of the same validation questions by the teacher before and after RL."""
-    rows = {name: row_of(arm)["explanations"] for name, arm in MEASURED.items()}
-    count, taken = rows["before RL"]["count"], len(row_of(MEASURED["after RL"])["curve"])
-    lines = [f"One explanation of each of {count} validation questions, sampled by the teacher before RL and after "
-             f"{taken} steps of 32 explanations; ± is the standard error. Reward, score, KL: means with λ = 3 and "
-             "the exact KL.", "",
-             "| teacher | right chains | right steps | leak | closed | length | score | KL | reward |",
-             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
-    for name, found in rows.items():
-        chains, leak, closed = (share(found[key], count) for key in ("is_right_chain", "leak", "closed"))
-        numbers = f"{found['length']:.0f} | {found['score']:.2f} | {found['kl']:.2f} | {found['reward']:.2f}"
-        lines.append(f"| {name} | {chains} | {100 * found['right_steps']:.0f} % | {leak} | {closed} | {numbers} |")
-    students = [f"{row['arm']} {share(found['mean'], found['questions'])} of {found['questions']}"
-                for row in read_log("smollm2_study.jsonl", COMMAND) if "accuracy" in row
-                for found in [row["accuracy"]["test greedy"]]]
-    lines += ["", f"Test questions answered right by students (greedy), by what they were trained on: "
-              f"{'; '.join(students)}."] if students else []
-    row = row_of(MEASURED["after RL"])
-    lines += ["", f"Measured: {row['machine']}, torch {row['torch']}, {row['date']}, seed {row['seed']}. "
-              "`figures/logs/smollm2_study.jsonl` holds the commands and the commit.", ""]
+def students_table():
+    """The README's table: students by what they were trained on, and what the explanations are like."""
+    rows = {arm: rows_of(arm) for arm in STUDENTS if rows_of(arm)}
+    seeds = sorted({row["seed"] for own in rows.values() for row in own})
+    questions = {row["accuracy"]["test greedy"]["questions"] for own in rows.values() for row in own}
+    lines = [f"Right answers to {questions.pop()} test questions in %, greedy: mean over seeds "
+             f"{', '.join(map(str, seeds))} ± its 95 % interval. On the right: means over the explanations of the "
+             "training questions, with λ = 3 and the exact KL.", "",
+             "| student trained on | right answers | right chains | right steps | leak | score | KL | reward |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for arm, own in rows.items():
+        lines.append(f"| {NAMES.get(arm, arm)} | {accuracy_of(own, seeds)} | {' | '.join(explanations_of(own))} |")
+    machines = dict.fromkeys(f"{row['machine']}, torch {row['torch']}, {row['date']}"
+                             for own in rows.values() for row in own)
+    lines += ["", f"Measured: {'; '.join(machines)}. `figures/logs/smollm2_study.jsonl` holds the commands of every "
+              "arm and the commit they ran at.", ""]
     return "\n".join(lines)
 
 
+def accuracy_of(rows, seeds):
+    mean, half = interval([greedy(row) for row in rows])
+    if len(rows) == 1:
+        return f"**{mean:.1f}** (seed {rows[0]['seed']})"
+    return f"**{mean:.1f}** ± {half:.1f}" + ("" if len(rows) == len(seeds) else f" ({len(rows)} seeds)")
+
+
+def explanations_of(rows):
+    """Cells: what the explanations that these students learned from are like; empty where a teacher wrote none."""
+    found = [row["explanations"] for row in rows if "explanations" in row]
+    if not found:
+        return [""] * (len(EXPLANATIONS) + 3)
+    cells = [f"{100 * statistics.fmean(one[key] for one in found):.0f} %" for key in EXPLANATIONS]
+    for key in ("score", "kl", "reward"):
+        known = [one[key] for one in found if key in one]
+        cells.append(f"{statistics.fmean(known):.2f}" if known else "")
+    return cells
+
+
+def accuracy():
+    figure, axes = plt.subplots(figsize=(6.4, 2.8))
+    bars(axes, {arm: rows_of(arm) for arm in STUDENTS}, [greedy], labels=NAMES, highest=50)
+    axes.set_xlabel("right answers to 400 test questions, greedy, %\n(mean, 95 % interval, one dot for each seed)")
+    axes.set_ylabel("student trained on")
+    save(figure, "smollm2_accuracy")
+
+
 def training():
-    """RLT on SmolLM2: what the reward is made of, along training."""
-    curve = row_of(MEASURED["after RL"])["curve"]
-    titles = {"reward": "reward", "score": "score, nats", "kl": "KL (k1), nats", "closed": "closed, share",
-              "length": "tokens in an explanation", "kl_ref": "KL to the start, nats"}
-    figure, panels = plt.subplots(1, len(titles), figsize=(11, 2))
+    """RLT on SmolLM2, with the KL in the reward and without: what the reward is made of, along training."""
+    titles = {"score": "score, nats", "kl": "KL (k1), nats", "reward": "score - 3 KL, nats",
+              "length": "tokens in an explanation", "entropy": "entropy, nats a token",
+              "kl_ref": "KL to the reference"}
+    figure, panels = plt.subplots(1, len(titles), figsize=(11, 2.2))
     for axes, (key, title) in zip(panels, titles.items(), strict=True):
-        values = [entry[key] for entry in curve]
-        axes.plot(steps(curve), values, color=RED, lw=0.6, alpha=0.4)
-        axes.plot(steps(curve), smooth(values), color=RED, lw=1.4)
+        for arm, colour in (("RLT", RED), ("score only", GREY)):
+            for row in rows_of(f"training of {arm}"):
+                curve = row["curve"]
+                values = [entry["score"] - 3 * entry["kl"] if key == "reward" else entry[key] for entry in curve]
+                line, = axes.plot(steps(curve), values, color=colour, lw=0.8)
+            line.set_label(LABELS[arm])
         axes.set_title(title)
         axes.set_xlabel("step")
+    figure.legend(*panels[0].get_legend_handles_labels(), title="one line for each seed", loc="upper center", ncols=2,
+                  bbox_to_anchor=(0.5, 0.03))
     save(figure, "smollm2_reward")
 
 
-def before_and_after():
-    """Explanations of one validation question, before and after RL, token by token."""
-    settings, (group, *_) = read_scored(EXPLANATIONS)
+def curves_table():
+    """First and last five steps of every training run."""
+    lines = ["| seed | reward | steps | score | KL | score - 3 KL |", "| --- | --- | --- | --- | --- | --- |"]
+    for arm in ("RLT", "score only"):
+        for row in rows_of(f"training of {arm}"):
+            first, last = row["curve"][:5], row["curve"][-5:]
+            values = [[statistics.fmean(measure(entry) for entry in part) for part in (first, last)]
+                      for measure in (lambda e: e["score"], lambda e: e["kl"], lambda e: e["score"] - 3 * e["kl"])]
+            cells = " | ".join(f"{before:.2f} → {after:.2f}" for before, after in values)
+            lines.append(f"| {row['seed']} | {LABELS[arm]} | {len(row['curve'])} | {cells} |")
+    return "\n".join([*lines, ""])
+
+
+def by_lambda():
+    """Explanations of one problem after 30 steps of RL, with the KL in the reward and without, token by token."""
+    settings, (group,) = read_scored(BY_LAMBDA)
     save(draw(group, settings), "smollm2_explanations")
 
 
-FIGURES = (training, before_and_after)
+def before_and_after():
+    """Explanations of one problem before and after 25 steps of RL, token by token."""
+    settings, (group, *_) = read_scored(BEFORE_AND_AFTER)
+    save(draw(group, settings), "smollm2_before_and_after")
+
+
+FIGURES = (accuracy, training, by_lambda, before_and_after)

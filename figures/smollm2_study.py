@@ -80,11 +80,14 @@ class WordProblemJob(Job):
 
     def teacher_of(self, arm, *flags):
         """The RLT of another arm on the same seed, trained with its flags if it does not exist; its curve is a fact."""
-        other = self.other(arm)
-        teacher = other.train_teacher(*flags)
+        return self.take(self.other(arm), lambda other: other.train_teacher(*flags))
+
+    def take(self, other, make):
+        """What make(other) returns; commands and facts of the other job become this one's."""
+        made = make(other)
         self.commands += other.commands
         self.facts |= other.facts
-        return teacher
+        return made
 
     def train_teacher(self, *flags):
         """RLT from the warm-up teacher."""
@@ -138,10 +141,10 @@ class WordProblemJob(Job):
 
     def student_of(self, arm):
         """The student of another arm on the same seed, made if it does not exist."""
-        other = self.other(arm)
-        student = self.recipes[arm](other)
-        self.commands += other.commands
-        return student
+        return self.take(self.other(arm), self.recipes[arm])
+
+    def watch(self, *_):
+        """For arms that measure how others train, and have no student of their own."""
 
     def accuracy(self, student):
         """{split and decoding: exact match} of a student."""
@@ -165,6 +168,9 @@ ARMS = {  # functions of a WordProblemJob that return its student, or None where
     "warm-up teacher": lambda job: job.sft(job.explain(job.warm_up("teacher"))),
     "best of 8": lambda job: job.sft(job.explain(job.warm_up("teacher"), *BEST_OF_8)),
     "base": lambda job: job.base(),
+    "training of RLT": lambda job: job.watch(job.teacher_of("RLT")),
+    "training of score only": lambda job: job.watch(job.teacher_of("score only", "--lambda", 0)),
+    "training of direct RL": lambda job: job.watch(job.student_of("direct RL")),
     "explanations before RL": lambda job: job.measure(job.warm_up("teacher")),
     "explanations after RL": lambda job: job.measure(job.teacher_of("RLT")),
     "direct RL": lambda job: job.rl(job.warm_up("student")),

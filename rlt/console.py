@@ -2,6 +2,7 @@
 """What a terminal shows while a script works."""
 
 import os
+import sys
 import time
 
 from rlt.distributed import RANK
@@ -18,6 +19,13 @@ def progress_bar(*iterable, **options):
     hidden = RANK > 0 or os.environ.get("TQDM_DISABLE", "0").lower() not in ("", "0", "false")
     _shown["bar"] = tqdm(*iterable, dynamic_ncols=True, disable=True if hidden else None, **options)
     return _shown["bar"]
+
+
+def print_progress(what, before, done, total, quiet):
+    """Where there is no terminal and so no bar: a line at every tenth of `total` batches, of which `before` were done
+    and now `done` are."""
+    if total > 1 and 10 * before // total < 10 * done // total and not quiet and not sys.stderr.isatty():
+        print(f"{what}: {done} of {total} batches", flush=True)
 
 
 def show_activity(text):

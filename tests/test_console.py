@@ -47,6 +47,21 @@ def test_bars_are_for_terminals(monkeypatch):
     assert shown(monkeypatch, Terminal(), rank=1)[0] == ""
 
 
+def test_files_get_a_line_at_every_tenth(monkeypatch, capsys):
+    def lines(total, step=1, quiet=False):
+        for before in range(0, total, step):
+            console.print_progress("teacher", before, min(before + step, total), total, quiet)
+        return capsys.readouterr().out.splitlines()
+
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert lines(3) == ["teacher: 1 of 3 batches", "teacher: 2 of 3 batches", "teacher: 3 of 3 batches"]
+    assert lines(100) == [f"teacher: {n} of 100 batches" for n in range(10, 101, 10)]
+    assert lines(100, step=64) == ["teacher: 64 of 100 batches", "teacher: 100 of 100 batches"]
+    assert lines(1) == lines(3, quiet=True) == []
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert lines(3) == []
+
+
 def test_other_packages_and_scripts_that_are_started_write_no_bars_into_files(tmp_path):
     """tqdm is loaded after make_parser, as in scripts that make a model."""
     program = ("import sys; from rlt import flags; p = flags.make_parser('x'); p.add_argument('--quiet', "
