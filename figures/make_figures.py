@@ -34,6 +34,7 @@ TABLES = {  # what a page calls the block: the function that writes it
     "smollm2 training": smollm2_results.curves_table,
     "bench text": benchmarks.scoring_table,
     "gpu": benchmarks.gpu_tables,
+    "kernel": benchmarks.kernel_text,
     "machines": machines.machine_table,
     "hours": machines.hours_text,
     "faults": benchmarks.faults_list,
