@@ -28,27 +28,34 @@ def rows_of(arm):
 def students_table():
     """The README's table: students by what they were trained on, and what the explanations are like."""
     rows = {arm: rows_of(arm) for arm in STUDENTS if rows_of(arm)}
-    seeds = sorted({row["seed"] for own in rows.values() for row in own})
-    questions = {row["accuracy"]["test greedy"]["questions"] for own in rows.values() for row in own}
-    lines = [f"Right answers to {questions.pop()} test questions in %, greedy: mean over seeds "
-             f"{', '.join(map(str, seeds))} ± its 95 % interval. On the right: means over the explanations of the "
-             "training questions, with λ = 3 and the exact KL.", "",
-             "| student trained on | right answers | right chains | right steps | leak | score | KL | reward |",
-             "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    all_rows = [row for own in rows.values() for row in own]
+    seeds = sorted({row["seed"] for row in all_rows})
+    counts = {split: max(row["accuracy"].get(f"{split} greedy", {}).get("questions", 0) for row in all_rows)
+              for split in ("test", "val")}
+    lines = [f"Right answers to {counts['test']} test and {counts['val']} validation questions in %, greedy: mean over "
+             f"seeds {', '.join(map(str, seeds))} ± its 95 % interval. On the right: means over the explanations of "
+             "the training questions, with λ = 3 and the exact KL.", "",
+             "| student trained on | test | validation | right chains | right steps | leak | score | KL | reward |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for arm, own in rows.items():
-        lines.append(f"| {NAMES.get(arm, arm)} | {accuracy_of(own, seeds)} | {' | '.join(explanations_of(own))} |")
-    machines = dict.fromkeys(f"{row['machine']}, torch {row['torch']}, {row['date']}"
-                             for own in rows.values() for row in own)
+        accuracies = " | ".join(accuracy_of(own, split, seeds) for split in ("test", "val"))
+        lines.append(f"| {NAMES.get(arm, arm)} | {accuracies} | {' | '.join(explanations_of(own))} |")
+    machines = dict.fromkeys(f"{row['machine']}, torch {row['torch']}, {row['date']}" for row in all_rows)
     lines += ["", f"Measured: {'; '.join(machines)}. `figures/logs/smollm2_study.jsonl` holds the commands of every "
               "arm and the commit they ran at.", ""]
     return "\n".join(lines)
 
 
-def accuracy_of(rows, seeds):
-    mean, half = interval([greedy(row) for row in rows])
-    if len(rows) == 1:
-        return f"**{mean:.1f}** (seed {rows[0]['seed']})"
-    return f"**{mean:.1f}** ± {half:.1f}" + ("" if len(rows) == len(seeds) else f" ({len(rows)} seeds)")
+def accuracy_of(rows, split, seeds):
+    """A cell: the mean over seeds, and its interval; of one seed, which it is; empty where none was measured."""
+    found = {row["seed"]: 100 * row["accuracy"][f"{split} greedy"]["mean"] for row in rows
+             if f"{split} greedy" in row["accuracy"]}
+    if not found:
+        return ""
+    mean, half = interval(list(found.values()))
+    if len(found) == 1:
+        return f"**{mean:.1f}** (seed {', '.join(map(str, found))})"
+    return f"**{mean:.1f}** ± {half:.1f}" + ("" if len(found) == len(seeds) else f" ({len(found)} seeds)")
 
 
 def explanations_of(rows):
@@ -65,7 +72,8 @@ def explanations_of(rows):
 
 def accuracy():
     figure, axes = plt.subplots(figsize=(6.4, 2.8))
-    bars(axes, {arm: rows_of(arm) for arm in STUDENTS}, [greedy], labels=NAMES, highest=50)
+    rows = {arm: [row for row in rows_of(arm) if "test greedy" in row["accuracy"]] for arm in STUDENTS}
+    bars(axes, rows, [greedy], labels=NAMES, highest=50)
     axes.set_xlabel("right answers to 400 test questions, greedy, %\n(mean, 95 % interval, one dot for each seed)")
     axes.set_ylabel("student trained on")
     save(figure, "smollm2_accuracy")
