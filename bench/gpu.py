@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """
-What a GPU can tell about this repository, in one command and less than nine minutes:
+What a GPU can tell about this repository, in one command: two minutes of an H100, without vLLM.
 
     python bench/gpu.py                on the CUDA GPU of this machine, whatever it is
     python bench/gpu.py --size tiny    the same code on a CPU, small
