@@ -272,7 +272,7 @@ def plan():
         ("rooms", 3, rooms),
         ("base 0.005", 3, guide),
         ("base 0.0", 3, guide),
-        ("base 0.0", 1, ("AdaBack", "ReLIFT", "ground truth")),
+        ("base 0.0", 3, ("AdaBack", "ReLIFT", "ground truth")),
         ("base 0.0", 2, ["Guide, naive start"]),
         ("base 0.08", 1, on_map("student")),
         ("base 0.005", 1, on_map("refreshed")),
