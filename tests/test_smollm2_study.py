@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT, call
 
 sys.path.insert(0, str(ROOT / "figures"))
+import smollm2_results  # noqa: E402
 import smollm2_study  # noqa: E402
 
 
@@ -91,3 +92,21 @@ def test_an_arm_says_what_its_explanations_are_like():
     assert facts["explanations"] == {"reward": 1, "score": 1, "kl": 1, "closed": 1, "length": 1, "count": 1,
                                      "is_right_chain": 1, "right_steps": 1, "leak": 0}
     assert facts["curve"] == [dict.fromkeys(smollm2_study.CURVE, 1)]
+
+
+def test_cells_of_the_table():
+    """A mean with its interval, the only seed, or nothing; what the explanations are like, as far as it is known."""
+    def row(seed, explanations=None, **shares):
+        accuracy = {f"{split} greedy": {"mean": share} for split, share in shares.items()}
+        return {"seed": seed, "accuracy": accuracy} | ({"explanations": explanations} if explanations else {})
+
+    seeds = [0, 1, 2]
+    three = [row(0, test=0.1), row(1, test=0.2), row(2, test=0.3, val=0.5)]
+    assert smollm2_results.accuracy_of(three, "test", seeds) == "**20.0** ± 24.8"  # 4.303 * 10 / sqrt(3)
+    assert smollm2_results.accuracy_of(three, "val", seeds) == "**50.0** (seed 2)"
+    assert smollm2_results.accuracy_of(three[:2], "test", seeds) == "**15.0** ± 63.5 (2 seeds)"  # 12.706 * 5
+    assert smollm2_results.accuracy_of(three[:2], "val", seeds) == ""
+    shares = {"is_right_chain": 0.5, "right_steps": 0.25, "leak": 0.1}
+    found = [row(0, explanations=shares | {"score": -1.0, "kl": 0.5, "reward": -2.5}), row(1, explanations=shares)]
+    assert smollm2_results.explanations_of(found) == ["50 %", "25 %", "10 %", "-1.00", "0.50", "-2.50"]
+    assert smollm2_results.explanations_of(three) == [""] * 6
