@@ -285,7 +285,7 @@ def plan():
         ("base 0.005", 3, guide),
         ("base 0.0", 3, guide),
         ("base 0.0", 3, ("AdaBack", "ReLIFT", "ground truth")),
-        ("base 0.0", 2, ["Guide, naive start"]),
+        ("base 0.0", 3, ["Guide, naive start"]),
         ("base 0.08", 1, on_map("student")),
         ("base 0.005", 1, on_map("refreshed")),
         ("base 0.0", 1, on_map("nothing")),
