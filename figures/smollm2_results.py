@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What the study on SmolLM2 has measured: students, training curves, and explanations of one problem token by token."""
 
+import math
 import statistics
 
 import matplotlib.pyplot as plt
@@ -100,16 +101,28 @@ def training():
 
 
 def curves_table():
-    """First and last five steps of every training run."""
-    lines = ["| seed | reward | steps | score | KL | score - 3 KL |", "| --- | --- | --- | --- | --- | --- |"]
+    """First and last five steps of every training run, and how often the teacher writes a right chain."""
+    lines = ["| seed | reward | steps | score | KL | score - 3 KL | right chains |",
+             "| --- | --- | --- | --- | --- | --- | --- |"]
     for arm in ("RLT", "score only"):
         for row in rows_of(f"training of {arm}"):
             first, last = row["curve"][:5], row["curve"][-5:]
             values = [[statistics.fmean(measure(entry) for entry in part) for part in (first, last)]
                       for measure in (lambda e: e["score"], lambda e: e["kl"], lambda e: e["score"] - 3 * e["kl"])]
             cells = " | ".join(f"{before:.2f} → {after:.2f}" for before, after in values)
-            lines.append(f"| {row['seed']} | {LABELS[arm]} | {len(row['curve'])} | {cells} |")
+            chains = [share_of_right_chains(other, row["seed"]) for other in ("warm-up teacher", "explanations after RL")]
+            chains = " → ".join(chains) if arm == "RLT" and all(chains) else ""
+            lines.append(f"| {row['seed']} | {LABELS[arm]} | {len(row['curve'])} | {cells} | {chains} |")
     return "\n".join([*lines, ""])
+
+
+def share_of_right_chains(arm, seed):
+    """In %, with its standard error; "" where it was not measured."""
+    for row in rows_of(arm):
+        if row["seed"] == seed:
+            share, count = row["explanations"]["is_right_chain"], row["explanations"]["count"]
+            return f"{100 * share:.0f} ± {100 * math.sqrt(share * (1 - share) / count):.0f} %"
+    return ""
 
 
 def by_lambda():
