@@ -25,16 +25,7 @@ from rlt.distributed import all_reduce_mean, all_reduce_sum, init_distributed
 from rlt.dry_run import dry_run_rl
 from rlt.episodes import Episode, completion_lengths, pack, split_into_micro_batches, unpack
 from rlt.errors import UserError
-from rlt.grpo import (
-    LOSSES,
-    group_advantages,
-    group_scale,
-    grpo_loss,
-    pathwise_kl_loss,
-    spread_weighted_mean,
-    step_denominator,
-    tis_weights,
-)
+from rlt.grpo import LOSSES, group_advantages, group_scale, grpo_loss, pathwise_kl_loss, step_denominator, tis_weights
 from rlt.inspection import token_numbers
 from rlt.logprobs import batched_logprobs, completion_logprobs, completion_logprobs_and_kl
 from rlt.lora import update_mode
@@ -76,8 +67,6 @@ flags.add_data(group, data="toy", columns=("question", "solution"))
 flags.add_solution_in(group)
 group = parser.add_argument_group("reward")
 flags.add_reward(group, kl="sampled")
-group.add_argument("--score-weights", choices=("mean", "spread"), default="mean", metavar="W", help="of the solution's "
-                   "tokens in the score: all the same, or spread, by how their log-prob varies in the group (R3)")
 group.add_argument("--kl-gradient", action="store_true", help="with --kl exact: add the KL's gradient through the "
                    "teacher's distribution, which the policy gradient lacks")
 flags.add_rollouts(parser.add_argument_group("sampling"), prompts_per_step=16, group_size=16)
@@ -256,9 +245,6 @@ for step in run.steps(progress, save):
 
     # 2. rewards (B,), old log-probs and entropies: one pass of the teacher and one of the student
     rewards, explanations, scoring_rows, scored = compute_rewards(batch, completions)
-    if args.score_weights == "spread":
-        rewards = rewards - scored.reward.score_mean + spread_weighted_mean(
-            scored.solution_logprobs, scored.solution_lengths, args.group_size)
     sampler_logprobs = torch.tensor([p for c in completions for p in c.logprobs], device=device)
     logprob_diff = check_logprob_diff(sampler_logprobs, scored.old_logprobs, args.max_logprob_diff)
     timer.end("score")

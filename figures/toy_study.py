@@ -167,16 +167,6 @@ def map_rlt(job, careful, student=None):
     return job.sft(job.explain(job.train_teacher(job.warm_up_teacher(careful), *rewarded_by)))
 
 
-def refreshed_rlt(job, careful=None):
-    """RLT in three parts of 20 steps. The reward student of each is a student of the latest explanations, first of the
-    warm-up teacher's. The optimizer and the reference policy start anew with each part."""
-    teacher = job.warm_up_teacher(careful)
-    for part in ("-1", "-2", "-3"):
-        student = job.sft(job.explain(teacher, out=f"{job.name}{part}"), part=part)
-        teacher = job.train_teacher(teacher, "--student", student, "--steps", 20, "--lr-steps", 60, part=part)
-    return job.sft(job.explain(teacher))
-
-
 def map_arms(careful):
     """The arms of one column of the map."""
     partial, rows = functools.partial, f"rows {careful}"
@@ -188,7 +178,6 @@ def map_arms(careful):
         f"best of 10, warmed-up student, {rows}": lambda job: map_warm_up(job, careful, *BEST_OF_10, student=warmed_up),
         f"RLT, warmed-up student, {rows}": partial(map_rlt, careful=careful, student=warmed_up),
         f"RLT, refreshed student, {rows}": partial(map_rlt, careful=careful, student=best),
-        f"RLT, refreshed every 20 steps, {rows}": partial(refreshed_rlt, careful=careful),
         f"RL after RLT, {rows}": partial(rl_after, arm=f"RLT, {rows}"),
         f"RL after best of 10, {rows}": partial(rl_after, arm=best),
     }
@@ -199,7 +188,6 @@ ABLATIONS = {  # flags of train_rlt.py
     "alpha 0": ("--alpha", 0), "alpha 0.1": ("--alpha", 0.1),
     "exact KL": ("--kl", "exact"), "exact KL, lr 5e-3": ("--kl", "exact", "--lr", "5e-3"),
     "exact KL and gradient": ("--kl", "exact", "--kl-gradient"), "lr 5e-3": ("--lr", "5e-3"),
-    "spread-weighted score": ("--score-weights", "spread"),
 }
 COLD_STARTS = ("warm-up teacher", "RL traces, raw", "RL traces, filtered", "RLT", "best of 10")
 FEW_ROWS = ("warm-up teacher", "RLT", "RL traces, filtered", "ground truth")
@@ -271,7 +259,7 @@ def plan():
                       "RLT, stronger reward student", "RLT, weaker reward student")
 
     def on_map(left_out):
-        arms = (arm for careful in WARM_UP_SHARES for arm in map_arms(careful) if "every 20 steps" not in arm)
+        arms = (arm for careful in WARM_UP_SHARES for arm in map_arms(careful))
         return "base", "direct RL", "Guide", "signal", *(arm for arm in arms if left_out not in arm)
 
     parts = (
@@ -292,7 +280,6 @@ def plan():
         ("base 0.08", 3, ("RLT, rows 0.02", "best of 10, rows 0.02")),
         ("base 0.0", 3, hardest),
         ("base 0.0", 1, ["what the reward sees"]),
-        ("base 0.0", 1, [f"RLT, refreshed every 20 steps, rows {careful}" for careful in (0.1, 0.02)]),
         ("toy", 3, ("long problems", "what RL did", *(f"{arm}, 176 rows" for arm in FEW_ROWS))),
         ("toy", 3, other_students),
         ("toy", 3, [f"RLT, {name}" for name in ABLATIONS]),

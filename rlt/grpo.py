@@ -49,23 +49,6 @@ def group_advantages(rewards, *, scale="std", eps=1e-4):
     return (rewards - rewards.mean(dim=1, keepdim=True)) * group_scale(rewards, scale=scale, eps=eps)
 
 
-def spread_weighted_mean(solution_logprobs, solution_lengths, group_size):
-    """The mean of each solution's log-probs, its tokens weighted by their spread: R3 of arXiv 2506.13351.
-
-    solution_logprobs (N,): of B rows, packed; solution_lengths: B numbers; group_size G: the G rows of a group have the
-    same solution. A token's weight is the standard deviation of its log-prob over the group; they add up to 1, and are
-    equal where no token's log-prob differs. -> (B,)
-    """
-    means = []
-    parts = solution_logprobs.split(list(solution_lengths))
-    for at in range(0, len(parts), group_size):
-        group = torch.stack(parts[at : at + group_size])  # (G, S)
-        spread = group.std(dim=0)
-        weights = spread / spread.sum() if spread.any() else torch.full_like(spread, 1 / len(spread))
-        means.append(group @ weights)
-    return torch.cat(means)
-
-
 def group_scale(rewards, *, scale="std", eps=1e-4):
     """What group_advantages multiplies the distances to a row's mean by: rewards (P, G) -> (P, 1).
 

@@ -15,7 +15,6 @@ from rlt.grpo import (
     grpo_loss,
     guided_loss,
     pathwise_kl_loss,
-    spread_weighted_mean,
     step_denominator,
     tis_weights,
 )
@@ -41,16 +40,6 @@ def denominator(loss, lengths):
 
 # ---------------------------------------------------------------------------------------------------------
 # advantages
-
-
-def test_solution_tokens_weighted_by_their_spread():
-    """By hand, two groups of two: a token that all know has no weight; where none differs all have the same."""
-    logprobs = torch.tensor([-1.0, -2.0, -1.0, -4.0] + [-3.0, -1.0, -5.0, -2.0])
-    found = spread_weighted_mean(logprobs, [2, 2, 2, 2], group_size=2)
-    assert torch.allclose(found[:2], torch.tensor([-2.0, -4.0]))
-    assert torch.allclose(found[2:], torch.tensor([-3 * 2 / 3 - 1 / 3, -5 * 2 / 3 - 2 / 3]))
-    equal = spread_weighted_mean(torch.tensor([-1.0, -2.0, -1.0, -2.0]), [2, 2], group_size=2)
-    assert equal.tolist() == [-1.5, -1.5]
 
 
 def test_advantages_by_hand():
