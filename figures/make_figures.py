@@ -28,6 +28,7 @@ PAGES = (ROOT / "README.md", ROOT / "figures/README.md", ROOT / "rlt/README.md")
 TABLES = {  # what a page calls the block: the function that writes it
     "toy table": study_tables.accuracy_table,
     "claims": study_tables.claims_table,
+    "variants": study_tables.variants_table,
     "cells": toy_map.cells_table,
     "seen": toy_tokens.seen_table,
     "smollm2": smollm2_results.students_table,

@@ -145,13 +145,16 @@ class Job:
         data = self.write("runs/chains.jsonl", rows)
         return self.sft_teacher("--data", data, out="runs/chains-teacher")
 
-    def train_teacher(self, warm_up, *flags):
-        """RLT from this warm-up teacher."""
-        out = f"runs/{self.name}"
+    def train_teacher(self, warm_up, *flags, part=""):
+        """RLT from this warm-up teacher. part: the end of the folder's name where one arm trains several times; its
+        curve goes on."""
+        out = f"runs/{self.name}{part}"
         self.run("train_rlt.py", "--model", warm_up, *flags, *self.if_quick("--steps", 2), out=out)
         metrics = self.read(f"{out}/metrics.jsonl")
-        self.facts["curve"] = [{key: entry[key] for key in TEACHER_CURVE} for entry in metrics]
-        self.facts["sampled_tokens"] = round(sum(entry["length"] for entry in metrics) * COMPLETIONS_PER_STEP)
+        curve = self.facts.setdefault("curve", [])
+        curve += [{key: entry[key] for key in TEACHER_CURVE} | {"step": len(curve) + i}
+                  for i, entry in enumerate(metrics)]
+        self.facts["sampled_tokens"] = round(sum(entry["length"] for entry in curve) * COMPLETIONS_PER_STEP)
         self.facts["seconds_a_step"] = mean_of(metrics, ("t_rollout", "t_score", "t_update"))
         return out
 
@@ -189,10 +192,10 @@ class Job:
         rows = self.read(self.rows)
         return self.write(f"runs/{self.name}.jsonl", [{**row, "explanation": explanation(row)} for row in rows])
 
-    def sft(self, data, *flags):
-        """A student of these explanations."""
+    def sft(self, data, *flags, part=""):
+        """A student of these explanations. part: the end of the folder's name where one arm makes several."""
         few = self.if_quick("--steps", 2, "--skip-bad-rows")  # a base of 20 steps also writes tags, which are refused
-        return self.run("sft_student.py", "--data", data, *flags, *few, out=f"runs/student-{self.name}")
+        return self.run("sft_student.py", "--data", data, *flags, *few, out=f"runs/student-{self.name}{part}")
 
     def rl(self, *flags):
         """A student by RL on correctness."""

@@ -10,7 +10,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rlt.paper import COUNTDOWN, overall
 
 from plotting import LABELS
-from study_log import correlations, differences, greedy, interval, reward_fifths, rows_of, sampled, study_rows
+from study_log import (
+    correlations,
+    differences,
+    greedy,
+    interval,
+    read_log,
+    reward_fifths,
+    rows_of,
+    sampled,
+    study_rows,
+)
 from toy_results import MAIN_ARMS
 
 # Overall score of 7B students in the paper
@@ -196,6 +206,7 @@ def hardest_base_claims():
     def above(arm, other):
         return differences(arm, other, greedy, "base 0.0")
 
+    new = "not in the paper"
     warmed_up = "RLT, warmed-up student, rows 0.1"
     return [
         Claim("RLT above direct RL", above("RLT, rows 0.1", "direct RL")),
@@ -205,6 +216,12 @@ def hardest_base_claims():
               paper="not in the paper"),
         Claim("RLT above best of 10, both with a warmed-up reward student",
               above(warmed_up, "best of 10, warmed-up student, rows 0.1"), paper="not in the paper"),
+        *(Claim(f"RLT with a reward student that is refreshed every 20 steps above {name}",
+                differences("RLT, refreshed every 20 steps, rows 0.1", other, measure, "base 0.0"), points, new)
+          for other, name in (("direct RL", "direct RL"), ("best of 10, rows 0.1", "best of 10"),
+                              ("best of 10, warmed-up student, rows 0.1", "best of 10 by a warmed-up one"),
+                              (warmed_up, "RLT with a warmed-up one"))
+          for measure, points in ((greedy, POINTS), (sampled, SAMPLED_POINTS))),
     ]
 
 
@@ -307,3 +324,23 @@ def claims_table():
               "*No clear difference*: it contains zero.", "",
               f"All arms together took {hours:.0f} hours of one CPU thread, most of them on a busy machine.", ""]
     return "\n".join(lines)
+
+
+VARIANTS = {  # arm of logs/toy_variants.jsonl: (what it is, the arm that it is measured against)
+    "RLT, spread-weighted score": ("solution tokens weighted by the spread of their log-probs over the group", "RLT"),
+}
+
+
+def variants_table():
+    """Variants of the reward that were tried and taken out again; the commit that a row names has their code."""
+    lines = ["| variant | exact match above RLT, points, greedy | seeds | verdict | code |",
+             "| --- | --- | --- | --- | --- |"]
+    rows = read_log("toy_variants.jsonl", "python figures/toy_study.py, at the commit that its rows name")
+    for arm, (variant, other) in VARIANTS.items():
+        own = [row for row in rows if row["arm"] == arm]
+        rivals = {row["seed"]: row for row in rows_of(other, own[0]["setting"])}
+        values = [greedy(row) - greedy(rivals[row["seed"]]) for row in own]
+        mean, half = interval(values)
+        shown = f"{mean:+.1f} ± {half:.1f}" if len(values) > 1 else f"{mean:+.1f}"
+        lines.append(f"| {variant} | {shown} | {len(values)} | {verdict(values)} | `{own[0]['commit'][:7]}` |")
+    return "\n".join([*lines, ""])

@@ -167,6 +167,16 @@ def map_rlt(job, careful, student=None):
     return job.sft(job.explain(job.train_teacher(job.warm_up_teacher(careful), *rewarded_by)))
 
 
+def refreshed_rlt(job, careful=None):
+    """RLT in three parts of 20 steps. The reward student of each is a student of the latest explanations, first of the
+    warm-up teacher's. The optimizer and the reference policy start anew with each part."""
+    teacher = job.warm_up_teacher(careful)
+    for part in ("-1", "-2", "-3"):
+        student = job.sft(job.explain(teacher, out=f"{job.name}{part}"), part=part)
+        teacher = job.train_teacher(teacher, "--student", student, "--steps", 20, "--lr-steps", 60, part=part)
+    return job.sft(job.explain(teacher))
+
+
 def map_arms(careful):
     """The arms of one column of the map."""
     partial, rows = functools.partial, f"rows {careful}"
@@ -178,6 +188,7 @@ def map_arms(careful):
         f"best of 10, warmed-up student, {rows}": lambda job: map_warm_up(job, careful, *BEST_OF_10, student=warmed_up),
         f"RLT, warmed-up student, {rows}": partial(map_rlt, careful=careful, student=warmed_up),
         f"RLT, refreshed student, {rows}": partial(map_rlt, careful=careful, student=best),
+        f"RLT, refreshed every 20 steps, {rows}": partial(refreshed_rlt, careful=careful),
         f"RL after RLT, {rows}": partial(rl_after, arm=f"RLT, {rows}"),
         f"RL after best of 10, {rows}": partial(rl_after, arm=best),
     }
@@ -259,7 +270,7 @@ def plan():
                       "RLT, stronger reward student", "RLT, weaker reward student")
 
     def on_map(left_out):
-        arms = (arm for careful in WARM_UP_SHARES for arm in map_arms(careful))
+        arms = (arm for careful in WARM_UP_SHARES for arm in map_arms(careful) if "every 20 steps" not in arm)
         return "base", "direct RL", "Guide", "signal", *(arm for arm in arms if left_out not in arm)
 
     parts = (
@@ -280,6 +291,7 @@ def plan():
         ("base 0.08", 3, ("RLT, rows 0.02", "best of 10, rows 0.02")),
         ("base 0.0", 3, hardest),
         ("base 0.0", 1, ["what the reward sees"]),
+        ("base 0.0", 3, ["RLT, refreshed every 20 steps, rows 0.1"]),
         ("toy", 3, ("long problems", "what RL did", *(f"{arm}, 176 rows" for arm in FEW_ROWS))),
         ("toy", 3, other_students),
         ("toy", 3, [f"RLT, {name}" for name in ABLATIONS]),
