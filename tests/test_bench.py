@@ -193,7 +193,7 @@ def test_what_does_not_fit_into_the_time_is_named(tmp_path):
     call(tmp_path, "bench/gpu.py", "--size", "tiny", "--minutes", "0", "--out", tmp_path / "gpu.jsonl")
     rows = read_jsonl(tmp_path / "gpu.jsonl")
     assert [row["part"] for row in rows[1:]] == [
-        "tests", "kernels, 64 x 32000 torch.bfloat16", "step, tiny", "vLLM, tiny"]
+        "tests", "step, tiny", "vLLM, tiny", "kernels, 64 x 32000 torch.bfloat16"]
     assert all(row["skipped"] == "--minutes 0 were over" for row in rows[1:])
     assert (tmp_path / "gpu.md").read_text().count("skipped: --minutes 0 were over") == 4
 
