@@ -147,7 +147,8 @@ def map_of_arms():
 
 
 WITH_RLT = {"RLT, {}": "RLT", "RLT, warmed-up student, {}": "RLT, warmed-up", "RL after RLT, {}": "RLT, then RL",
-            "RLT, refreshed student, {}": "RLT, student of best of 10"}
+            "RLT, refreshed student, {}": "RLT, student of best of 10",
+            "RLT, refreshed every 20 steps, {}": "RLT, refreshed"}
 WITHOUT_RLT = {"best of 10, {}": "best of 10", "best of 10, warmed-up student, {}": "best of 10, warmed-up",
                "RL after best of 10, {}": "best of 10, then RL", "direct RL": "direct RL"}
 
