@@ -123,6 +123,8 @@ def legend(kind, name):
 def page(source, settings, groups):
     """The whole page as text: HTML with its style and script in it."""
     kl = settings.kl_name
+    estimate = "" if settings.kl == "exact" else (
+        " A log-ratio is an estimate of the KL from the one token that was sampled: it can be negative, and so can kl.")
     source = html.escape(visible(str(source)))
     body = []
     for i, group in enumerate(groups, 1):
@@ -145,7 +147,8 @@ def page(source, settings, groups):
 <h1>Rewards of {source}</h1>
 <p class="note">reward = score − {settings.lam:g} × kl. score: log-prob of the solution's tokens, by the student that
 has read the explanation. kl: {kl} of the explanation's tokens, teacher against student. Each is the mean plus
-{settings.alpha:g} × the worst token. The heavier the underline, the worse the token; ▲ and ▼ mark the worst.</p>
+{settings.alpha:g} × the worst token.{estimate} The heavier the underline, the worse the token; ▲ and ▼ mark the
+worst.</p>
 {legend("kl", f"{kl} of explanation tokens")}
 {legend("lp", "minus the log-prob of solution tokens")}
 <p class="note">Keys: Tab to a text, ← → from token to token, Home, End, m to the marked one. Questions: {links}</p>

@@ -168,6 +168,11 @@ def test_all_text_is_escaped_and_nothing_comes_from_a_network(tmp_path):
     assert shown[:3] == EVIL[:3] and shown[4:7] == ["\\u202e", "\\x1b[31m", "\\x00"]
 
 
+def test_a_page_of_log_ratios_says_that_they_can_be_negative():
+    settings = [reward_rows.Settings(lam=3.0, alpha=0.5, kl=kl, unclosed_penalty=1.0) for kl in ("sampled", "exact")]
+    assert ["can be negative" in inspect_reward.page("rows", one, []) for one in settings] == [True, False]
+
+
 def test_what_is_seen_does_not_need_colour(tmp_path):
     """Every token has its number and a class that underlines; the worst ones have a symbol, once each."""
     one = row(("a", "b", "c", "d", "e"), (0.05, 0.2, 0.7, 2.0, 9.0), ("f", "g"), (-0.01, -4.0))
