@@ -291,7 +291,7 @@ def plan():
         ("base 0.08", 3, ("RLT, rows 0.02", "best of 10, rows 0.02")),
         ("base 0.0", 3, hardest),
         ("base 0.0", 1, ["what the reward sees"]),
-        ("base 0.0", 2, ["RLT, refreshed every 20 steps, rows 0.1"]),
+        ("base 0.0", 3, ["RLT, refreshed every 20 steps, rows 0.1"]),
         ("toy", 3, ("long problems", "what RL did", *(f"{arm}, 176 rows" for arm in FEW_ROWS))),
         ("toy", 3, other_students),
         ("toy", 3, [f"RLT, {name}" for name in ABLATIONS]),
