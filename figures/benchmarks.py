@@ -204,12 +204,18 @@ def kernel_cell(row):
     return f"{row['ms']:.2f} ms, {row['of_copy']:.0%}" if row and row["ms"] else "-"
 
 
+def largest_in_bfloat16(rows, kind):
+    """{implementation: its row} at the largest vocabulary."""
+    vocab = max(row["vocab"] for row in rows)
+    return {row["impl"]: row for row in rows
+            if (row["kind"], row["vocab"], row["dtype"]) == (kind, vocab, "bfloat16")}
+
+
 def kernel_text():
     """The README's sentence on the kernel of the KL."""
     lines = []
     for device, rows in gpu_rows("reduce").items():
-        own = {row["impl"]: row for row in rows if (row["kind"], row["dtype"]) == ("stats", "bfloat16")
-               and row["vocab"] == max(row["vocab"] for row in rows)}
+        own = largest_in_bfloat16(rows, "stats")
         ours = own["ours"]
         lines.append(f"On one {device} the KL, log-probs and entropy of {ours['tokens']:,} tokens with a vocabulary of "
                      f"{ours['vocab']:,} in bfloat16 take {ours['ms']:.2f} ms, at {ours['of_copy']:.0%} of a copy's "
@@ -241,8 +247,7 @@ def gpu():
     for device, rows in gpu_rows("reduce").items():
         figure, panels = plt.subplots(1, 3, figsize=(11, 2.6), width_ratios=(2, 2, 3))
         for axes, (kind, numbers) in zip(panels, NUMBERS.items(), strict=False):
-            own = {row["impl"]: row for row in rows
-                   if (row["kind"], row["vocab"], row["dtype"]) == (kind, max(r["vocab"] for r in rows), "bfloat16")}
+            own = largest_in_bfloat16(rows, kind)
             names = [name for name in reversed(KERNELS) if name in own]
             axes.barh([KERNELS[name] for name in names], [100 * own[name]["of_copy"] for name in names],
                       color=[RED if name == "ours" else GREY for name in names])
