@@ -75,7 +75,6 @@ class WordProblemJob(Job):
         return model
 
     def other(self, arm):
-        """The job of another arm on the same seed."""
         return type(self)(self.seed, arm, self.setting, self.quick)
 
     def teacher_of(self, arm, *flags):

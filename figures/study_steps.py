@@ -215,17 +215,21 @@ class Job:
         self.facts["seconds_a_step"] = mean_of(metrics, ("t_rollout", "t_update"))
         return student
 
+    def other(self, arm):
+        """The job of another arm on the same seed."""
+        return type(self)(self.recipes, self.setting, self.seed, arm, self.quick)
+
     def teacher_of(self, arm, *flags, careful=None):
         """The RLT of another arm on the same seed, trained with its flags if it does not exist. careful: see
         warm_up_teacher."""
-        other = type(self)(self.recipes, self.setting, self.seed, arm, self.quick)
+        other = self.other(arm)
         teacher = other.train_teacher(other.warm_up_teacher(careful), *flags)
         self.commands += other.commands
         return teacher
 
     def student_of(self, arm):
         """The student of another arm on the same seed, made if it does not exist."""
-        other = type(self)(self.recipes, self.setting, self.seed, arm, self.quick)
+        other = self.other(arm)
         student = self.recipes[arm](other)
         self.commands += other.commands
         return student
