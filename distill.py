@@ -233,7 +233,8 @@ means = " | ".join(f"{key} {sum(line[key] for line in lines) / len(lines):.4g}" 
 if output.dropped:
     print(f"{output.dropped} explanations have a reward that is NaN or infinite: they are left out")
 print(f"{output.path}: {len(lines)} explanations of {len(rows)} rows | {means}")
-following = flags.carry(parser, args, "device", data="out") + flags.following_out(parser, args, "-student")
+following = flags.carry(parser, args, "micro_batch_tokens", "device", data="out")
+following += flags.following_out(parser, args, "-student")
 if (base := models.short_name(student_name)) != "toy":
     following += f" --model {shlex.quote(base)}"
 print_next("sft_student.py" + following)

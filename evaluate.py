@@ -179,6 +179,7 @@ def summarise(name, rows, completions, outputs, args):
         "questions": len(rows), "hinted": args.hinted, "exact_match": accuracy.pop("grade"), **accuracy,
         "pass_at": pass_curve(draws["grade"]),
         "truncated": statistics.fmean(not c.finished for c in completions),
+        "no_answer": statistics.fmean(answer is None for answer in answers),
         "length": statistics.fmean(len(c.ids) for c in completions),
         "timeouts": verdicts["grade"].count(None),
     }, lines

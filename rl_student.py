@@ -173,6 +173,8 @@ run.start(base_hash=saving.fingerprint(policy), rows_hash=digest(rows, *GOLD[arg
           rows=len(rows))
 print(f"{run.folder}: {sum(p.numel() for p in parameters):,} trained parameters, {len(rows)} rows, {device}, "
       f"log-probs by {implementation('auto', device.type)}", flush=True)
+if held_out and run.step == 0:
+    print(f"first: answers to {len(held_out)} held-out questions", flush=True)
 
 distribution = dict(temperature=args.temperature, vocab=vocab)  # what is sampled from, and learned
 

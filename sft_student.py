@@ -203,9 +203,11 @@ for step in run.steps(progress, save):
 final = run.finish(lambda folder: saving.save_model(model, tokenizer, folder))
 print(f"The {args.format} is in {final}.")
 if args.format == "teacher":
-    carried = ("data", "question_column", "solution_column", "skip_bad_rows", "solution_in", "device")
+    carried = ("data", "question_column", "solution_column", "skip_bad_rows", "solution_in", "micro_batch_tokens",
+               "gradient_checkpointing", "device")
     following = flags.carry(parser, args, *carried, teacher_bits="bits", model="out")
     print_next("train_rlt.py" + following + flags.following_out(parser, args, "-rlt"),
-               "or with --data of your own: RL needs questions and solutions, no explanations")
+               "or with --data of your own: RL needs questions and solutions, no explanations.\n      The student that "
+               "scores is the base as it comes, unless --student names one that has learned the format, too.")
 else:
     print_evaluation_command(parser, args)

@@ -136,6 +136,8 @@ run.start(base_hash=saving.fingerprint(policy), student_hash=student_hash, stude
           rows_hash=digest(rows), device=str(device), rows=len(rows))
 print(f"{run.folder}: {sum(p.numel() for p in parameters):,} trained parameters, {len(rows)} rows, {device}, "
       f"log-probs by {implementation('auto', device.type)}", flush=True)
+if held_out and run.step == 0:
+    print(f"first: the reward of {len(held_out)} held-out rows", flush=True)
 
 distribution = dict(temperature=args.temperature, vocab=vocab)  # what is sampled from, and scored
 
@@ -307,5 +309,6 @@ final = run.finish(lambda folder: saving.save_model(policy, tokenizer, folder))
 print(f"The teacher is in {final}.")
 following = flags.carry(parser, args, "student", "teacher_bits", "student_bits", "data", "question_column",
                         "solution_column", "skip_bad_rows", "solution_in", "temperature", "max_new_tokens", "alpha",
-                        "unclosed_penalty", "engine", "device", **{"lambda": "lam", "model": "out"})
+                        "unclosed_penalty", "engine", "micro_batch_tokens", "device",
+                        **{"lambda": "lam", "model": "out"})
 print_next("distill.py" + following + flags.following_out(parser, args, "-distilled.jsonl"))

@@ -120,11 +120,16 @@ def legend(kind, name):
     return f'<p class="note {kind}">{name}, nats: {shades}</p>'
 
 
+KEPT = (" A run keeps three explanations of every tenth step: the first one of the step's first question, and those "
+        "with this question's lowest and highest reward.")
+
+
 def page(source, settings, groups):
     """The whole page as text: HTML with its style and script in it."""
     kl = settings.kl_name
     estimate = "" if settings.kl == "exact" else (
         " A log-ratio is an estimate of the KL from the one token that was sampled: it can be negative, and so can kl.")
+    kept = KEPT if Path(source).is_dir() else ""
     source = html.escape(visible(str(source)))
     body = []
     for i, group in enumerate(groups, 1):
@@ -148,7 +153,7 @@ def page(source, settings, groups):
 <p class="note">reward = score − {settings.lam:g} × kl. score: log-prob of the solution's tokens, by the student that
 has read the explanation. kl: {kl} of the explanation's tokens, teacher against student. Each is the mean plus
 {settings.alpha:g} × the worst token.{estimate} The heavier the underline, the worse the token; ▲ and ▼ mark the
-worst.</p>
+worst.{kept}</p>
 {legend("kl", f"{kl} of explanation tokens")}
 {legend("lp", "minus the log-prob of solution tokens")}
 <p class="note">Keys: Tab to a text, ← → from token to token, Home, End, m to the marked one. Questions: {links}</p>

@@ -12,7 +12,8 @@ from study_log import LOGS
 
 WIDTH = 78  # characters in a line of tokens
 LINES = 12  # at most, of one explanation
-SHADES = (0.0, 0.15, 0.3, 0.5, 0.7)  # opacity of the five levels
+GAP = 0.4  # columns on both sides of a marked token
+SHADES = (0.0, 0.12, 0.25, 0.4, 0.55)  # opacity of the five levels
 CRATE = LOGS / "crate.jsonl"
 
 
@@ -20,12 +21,12 @@ def token_lines(texts, values, marked):
     """Tokens in lines of at most WIDTH characters: lists of (column, text, value, whether it is the marked one)."""
     lines, column, ended = [[]], 0, False
     for i, (text, value) in enumerate(zip(texts, values, strict=True)):
-        shown = visible(text).replace("\n", "")
+        shown, gap = visible(text).replace("\n", ""), GAP * (i == marked)
         if column and (column + len(shown) > WIDTH or ended and text.strip("\n")):
             lines.append([])
             column = 0
-        lines[-1].append((column, shown, value, i == marked))
-        column, ended = column + len(shown), "\n" in text
+        lines[-1].append((column + gap, shown, value, i == marked))
+        column, ended = column + len(shown) + 2 * gap, "\n" in text
     return lines if len(lines) <= LINES else [*lines[:LINES], [(0, "...", 0.0, False)]]
 
 
@@ -43,7 +44,7 @@ def draw_tokens(axes, y, name, lines, colour, symbol, sign):
                 axes.plot([column + 0.1, column + len(text) - 0.1], [y - 0.42] * 2, color="black", lw=0.6 * shade,
                           solid_capstyle="butt")
             if marked:
-                axes.add_patch(Rectangle((column, y - 0.5), len(text), 1, fill=False, lw=1.2))
+                axes.add_patch(Rectangle((column - GAP / 2, y - 0.62), len(text) + GAP, 1.14, fill=False, lw=0.9))
                 axes.text(column, y + 0.5, f"{symbol} {number(value)}", va="bottom", fontsize=5.5)
             for place, character in enumerate(text):  # one by one: the columns then hold for every font
                 axes.text(column + place + 0.5, y, character, ha="center", va="center", fontsize=7, parse_math=False,

@@ -47,7 +47,8 @@ def _steps(args, rows):
 
 DEFAULTS = {  # in this order: later ones may be made of earlier ones
     "held-out rows": ByModel(64, lambda args, rows: min(64, rows.count // 10), "a tenth of the rows, at most 64"),
-    "new tokens": ByModel(48, _max_new_tokens, f"the rows' longest explanation, {SHORT} if they have none"),
+    "new tokens": ByModel(48, _max_new_tokens, f"the rows' longest explanation, rounded up to {STEP}s, or {SHORT} "
+                          "where they have none; at most half the context"),
     "RL lr": ByModel(2e-3, 2e-5),
     "SFT batch": ByModel(64, 16),
     "SFT steps": ByModel(150, _steps, "three epochs"),

@@ -134,9 +134,10 @@ def dry_run(args, device, policy, student=None, *, row, vocab, shared=False, opt
             saves = min(saves, kept + 1)  # the oldest goes once the new one is complete
         needed = saves * (policy.saved + 2 * optimizers * policy.trained_bytes) + policy.saved
         free = shutil.disk_usage(folder).free
-        print(f"disk: {needed / GB:.2f} GB for {saves} checkpoints and the result, {free / GB:.1f} GB free in {folder}")
+        checkpoints = f"{saves} checkpoint" + "s" * (saves > 1)
+        print(f"disk: {needed / GB:.2f} GB for {checkpoints} and the result, {free / GB:.1f} GB free in {folder}")
         if needed > free:
-            problems.append(f"the disk is too small for {saves} checkpoints: raise --save-every, or change --out.")
+            problems.append(f"the disk is too small for {checkpoints}: raise --save-every, or change --out.")
 
     worst = max(table, key=lambda phase: table[phase]["total"])
     verdict = f"{table[worst]['total'] / GB:.3g} GB in {worst}, {available / GB:.3g} GB on {where}"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rlt.console import print_next
 from rlt.errors import UserError
-from rlt.files import read_jsonl, write_atomically
+from rlt.files import path_from_here, read_jsonl, write_atomically
 from rlt.flags import carry, flags_of_run
 from rlt.grading import task_of
 from rlt.paper import QUESTIONS, TABLE_1
@@ -28,7 +28,7 @@ def result_path(name, folder, args):
 
     folder: what models.resolve made of the name.
     """
-    run = Path(folder).parent if Path(folder).name == "final" else Path(folder)
+    run = Path(path_from_here(Path(folder).parent if Path(folder).name == "final" else folder))
     if args.out or not _is_run_folder(run):
         run = Path(args.out or "runs/eval") / "_".join(part for part in Path(name).parts if part != "/")
     return run / f"eval_{args.task}{'_hinted' * args.hinted}.json"
@@ -135,9 +135,9 @@ def read_evaluations(paths):
 
 
 def percent(share):
-    """A share of over_questions as text: mean and standard error."""
+    """A share of over_questions as text: mean and standard error. It has none where all questions are alike."""
     error = share["standard_error"]
-    return f"{100 * share['mean']:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "") + " %"
+    return f"{100 * share['mean']:.1f}" + (f" ± {100 * error:.1f}" if error else "") + " %"
 
 
 def print_table(table):
@@ -172,6 +172,8 @@ def print_results(results, args):
     for r in results:
         if r["timeouts"]:
             print(f"{r['model']}: the grader ran out of time on {r['timeouts']} answers: counted as wrong")
+        if r["no_answer"]:
+            print(f"{r['model']}: no answer was found in {100 * r['no_answer']:.1f} % of the outputs")
 
 
 def print_comparison(report, floor):

@@ -12,6 +12,12 @@ from rlt.distributed import RANK
 from rlt.errors import UserError
 
 
+def path_from_here(path):
+    """A path as one would type it here: a relative one where it is below this folder, else as it is."""
+    here = os.path.relpath(path)
+    return str(path) if here.startswith("..") else here
+
+
 def write_atomically(path, text):
     """Write a file so that it is complete or absent: under another name, flushed to the disk, renamed.
 

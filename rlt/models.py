@@ -25,6 +25,7 @@ from rlt.checkpoints import damaged_file
 from rlt.console import STEP_OF_ANOTHER
 from rlt.distributed import RANK, WORLD
 from rlt.errors import UserError
+from rlt.files import path_from_here
 from rlt.locks import exclusive
 from rlt.lora import (
     adapter_pairs,
@@ -205,9 +206,8 @@ def short_name(name):
     path = Path(name)
     if not path.is_dir():
         return str(name)
-    here = os.path.relpath(path)
     names = {os.path.relpath(folder): short for short, (folder, _, _) in MADE_ON_FIRST_USE.items()}
-    return names.get(here, str(name) if here.startswith("..") else here)
+    return names.get(os.path.relpath(path), path_from_here(path))
 
 
 @contextmanager

@@ -179,7 +179,7 @@ def own(tmp_path, tiny_model):
 def test_from_ones_own_rows_to_an_evaluation_by_the_printed_commands(own, graded_here, capsys):
     columns = ("--question-column", "Q", "--solution-column", "A", "--skip-bad-rows")
     call(own, "sft_student.py", "--format", "teacher", "--model", "my model", "--data", "pairs.csv", *columns,
-         "--explanation-column", "E", "--out", "runs/warm", *SMALL["sft_student.py"])
+         "--explanation-column", "E", "--out", "runs/warm", "--micro-batch-tokens", 2048, *SMALL["sft_student.py"])
     scripts, out = [], capsys.readouterr().out
     while "Next:" in out:
         script, *flags = following(out)
@@ -191,6 +191,9 @@ def test_from_ones_own_rows_to_an_evaluation_by_the_printed_commands(own, graded
         assert json.loads((own / folder / "eval_gsm8k.json").read_text())["questions"] == 4
     config = json.loads((own / "runs/warm-rlt/config.json").read_text())["flags"]
     assert config["lr"] == 2e-5
+    for made in ("warm-rlt/config.json", "warm-rlt-distilled.jsonl.config.json",
+                 "warm-rlt-distilled-student/config.json"):
+        assert json.loads((own / "runs" / made).read_text())["flags"]["micro_batch_tokens"] == 2048, made
     assert len(read_jsonl(own / "runs/warm-rlt-distilled.jsonl")) > 2
 
     call(own, "rl_student.py", "--task", "gsm8k", "--model", "my model", "--data", "pairs.csv", *columns,

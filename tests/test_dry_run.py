@@ -470,6 +470,8 @@ def test_a_dry_run_finds_what_a_run_would(workshop, no_weights, tmp_path, monkey
     monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda path: disk)
     status, printed = dry(workshop, "train_rlt.py", *flags, "--out", "runs/never")
     assert status == 1 and "the disk is too small for 4 checkpoints" in printed
+    status, printed = dry(workshop, "train_rlt.py", *flags, "--out", "runs/never", "--save-every", 0)
+    assert status == 1 and "the disk is too small for 1 checkpoint:" in printed
     monkeypatch.setattr(dry_run.os, "access", lambda path, mode: False)
     assert "can't be written" in dry(workshop, "distill.py", "--model", "toy", *flags, "--out", "runs/never")[1]
 

@@ -265,7 +265,15 @@ def test_nothing_is_written_into_other_peoples_folders(tmp_path, other_folder):
     assert folders == {"model", "_".join(other_folder.parts[1:])}
 
 
-def test_where_results_go(tmp_path):
+def test_outputs_without_an_answer_are_counted(folder, capsys):
+    """One token is no answer. A share that no question differs in has no standard error."""
+    call(folder, "evaluate.py", "--model", "toy", "--limit", 4, "--max-new-tokens", 1, "--out", "short")
+    assert json.loads((folder / "short/toy/eval_toy.json").read_text())["no_answer"] == 1
+    shown = capsys.readouterr().out
+    assert "toy: no answer was found in 100.0 % of the outputs" in shown and "± 0" not in shown
+
+
+def test_where_results_go(tmp_path, monkeypatch):
     """A run folder is known by its own config.json, a model folder by having another one."""
     class Args:
         task, hinted, out = "toy", False, None
@@ -279,6 +287,8 @@ def test_where_results_go(tmp_path):
         assert result_path("alien", alien, Args) == result_path("alien", alien / "final", Args)
         assert str(result_path("alien", alien, Args)) == "runs/eval/alien/eval_toy.json"
     assert result_path("run", run / "final", Args) == run / "eval_toy.json"
+    monkeypatch.chdir(tmp_path)
+    assert str(result_path("run", run / "final", Args)) == "run/eval_toy.json", "as one would type it"
     assert str(result_path("run/step_000002", run / "step_000002", Args)) == "runs/eval/run_step_000002/eval_toy.json"
     assert str(result_path("org/name", "org/name", Args)) == "runs/eval/org_name/eval_toy.json"
     Args.out, Args.hinted = "x", True
@@ -360,7 +370,7 @@ def test_compare(tmp_path, capsys):
     assert report["split"]["floor"]["regression"] == over_questions([1] + [0] * 7) | {"questions": [0]}
     lines = [" ".join(line.split()) for line in shown.splitlines()]
     assert "pass@k 1 2 4" in lines and "before against after floor" in lines
-    assert "self distillation 25.0 ± 16.4 % 0.0 ± 0.0 %" in lines
+    assert "self distillation 25.0 ± 16.4 % 0.0 %" in lines
     assert "8 questions | solved: by the first draw | within reach: by all 4 | floor: other" in lines
     call(tmp_path, "evaluate.py", "--compare", "before", "after", "--out", "there")
     assert "floor" not in json.loads((tmp_path / "there/compare_toy.json").read_text())["split"]

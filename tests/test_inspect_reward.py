@@ -85,7 +85,8 @@ def test_samples_and_distilled_rows_keep_their_tokens(workshop, tmp_path, monkey
     monkeypatch.setattr(sys, "path", sys.path + [str(ROOT / "figures")])
     for source in ("run", "rows.jsonl"):
         call(workshop, "figures/inspect_reward.py", tmp_path / source, "--out", tmp_path / "out/page.html")
-        assert "hardest leap" in (tmp_path / "out/page.html").read_text()
+        page = (tmp_path / "out/page.html").read_text()
+        assert "hardest leap" in page and ("three explanations of every tenth step" in page) == (source == "run")
         assert (tmp_path / "out/page.png").read_bytes().startswith(b"\x89PNG")
 
 
