@@ -252,7 +252,8 @@ def test_the_picture_shows_every_token(tmp_path):
     """Lines are no longer than they may be; a line end ends one; a long explanation is cut."""
     lines = reward_picture.token_lines([" word"] * 40 + ["\n", "\n", "x" * 200], [0.0] * 43, 41)
     assert [sum(len(text) for _, text, *_ in line) for line in lines] == [75, 75, 52, 200]
-    assert [len(line) for line in lines] == [15, 15, 12, 1] and lines[2][-1] == (51 + reward_picture.GAP, "↵", 0.0, True)
+    assert [len(line) for line in lines] == [15, 15, 12, 1]
+    assert lines[2][-1] == (51 + reward_picture.GAP, "↵", 0.0, True)
     assert lines[3][0][0] == 0 and [column for column, *_ in lines[0][:3]] == [0, 5, 10]
     assert len(reward_picture.token_lines(["\n", "a"] * 50, [0.0] * 100, 0)) == reward_picture.LINES + 1
     settings, (group,) = reward_rows.read_scored(write(tmp_path / "rows", [row(EVIL, [0.5] * len(EVIL)), row((), ())]))
