@@ -79,10 +79,11 @@ class WordProblemJob(Job):
 
     def teacher_of(self, arm, *flags):
         """The RLT of another arm on the same seed, trained with its flags if it does not exist; its curve is a fact."""
-        return self.take(self.other(arm), lambda other: other.train_teacher(*flags))
+        return self.take(arm, lambda other: other.train_teacher(*flags))
 
-    def take(self, other, make):
-        """What make(other) returns; commands and facts of the other job become this one's."""
+    def take(self, arm, make):
+        """As Job.take; the other job's facts become this one's, too."""
+        other = self.other(arm)
         made = make(other)
         self.commands += other.commands
         self.facts |= other.facts
@@ -137,10 +138,6 @@ class WordProblemJob(Job):
         metrics = self.read(f"{student}/metrics.jsonl")
         self.facts["curve"] = [{key: entry[key] for key in SOLVED} for entry in metrics]
         return student
-
-    def student_of(self, arm):
-        """The student of another arm on the same seed, made if it does not exist."""
-        return self.take(self.other(arm), self.recipes[arm])
 
     def watch(self, *_):
         """For arms that measure how others train, and have no student of their own."""

@@ -222,17 +222,18 @@ class Job:
     def teacher_of(self, arm, *flags, careful=None):
         """The RLT of another arm on the same seed, trained with its flags if it does not exist. careful: see
         warm_up_teacher."""
-        other = self.other(arm)
-        teacher = other.train_teacher(other.warm_up_teacher(careful), *flags)
-        self.commands += other.commands
-        return teacher
+        return self.take(arm, lambda other: other.train_teacher(other.warm_up_teacher(careful), *flags))
 
     def student_of(self, arm):
         """The student of another arm on the same seed, made if it does not exist."""
+        return self.take(arm, self.recipes[arm])
+
+    def take(self, arm, make):
+        """What make(job) returns for the job of another arm on the same seed, whose commands become this one's."""
         other = self.other(arm)
-        student = self.recipes[arm](other)
+        made = make(other)
         self.commands += other.commands
-        return student
+        return made
 
     def explanations_of(self, arm):
         """The file that the student of another arm was trained on."""

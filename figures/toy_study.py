@@ -167,20 +167,32 @@ def map_rlt(job, careful, student=None):
     return job.sft(job.explain(job.train_teacher(job.warm_up_teacher(careful), *rewarded_by)))
 
 
-def refreshed_rlt(job, careful=None):
+def refreshed_teacher(job, careful):
     """RLT in three parts of 20 steps. The reward student of each is a student of the latest explanations, first of the
     warm-up teacher's. The optimizer and the reference policy start anew with each part."""
     teacher = job.warm_up_teacher(careful)
     for part in ("-1", "-2", "-3"):
         student = job.sft(job.explain(teacher, out=f"{job.name}{part}"), part=part)
         teacher = job.train_teacher(teacher, "--student", student, "--steps", 20, "--lr-steps", 60, part=part)
-    return job.sft(job.explain(teacher))
+    return teacher
+
+
+def on_policy_refreshed(job, arm, careful):
+    """A student on its own words, corrected by the RLT of this arm."""
+    return job.on_policy(job.take(arm, lambda other: refreshed_teacher(other, careful)))
+
+
+def on_policy_best(job, scored_by, careful):
+    """The same, corrected by the warm-up teacher after SFT on the best of ten of its explanations: no RL."""
+    best = job.explain(job.warm_up_teacher(careful), *BEST_OF_10, "--student", job.student_of(scored_by))
+    return job.on_policy(job.sft_teacher("--data", best, out=f"runs/best-teacher-{careful}"))
 
 
 def map_arms(careful):
     """The arms of one column of the map."""
     partial, rows = functools.partial, f"rows {careful}"
     warmed_up, best = f"warm-up teacher, {rows}", f"best of 10, {rows}"
+    refreshed = f"RLT, refreshed every 20 steps, {rows}"
     return {
         warmed_up: lambda job: map_warm_up(job, careful),
         f"RLT, {rows}": partial(map_rlt, careful=careful),
@@ -188,7 +200,10 @@ def map_arms(careful):
         f"best of 10, warmed-up student, {rows}": lambda job: map_warm_up(job, careful, *BEST_OF_10, student=warmed_up),
         f"RLT, warmed-up student, {rows}": partial(map_rlt, careful=careful, student=warmed_up),
         f"RLT, refreshed student, {rows}": partial(map_rlt, careful=careful, student=best),
-        f"RLT, refreshed every 20 steps, {rows}": partial(refreshed_rlt, careful=careful),
+        refreshed: lambda job: job.sft(job.explain(refreshed_teacher(job, careful))),
+        f"on-policy, {refreshed}": partial(on_policy_refreshed, arm=refreshed, careful=careful),
+        f"on-policy, best of 10, {rows}": partial(on_policy_best, scored_by=warmed_up, careful=careful),
+        f"on-policy, warm-up teacher, {rows}": lambda job: job.on_policy(job.warm_up_teacher(careful)),
         f"RL after RLT, {rows}": partial(rl_after, arm=f"RLT, {rows}"),
         f"RL after best of 10, {rows}": partial(rl_after, arm=best),
     }
@@ -270,7 +285,8 @@ def plan():
                       "RLT, stronger reward student", "RLT, weaker reward student")
 
     def on_map(left_out):
-        arms = (arm for careful in WARM_UP_SHARES for arm in map_arms(careful) if "every 20 steps" not in arm)
+        arms = (arm for careful in WARM_UP_SHARES for arm in map_arms(careful)
+                if "every 20 steps" not in arm and "on-policy" not in arm)
         return "base", "direct RL", "Guide", "signal", *(arm for arm in arms if left_out not in arm)
 
     parts = (
@@ -292,6 +308,8 @@ def plan():
         ("base 0.0", 3, hardest),
         ("base 0.0", 1, ["what the reward sees"]),
         ("base 0.0", 3, ["RLT, refreshed every 20 steps, rows 0.1"]),
+        ("base 0.0", 3, [f"on-policy, {teacher}, rows 0.1" for teacher in (
+            "RLT, refreshed every 20 steps", "best of 10", "warm-up teacher")]),
         ("toy", 3, ("long problems", "what RL did", *(f"{arm}, 176 rows" for arm in FEW_ROWS))),
         ("toy", 3, other_students),
         ("toy", 3, [f"RLT, {name}" for name in ABLATIONS]),
