@@ -66,6 +66,8 @@ SETS = {
     "stratos": DataSet("bespokelabs/Bespoke-Stratos-17k", None, "Apache 2.0; the traces are written by DeepSeek-R1"),
     "gsm8k": DataSet("openai/gsm8k:main", 7473, "MIT", gsm8k),
     "gsm8k-test": DataSet("openai/gsm8k:main@test", 1319, "MIT", gsm8k),
+    "svamp": DataSet("ChilleD/SVAMP@test", 300, "MIT"),
+    "multiarith": DataSet("ChilleD/MultiArith@test", 180, "not stated; by Roy and Roth (2015)"),
     "math500": DataSet("HuggingFaceH4/MATH-500@test", 500, "MIT"),
     "aime24": DataSet("HuggingFaceH4/aime_2024", 30, "the problems are by the MAA, the solutions from the AoPS wiki"),
     "aime25": DataSet("MathArena/aime_2025", 30, "CC BY-NC-SA 4.0; the problems are by the MAA"),

@@ -171,6 +171,15 @@ def _by_schema(columns):
         return {"question": columns["question"], "solution": columns["solution"]}
     if names >= {"question", "correct answer"}:  # GPQA: rlt/grading.py adds the choices
         return {"question": columns["question"], "solution": _number_as_text(columns["correct answer"])}
+    if names >= {"body", "question", "answer"}:  # SVAMP
+        question = f"{_text(columns, 'body').strip()} {_text(columns, 'question').strip()}"
+        return {"question": BOXED + question, "solution": _solution_of(columns["answer"])}
+    for question, answer in (("squestion", "lsolutions"), ("question", "final_ans")):  # MultiArith, as published, hub
+        if names >= {question, answer}:
+            value = columns[answer]
+            value = value[0] if isinstance(value, list) and len(value) == 1 else value
+            return {"question": BOXED + _text(columns, question).strip(),
+                    "solution": _solution_of(_number_as_text(value))}
     for name in ("question", "problem"):  # GSM8K, AIME 2025
         if names >= {name, "answer"}:
             return {"question": BOXED + _text(columns, name), "solution": _solution_of(columns["answer"])}

@@ -118,6 +118,16 @@ def test_gsm8k(tmp_path):
     assert grade("gsm8k", "\\boxed{1024}", row | {"where": ""})
 
 
+def test_svamp_and_multiarith_are_graded_as_gsm8k(tmp_path):
+    made = {"svamp": {"Body": ["He has 7 hats and sells 4."], "Question": ["How many are left?"], "Answer": ["3.0"]},
+            "multiarith": {"sQuestion": [" He has 7 hats and sells 4. How many are left? "], "lSolutions": [[3.0]]}}
+    for name, columns in made.items():
+        [row] = prepare(tmp_path, name, **columns)
+        assert row["question"].endswith("He has 7 hats and sells 4. How many are left?")
+        assert grade("gsm8k", "So \\boxed{3}", row | {"where": ""}), name
+        assert not grade("gsm8k", "So \\boxed{4}", row | {"where": ""}), name
+
+
 def test_math500_and_both_years_of_aime(tmp_path, capsys):
     made = {"problem": ["p"], "solution": ["\\boxed{2}."], "answer": ["2"], "subject": ["Algebra"], "level": [3]}
     question = "Return your final response within \\boxed{}. p"

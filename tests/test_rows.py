@@ -88,7 +88,7 @@ def test_no_row_stops_a_run_that_skips_bad_ones(tmp_path):
     rng, numbers = random.Random(0), [0, -1, 72, 72.0, 1e-05, 1e16, float("nan"), float("inf"), 10**400]
     names = ["question", "Problem", "problem", "solution", "answer", "Answer", "conversations", "messages", "nums",
              "target", "instruction", "input", "output", "explanation", "hint", "correct answer", "deepseek_reasoning",
-             "deepseek_solution", "where", ""]
+             "deepseek_solution", "where", "", "Body", "sQuestion", "lSolutions", "final_ans"]
 
     def value(depth=0):
         kind = rng.randrange(12 if depth < 3 else 7)
@@ -175,6 +175,11 @@ THINKS = "<think>\nHm.\n\nYes.\n</think>\n\n\\boxed{1}"
          "\\boxed{70}", None),
         ("GSM8K", {"question": "Q", "answer": "He has 48/2 = <<48/2=24>>24.\n#### 1,024"}, BOXED + "Q",
          "He has 48/2 = 24.\n\\boxed{1,024}", None),
+        ("SVAMP", {"ID": "chal-1", "Body": "B. ", "Question": "Q", "Equation": "( 7.0 - 4.0 )", "Answer": 3.0,
+                   "Type": "Subtraction"}, BOXED + "B. Q", "\\boxed{3}", None),
+        ("MultiArith", {"iIndex": 0, "lAlignments": [1], "lEquations": ["X=(2.0+1.0)"], "lSolutions": [3.0],
+                        "sQuestion": " Q "}, BOXED + "Q", "\\boxed{3}", None),
+        ("MultiArith", {"question": "Q", "final_ans": "3"}, BOXED + "Q", "\\boxed{3}", None),
         ("GPQA", {"Question": "Q", "Correct Answer": "5 m", "Incorrect Answer 1": "6 m", "Explanation": "E"},
          "Q", "5 m", "E"),
         ("Alpaca", {"instruction": "I", "input": "", "output": "O"}, "I", "O", None),
