@@ -19,6 +19,8 @@ from pathlib import Path
 from study_steps import ROOT, Job, mean_of, prepare_for_forks, replace_file, work_off
 
 GSM8K = "gsm8k.jsonl"  # a copy of its train split, in the folder of a seed
+MULTIARITH = "multiarith.json"  # the same of the problems of --multiarith
+ON_MULTIARITH = ("base", "solutions only", "warm-up teacher", "warmed-up student", "right chains")  # students
 LENGTH = ("--max-new-tokens", 64)  # of an explanation; the longest right chain takes 56 tokens
 BITS = ("--bits", 16)
 WARM_UP = ("--steps", 46, "--batch-size", 8, "--lr", 1e-3, "--warmup-steps", 3, "--val-rows", 16, "--eval-every", 20,
@@ -139,6 +141,18 @@ class WordProblemJob(Job):
         self.facts["curve"] = [{key: entry[key] for key in SOLVED} for entry in metrics]
         return student
 
+    def on_multiarith(self, arms):
+        """Students of other arms on public problems that none was trained on."""
+        students = {arm: self.student_of(arm) for arm in arms}
+        self.facts.clear()  # those of the students
+        out = f"runs/eval-{self.name}"
+        self.run("evaluate.py", "--task", "gsm8k", "--model", *students.values(), "--data", MULTIARITH, *BITS, *ANSWER,
+                 "--batch-size", 200, *self.if_quick("--limit", 4), "--out", out)
+        results = {arm: self.report(f"{out}/{student.replace('/', '_')}/eval_gsm8k.json")
+                   for arm, student in students.items()}
+        self.facts["multiarith"] = {arm: result["exact_match"] for arm, result in results.items()}
+        self.facts["questions"] = results["base"]["questions"]
+
     def watch(self, *_):
         """For arms that measure how others train, and have no student of their own."""
 
@@ -171,6 +185,7 @@ ARMS = {  # functions of a WordProblemJob that return its student, or None where
     "explanations after RL": lambda job: job.measure(job.teacher_of("RLT")),
     "direct RL": lambda job: job.rl(job.warm_up("student")),
     "RL after RLT": lambda job: job.rl(job.student_of("RLT")),
+    "MultiArith": lambda job: job.on_multiarith(ON_MULTIARITH),
 }
 
 
@@ -178,13 +193,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--gsm8k", type=Path, required=True, help="GSM8K's train split as JSONL (question, answer)")
+    parser.add_argument("--multiarith", type=Path, metavar="FILE", help="MultiArith's problems, for the arm MultiArith")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="another model in SmolLM2's place, for a try")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM", help="arms, by name")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM",
+                        help="arms, by name; default: all, MultiArith if its problems are given")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the rows and all draws")
     parser.add_argument("--quick", action="store_true", help="a few steps of every arm, to see that it runs")
     args = parser.parse_args()
     if not args.gsm8k.is_file():
         parser.error(f"--gsm8k {args.gsm8k}: expected a file of GSM8K's train split.")
+    args.arms = args.arms or [arm for arm in ARMS if arm != "MultiArith" or args.multiarith]
+    if "MultiArith" in args.arms and not (args.multiarith and args.multiarith.is_file()):
+        parser.error("the arm MultiArith needs --multiarith, a file of its problems.")
     prepare_for_forks()
     import transformers.models.llama.modeling_llama  # noqa: F401  # loaded once, for all the children
 
@@ -194,6 +214,8 @@ def main():
     jobs = [WordProblemJob(seed, arm, setting, args.quick) for arm in args.arms for seed in args.seeds]
     for job in jobs:
         replace_file(job.folder / GSM8K, args.gsm8k.read_text())
+        if args.multiarith:
+            replace_file(job.folder / MULTIARITH, args.multiarith.read_text())
         model = job.folder / "runs/smollm2"
         if args.model and not model.exists():
             model.parent.mkdir(exist_ok=True)

@@ -35,7 +35,7 @@ class Recorder(smollm2_study.WordProblemJob):
 def commands_of(arm, quick):
     job = Recorder(0, arm, quick=quick)
     student = smollm2_study.ARMS[arm](job)
-    if not arm.startswith(("explanations", "training")):
+    if not arm.startswith(("explanations", "training", "MultiArith")):
         assert set(job.accuracy(student)) == {"val greedy", "test greedy"}
     return job
 
@@ -78,7 +78,7 @@ def test_every_command_is_one_that_its_script_takes(parse, quick):
 
 def test_every_input_of_a_command_has_been_written_before():
     for arm in smollm2_study.ARMS:
-        made = set()
+        made = {smollm2_study.MULTIARITH}  # copied into the folder
         for _, *words in commands_of(arm, False).commands:
             given = dict(zip(words, words[1:], strict=False))
             for flag in ("--model", "--student", "--data"):
