@@ -25,7 +25,7 @@ from rlt.defaults import settle
 from rlt.distributed import all_gather_object, init_distributed
 from rlt.dry_run import ModelFootprint, dry_run
 from rlt.files import read_jsonl, write_atomically
-from rlt.grading import GOLD, TASKS, gradable, grade_all
+from rlt.grading import GOLD, TASKS, answer_of, gradable, grade_all
 from rlt.inspection import ROWS, token_numbers
 from rlt.memory import MicroBatched
 from rlt.prompts import THOUGHT, Prompts, show_rows
@@ -86,7 +86,8 @@ rank, world = init_distributed(device)
 check_rows_file(args)
 
 # rows and tokens
-rows = load_rows(args.score_file or models.data_source(args.data, "train"), **flags.row_options(args))
+rows = load_rows(args.score_file or models.data_source(args.data, "train"), require_solution=not args.solver,
+                 **flags.row_options(args))
 tokenizer = models.load_tokenizer(args.model)
 settle(parser, args, rows, tokenizer)
 output = RowsFile(args)
@@ -96,6 +97,7 @@ if args.solver:
 models.check_same_tokenizer(tokenizer, models.load_tokenizer(student_name))
 shared = models.shares_base(args.model, args.teacher_bits, student_name, args.student_bits)
 prompts, vocab = Prompts(tokenizer, args.solution_in), len(tokenizer)
+prompt_of = prompts.question_prompt if args.solver else prompts.teacher_prompt
 new_tokens = 0 if args.score_file else args.max_new_tokens
 explanation_ids = [lambda row: prompts.encode_explanation(row)[0]] if args.score_file else []
 rows = prompts.drop_overlong(rows, models.context_length(args.model, student_name) - new_tokens,
@@ -105,7 +107,7 @@ if args.show_rows:
     sys.exit()
 rows_per_batch = max(1, args.batch_size // args.samples)  # each with all its samples
 batches = [rows[at : at + rows_per_batch] for at in range(0, len(rows), rows_per_batch)]
-longest = max(len(prompts.teacher_prompt(row)) + sum(len(ids(row)) for ids in explanation_ids) for row in rows)
+longest = max(len(prompt_of(row)) + sum(len(ids(row)) for ids in explanation_ids) for row in rows)
 if args.dry_run is not None:
     gpu, sampled = args.dry_run > 0 or device.type == "cuda", len(batches[0]) * args.samples
     footprints = [ModelFootprint(**models.model_and_adapter_config(args.model), bits=args.teacher_bits, gpu=gpu)]
@@ -128,7 +130,7 @@ if not args.score_file:
     engine = make_engine(args.engine, teacher, tokenizer, base=models.base_of(args.model), bits=args.teacher_bits,
                          device=device, max_tokens=longest + args.max_new_tokens, batch=args.batch_size)
 if args.solver:  # scoring models are looked at when they are loaded
-    check_finite(args.model, engine.generate([prompts.question_prompt(rows[0])], max_new_tokens=1, temperature=0.0,
+    check_finite(args.model, engine.generate([prompt_of(rows[0])], max_new_tokens=1, temperature=0.0,
                                              key=("check",)))
 output.start(base_hash=saving.fingerprint(teacher), adapter_hash=saving.adapter_hash(teacher),
              student_hash=student and saving.fingerprint(student),
@@ -145,7 +147,7 @@ def explain(rows, batch):
     if args.score_file:
         completions = [prompts.encode_explanation(row) for row in rows]
     else:
-        completions = [(c.ids, c.finished) for c in sample([prompts.teacher_prompt(row) for row in rows], batch)]
+        completions = [(c.ids, c.finished) for c in sample([prompt_of(row) for row in rows], batch)]
     explanations = [prompts.split_completion(ids, finished) for ids, finished in completions]
     scoring_rows = [prompts.scoring_row(*pair) for pair in zip(rows, explanations, strict=True)]
     scored = micro_batched(score_explanations, teacher, student, scoring_rows, lam=args.lam, alpha=args.alpha,
@@ -167,13 +169,14 @@ def explain(rows, batch):
 
 
 def solve(rows, batch):
-    """One line for each of these rows: what the student writes when it sees the question alone, and its grade."""
-    completions = sample([prompts.question_prompt(row) for row in rows], batch)
+    """One line for each of these rows: what the student writes when it sees the question alone, and its grade. A row
+    without a solution gets the answer for one."""
+    completions = sample([prompt_of(row) for row in rows], batch)
     texts = [prompts.turn_text(completion) for completion in completions]
     answers = [text.removeprefix(prompts.opened_thought) for text in texts]  # what the prompt has not opened itself
     grades = grade_all(args.task, texts, rows)
     return [{
-        "batch": batch, "question": row["question"], "solution": row["solution"],
+        "batch": batch, "question": row["question"], "solution": row["solution"] or answer_of(args.task, text),
         "explanation": (between(text, *THOUGHT) or "").lstrip("\n"), "right": bool(right), "closed": c.finished,
         "foreign_tags": prompts.has_special_tokens(answer), "length": len(c.ids),
         "messages": [*prompts.chat_messages(row, "")[:-1], {"role": "assistant", "content": answer}],

@@ -115,7 +115,7 @@ def test_a_thought_that_the_prompt_opens_is_part_of_the_turn(tmp_path):
     template.write_text("{% for m in messages %}{% if m.role == 'assistant' %}" + opened + "{% else %}<|im_start|>"
                         "{{ m.role }}\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
                         "{% if add_generation_prompt %}" + opened + "{% endif %}")
-    row = {"question": "How many?", "solution": "7", "nums": [7], "target": 7}
+    row = {"question": "How many?", "nums": [7], "target": 7}  # none of the three needs a solution
     (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 2)
     flags = ["--task", "countdown", "--data", "rows.jsonl", "--model", "model", "--max-new-tokens", 25]
     call(tmp_path, "evaluate.py", *flags)
@@ -128,6 +128,18 @@ def test_a_thought_that_the_prompt_opens_is_part_of_the_turn(tmp_path):
     call(tmp_path, "distill.py", *flags, "--solver", "--keep-wrong", "--out", "rows_out.jsonl")
     line = json.loads((tmp_path / "rows_out.jsonl").read_text().splitlines()[0])
     assert not line["right"] and line["messages"][-1]["content"] == ANSWER, "the template writes the tag itself"
+
+
+def test_a_right_answer_is_the_solution_of_a_row_without_one(tmp_path):
+    """Rows of countdown have none; what is kept can be trained on."""
+    chain_model(tmp_path / "model", TEMPLATE_END)
+    (tmp_path / "rows.jsonl").write_text('{"nums": [7], "target": 7}\n' * 4)
+    call(tmp_path, "distill.py", "--solver", "--task", "countdown", "--data", "rows.jsonl", "--model", "model",
+         "--max-new-tokens", 25, "--out", "kept.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
+    assert [(line["right"], line["solution"], line["messages"][-1]["content"]) for line in lines] == [
+        (True, "7", ANSWER)] * 4
+    call(tmp_path, "sft_student.py", "--data", "kept.jsonl", "--model", "model", "--val-rows", 0, "--steps", 1)
 
 
 # -- training and saving
