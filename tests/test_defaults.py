@@ -203,22 +203,35 @@ def test_from_ones_own_rows_to_an_evaluation_by_the_printed_commands(own, graded
     assert (own / "runs/rl_student/eval_gsm8k.json").exists()
 
 
+def readme_path():
+    """The commands of the README's section "Your rows, your model", without their shell variables."""
+    section = (ROOT / "README.md").read_text().partition("## Your rows, your model")[2]
+    block = re.search(r"```sh\n(.*?)```", section, re.S)[1].replace("\\\n", " ")
+    for name in re.findall(r'^(\w+)="', block, re.M):  # in their order
+        value = re.search(f'{name}="(.*?)"', block, re.S)[1]
+        block = block.replace(f"${name}", " ".join(value.split()))
+    return [shlex.split(line, comments=True)[1:] for line in block.splitlines() if line.startswith("python")]
+
+
+def test_the_log_of_a_walk_has_the_readmes_commands():
+    """At their own size; the README says how long they took."""
+    logged = read_jsonl(ROOT / "figures/logs/readme_walk.jsonl")
+    walked = [shlex.split(row["command"])[1:] for row in logged if row["section"] == "Your rows, your model"]
+    assert readme_path() == [words for words in walked if words[0] != "install"]
+    assert all(row["rc"] == 0 for row in logged)
+    hours = sum(row["seconds"] for row in logged if row["section"] == "Your rows, your model") / 3600
+    assert 1.4 < hours < 1.6 and "On one old core this took an hour and a half" in (ROOT / "README.md").read_text()
+
+
 @pytest.mark.slow
 def test_the_readmes_path(own, graded_here, capsys):
     """Every command of "Your rows, your model", with small steps and another model, in its order."""
     with (own / "pairs.csv").open("w") as file:
         csv.writer(file).writerows([["question", "answer"], *([f"What is {i} + {i}?", 2 * i] for i in range(1, 25))])
     (own / "test.csv").write_text((own / "pairs.csv").read_text())
-    section = (ROOT / "README.md").read_text().partition("## Your rows, your model")[2]
-    block = re.search(r"```sh\n(.*?)```", section, re.S)[1].replace("\\\n", " ").replace("smollm2 ", "'my model' ")
-    for name in re.findall(r'^(\w+)="', block, re.M):  # shell variables, in their order
-        value = re.search(f'{name}="(.*?)"', block, re.S)[1]
-        block = block.replace(f"${name}", " ".join(value.split()))
     scripts = []
-    for line in block.splitlines():
-        if not line.startswith("python"):
-            continue
-        script, *flags = shlex.split(line, comments=True)[1:]
+    for script, *flags in readme_path():
+        flags = ["my model" if flag == "smollm2" else flag for flag in flags]
         scripts.append(script)
         small = [*SMALL.get(script, ()), *(["--max-new-tokens", "8"] if "--max-new-tokens" in flags else [])]
         if "--show-rows" in flags or "--dry-run" in flags:
