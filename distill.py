@@ -20,6 +20,7 @@ import shlex
 import sys
 
 from rlt import flags, models, saving
+from rlt.chat_template import vocabulary_size
 from rlt.console import print_next, print_progress, progress_bar
 from rlt.defaults import settle
 from rlt.distributed import all_gather_object, init_distributed
@@ -28,7 +29,7 @@ from rlt.files import read_jsonl, write_atomically
 from rlt.grading import GOLD, TASKS, answer_of, gradable, grade_all
 from rlt.inspection import ROWS, token_numbers
 from rlt.memory import MicroBatched
-from rlt.prompts import THOUGHT, Prompts, show_rows
+from rlt.prompts import THOUGHT, Prompts, drop_overlong, show_rows
 from rlt.rollout import check_finite, make_engine
 from rlt.rows import between, leaks, load_rows
 from rlt.rows_file import RowsFile, check_rows_file
@@ -70,14 +71,16 @@ group.add_argument("--out", type=flags.path, default="runs/distilled.jsonl", met
 group.add_argument("--resume", action="store_true", help="continue where a killed run stopped, or start; "
                    "flags that are not given are those that it was started with")
 args = parser.parse_args()
-if args.score_file and (args.samples > 1 or args.solver):
-    parser.error("--score-file reads explanations, --samples and --solver make them: pass one or the other")
-if args.solver and (args.keep == "best" or args.partition):
-    parser.error("--solver gives no rewards: --keep best and --partition need them")
+if args.score_file:
+    flags.refuse(parser, args, "with --score-file, which has the explanations", "solver", "data", "samples", "keep",
+                 "engine", "max_new_tokens")
+if args.solver:
+    flags.refuse(parser, args, "with --solver, which gives no rewards", "keep", "partition", "lam", "alpha", "kl",
+                 "student", "student_bits")
+else:
+    flags.refuse(parser, args, "without --solver", "task", "keep_wrong")
 if args.keep == "best" and args.samples == 1:
     parser.error("--keep best chooses among the --samples of a row: pass 2 or more")
-if args.keep_wrong and not args.solver:
-    parser.error("--keep-wrong does nothing without --solver")
 # ---------------------------------------------------------------------------------------------------------
 
 device = models.pick_device(args.device)
@@ -96,18 +99,26 @@ if args.solver:
     rows = gradable(args.task, rows)
 models.check_same_tokenizer(tokenizer, models.load_tokenizer(student_name))
 shared = models.shares_base(args.model, args.teacher_bits, student_name, args.student_bits)
-prompts, vocab = Prompts(tokenizer, args.solution_in), len(tokenizer)
+prompts, vocab = Prompts(tokenizer, args.solution_in), vocabulary_size(tokenizer)
 prompt_of = prompts.question_prompt if args.solver else prompts.teacher_prompt
-new_tokens = 0 if args.score_file else args.max_new_tokens
-explanation_ids = [lambda row: prompts.encode_explanation(row)[0]] if args.score_file else []
-rows = prompts.drop_overlong(rows, models.context_length(args.model, student_name) - new_tokens,
-                             skip=args.skip_bad_rows, also=explanation_ids)
 if args.show_rows:
     print(show_rows(prompts, rows, args.show_rows))
     sys.exit()
+new_tokens = 0 if args.score_file else args.max_new_tokens
+
+
+def given_length(row):
+    """Tokens of what is read of a row, all but what is sampled."""
+    if args.solver:
+        return len(prompt_of(row))
+    return prompts.scored_length(row) + (len(prompts.encode_explanation(row)[0]) if args.score_file else 0)
+
+
+rows = drop_overlong(rows, given_length, models.context_length(args.model, student_name), new_tokens,
+                     skip=args.skip_bad_rows)
 rows_per_batch = max(1, args.batch_size // args.samples)  # each with all its samples
 batches = [rows[at : at + rows_per_batch] for at in range(0, len(rows), rows_per_batch)]
-longest = max(len(prompt_of(row)) + sum(len(ids(row)) for ids in explanation_ids) for row in rows)
+longest = max(map(given_length if args.score_file else lambda row: len(prompt_of(row)), rows))
 if args.dry_run is not None:
     gpu, sampled = args.dry_run > 0 or device.type == "cuda", len(batches[0]) * args.samples
     footprints = [ModelFootprint(**models.model_and_adapter_config(args.model), bits=args.teacher_bits, gpu=gpu)]
@@ -134,6 +145,7 @@ if args.solver:  # scoring models are looked at when they are loaded
                                              key=("check",)))
 output.start(base_hash=saving.fingerprint(teacher), adapter_hash=saving.adapter_hash(teacher),
              student_hash=student and saving.fingerprint(student),
+             student_adapter_hash=None if shared or args.solver else saving.adapter_hash(student),
              rows_hash=digest(rows, *(GOLD[args.task] if args.solver else ())))
 
 
@@ -170,13 +182,14 @@ def explain(rows, batch):
 
 def solve(rows, batch):
     """One line for each of these rows: what the student writes when it sees the question alone, and its grade. A row
-    without a solution gets the answer for one."""
+    without a solution gets a right answer for one."""
     completions = sample([prompt_of(row) for row in rows], batch)
     texts = [prompts.turn_text(completion) for completion in completions]
     answers = [text.removeprefix(prompts.opened_thought) for text in texts]  # what the prompt has not opened itself
     grades = grade_all(args.task, texts, rows)
     return [{
-        "batch": batch, "question": row["question"], "solution": row["solution"] or answer_of(args.task, text),
+        "batch": batch, "question": row["question"],
+        "solution": row["solution"] or (answer_of(args.task, text) if right else None),
         "explanation": (between(text, *THOUGHT) or "").lstrip("\n"), "right": bool(right), "closed": c.finished,
         "foreign_tags": prompts.has_special_tokens(answer), "length": len(c.ids),
         "messages": [*prompts.chat_messages(row, "")[:-1], {"role": "assistant", "content": answer}],

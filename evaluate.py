@@ -96,8 +96,8 @@ def parse_flags():
     args = parser.parse_args()  # a flag that is given wins over the protocol
     if args.samples > 1 and args.temperature == 0:
         parser.error(f"--samples {args.samples} at --temperature 0 are all the same: pass 0.6, say")
-    if args.floor and not args.compare:
-        parser.error("--floor does nothing without --compare BEFORE AFTER")
+    if not args.compare:
+        flags.refuse(parser, args, "without --compare BEFORE AFTER", "floor")
     if args.compare and WORLD > 1:
         parser.error("--compare runs no model: call it by python, not by torchrun")
     if args.data == "toy" and args.task != "toy" and not args.compare:
@@ -190,6 +190,7 @@ def main():
     if args.compare:
         return compare_folders(args)
     from rlt import models
+    from rlt.chat_template import vocabulary_size
     from rlt.dry_run import ModelFootprint, dry_run
     from rlt.prompts import Prompts, show_rows
     from rlt.rollout import make_engines
@@ -231,7 +232,7 @@ def main():
             footprint = ModelFootprint(**models.model_and_adapter_config(name), bits=args.bits,
                                        gpu=args.dry_run > 0 or device.type == "cuda")
             batch = min(args.batch_size, len(prompt_ids[name]))
-            codes.append(dry_run(args, device, footprint, vocab=len(tokenizers[name]),
+            codes.append(dry_run(args, device, footprint, vocab=vocabulary_size(tokenizers[name]),
                                  row=longest + args.max_new_tokens, rollout=(batch, longest, args.max_new_tokens)))
         sys.exit(max(codes))
 

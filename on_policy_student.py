@@ -21,6 +21,7 @@ import math
 import sys
 
 from rlt import flags, models, saving
+from rlt.chat_template import vocabulary_size
 from rlt.console import progress_bar
 from rlt.defaults import DEFAULTS, settle
 from rlt.distributed import all_reduce_mean, all_reduce_sum, init_distributed
@@ -29,7 +30,7 @@ from rlt.evaluations import print_evaluation_command
 from rlt.logprobs import completion_logprobs_and_kl
 from rlt.lora import update_mode
 from rlt.memory import MicroBatched
-from rlt.prompts import Prompts, show_rows
+from rlt.prompts import Prompts, drop_overlong, show_rows
 from rlt.rollout import make_engine
 from rlt.rows import load_rows
 from rlt.runs import Run, check_run_folder, digest
@@ -85,12 +86,13 @@ tokenizer = models.load_tokenizer(args.model)
 models.check_same_tokenizer(models.load_tokenizer(args.teacher), tokenizer)
 settle(parser, args, rows, tokenizer)
 run = Run(args)
-prompts, vocab = Prompts(tokenizer, args.solution_in), len(tokenizer)
-context = models.context_length(args.model, args.teacher) - args.max_new_tokens
-rows, held_out = split_held_out(prompts.drop_overlong(rows, context, skip=args.skip_bad_rows), args)
+prompts, vocab = Prompts(tokenizer, args.solution_in), vocabulary_size(tokenizer)
 if args.show_rows:
     print(show_rows(prompts, rows, args.show_rows))
     sys.exit()
+rows = drop_overlong(rows, prompts.scored_length, models.context_length(args.model, args.teacher), args.max_new_tokens,
+                     skip=args.skip_bad_rows)
+rows, held_out = split_held_out(rows, args)
 longest = max(len(prompts.student_prompt(row)) for row in rows + held_out)
 if args.dry_run is not None:
     gpu = args.dry_run > 0 or device.type == "cuda"

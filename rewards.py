@@ -411,7 +411,8 @@ def score_explanations(teacher, student, rows, *, lam=3.0, alpha=0.01, kl="exact
     kl                  "exact" over the vocabulary, or "sampled": log p_teacher - log p_student of the
                         sampled token, the k1 estimate, as in the released code
     temperature         divides all logits of both models
-    vocab               len(tokenizer): the head's columns beyond it are never computed
+    vocab               len(tokenizer), or where its ids have gaps one more than the highest: the head's columns
+                        beyond it are never computed
     head_chunk          tokens whose logits exist at a time
     micro_batch_tokens  tokens of one forward pass; a longer row is a pass of its own
 

@@ -28,6 +28,7 @@ import math
 import sys
 
 from rlt import flags, models, saving
+from rlt.chat_template import vocabulary_size
 from rlt.console import progress_bar
 from rlt.defaults import settle
 from rlt.distributed import all_reduce_mean, all_reduce_sum, init_distributed
@@ -41,7 +42,7 @@ from rlt.grpo import LOSSES, group_advantages, grpo_loss, guided_loss, step_deno
 from rlt.logprobs import batched_logprobs, completion_logprobs
 from rlt.lora import update_mode
 from rlt.memory import MicroBatched
-from rlt.prompts import Prompts, show_rows
+from rlt.prompts import Prompts, drop_overlong, show_rows
 from rlt.rollout import make_engine
 from rlt.rows import load_rows, map_rows
 from rlt.runs import Run, check_run_folder, digest
@@ -95,10 +96,10 @@ if guide and args.rewards[:2] != [0, 0]:
 if guide and args.loss == "gspo":
     parser.error("--failed-groups guide with --loss gspo: hinted answers have one ratio a token; pass grpo, dapo or "
                  "dr_grpo")
-if args.hint_ratio != "guide" and not guide:
-    parser.error(f"--hint-ratio {args.hint_ratio} does nothing without --failed-groups guide")
-if args.relift_rows != parser.get_default("relift_rows") and args.failed_groups != "relift":
-    parser.error(f"--relift-rows {args.relift_rows} does nothing without --failed-groups relift")
+if not guide:
+    flags.refuse(parser, args, "without --failed-groups guide", "hint_ratio")
+if args.failed_groups != "relift":
+    flags.refuse(parser, args, "without --failed-groups relift", "relift_rows")
 # ---------------------------------------------------------------------------------------------------------
 
 device = models.pick_device(args.device)
@@ -112,14 +113,17 @@ rows = load_rows(models.data_source(args.data, "train"), require_solution=False,
 tokenizer = models.load_tokenizer(args.model)
 settle(parser, args, rows, tokenizer)
 run = Run(args)
-prompts, vocab = Prompts(tokenizer), len(tokenizer)
+prompts, vocab = Prompts(tokenizer), vocabulary_size(tokenizer)
 context = models.context_length(args.model)
 longest_prompt_of = {  # a row's
     "guide": prompts.hinted_prompt,
     "adaback": lambda row: prompts.question_prompt(row) + prompts.revealed_chain(row, 1.0),
 }.get(args.failed_groups, prompts.question_prompt)
-rows = prompts.drop_overlong(gradable(args.task, rows), context - args.max_new_tokens, skip=args.skip_bad_rows,
-                             also=[longest_prompt_of] if args.failed_groups in ("guide", "adaback") else [])
+if args.show_rows:
+    print(show_rows(prompts, rows, args.show_rows))
+    sys.exit()
+rows = drop_overlong(gradable(args.task, rows), lambda row: len(longest_prompt_of(row)), context, args.max_new_tokens,
+                     skip=args.skip_bad_rows)
 
 
 def sft_row(row):
@@ -138,9 +142,6 @@ if args.failed_groups == "relift":  # rows that SFT can't be made of are found h
 rows, held_out = split_held_out(rows, args)
 if args.failed_groups == "relift" and args.relift_rows > len(rows):
     raise UserError(f"--relift-rows {args.relift_rows}, but there are {len(rows)} rows to train on: lower it.")
-if args.show_rows:
-    print(show_rows(prompts, rows, args.show_rows))
-    sys.exit()
 longest = max(len(longest_prompt_of(row)) for row in rows + held_out)
 if args.dry_run is not None:
     sys.exit(dry_run_rl(args, device, world, args.bits, None, longest_prompt=longest, vocab=vocab,

@@ -3,7 +3,7 @@
 Supervised fine-tuning on explanations: of a student on what a teacher wrote, or of a teacher before RL (the warm-up).
 
     laptop, 20 seconds    python sft_student.py
-    the warm-up           python sft_student.py --format teacher --data rows.jsonl --model org/instruct-model --bits 16
+    the warm-up           python sft_student.py --format teacher --data rows.jsonl --model org/name --out runs/warm-up
 
     --format student   question -> thought, solution       rows of distill.py, or question, explanation, solution
     --format teacher   question, solution -> explanation   the format that RL starts from; rows with an explanation
@@ -16,6 +16,7 @@ import sys
 from typing import NamedTuple
 
 from rlt import flags, models, saving
+from rlt.chat_template import vocabulary_size
 from rlt.console import print_next, progress_bar
 from rlt.defaults import DEFAULTS, settle
 from rlt.distributed import all_reduce_sum, init_distributed
@@ -34,6 +35,10 @@ import torch
 
 from rewards import micro_batches
 
+DEFAULTS_OF = {  # --format: other defaults
+    "student": {"out": "runs/student", "data": "runs/distilled.jsonl"},
+    "teacher": {"out": "runs/toy-teacher", "data": "toy"},
+}
 NO_EXPLANATIONS = {
     "student": "let a teacher write them: distill.py.",
     "teacher": "warm up on a set that has them, as README.md shows (GSM8K: --explanation-column answer), and give your "
@@ -64,11 +69,11 @@ flags.add_checkpointing(group)
 flags.add_system(group)
 flags.add_run_folder(parser.add_argument_group("run folder"), None, save_every=0, eval_every=50,
                      eval_what="validation loss", eval_flag="--val-rows")
+parser.set_defaults(**DEFAULTS_OF[parser.parse_known_args()[0].format])
 args = parser.parse_args()
-parser.set_defaults(**{"student": {"out": "runs/student", "data": "runs/distilled.jsonl"},
-                       "teacher": {"out": "runs/toy-teacher", "data": "toy"}}[args.format])
-args.out, args.data = args.out or parser.get_default("out"), args.data or parser.get_default("data")
 train_all = args.lora_rank == 0
+if train_all:
+    flags.refuse(parser, args, "with --lora-rank 0, which trains all weights", "lora_alpha", "lora_targets")
 args.bits = args.bits or (32 if train_all else None)
 if train_all and args.bits != 32:
     parser.error(f"--lora-rank 0 trains all weights, which takes --bits 32: at {args.bits} bits small steps are lost")
@@ -80,16 +85,17 @@ rank, world = init_distributed(device)
 check_run_folder(args)
 
 # rows and tokens
-rows = load_rows(models.data_source(args.data, "train"), **flags.row_options(args))
+rows = load_rows(models.data_source(args.data, "train"), require_solution=args.format == "teacher",
+                 **flags.row_options(args))
 tokenizer = models.load_tokenizer(args.model)
 settle(parser, args, rows, tokenizer)
+if args.format == "teacher" and args.out == parser.get_default("out") and not models.is_toy(args.model):
+    raise UserError(f"--out {args.out} is where the toy's teacher is looked for: pass another folder for {args.model}.")
 run = Run(args)
-if args.steps > run.lr_steps:
-    raise UserError(f"the learning rate is 0 from step {run.lr_steps} on: pass --lr-steps {args.steps} to raise it.")
 if not any(isinstance(row.get("explanation"), str) or args.format == "student" and "messages" in row for row in rows):
     raise UserError(f"{args.data} has no explanations. If they have a column, name it by --explanation-column. Else "
                     + NO_EXPLANATIONS[args.format])
-prompts, vocab = Prompts(tokenizer, args.solution_in), len(tokenizer)
+prompts, vocab = Prompts(tokenizer, args.solution_in), vocabulary_size(tokenizer)
 if args.show_rows:
     print(show_rows(prompts, rows, args.show_rows))
     sys.exit()
@@ -110,10 +116,10 @@ for row, (ids, start) in map_rows(rows, lambda row: prompts.sft_row(row, args.fo
 if cut:
     print(f"{cut} of {len(rows)} rows are longer than {max_tokens} tokens and were cut; "
           f"{len(rows) - len(examples)} of them have no supervised tokens left and are dropped")
-if len(examples) <= args.val_rows:
-    raise UserError(f"{len(examples)} rows, --val-rows takes {args.val_rows} of them: give more rows, or lower it.")
-validation = examples[len(examples) - args.val_rows :]
-examples = examples[: len(examples) - args.val_rows]
+held_out = args.val_rows if args.eval_every else 0
+if len(examples) <= held_out:
+    raise UserError(f"{len(examples)} rows, --val-rows takes {held_out} of them: give more rows, or lower it.")
+examples, validation = examples[: len(examples) - held_out], examples[len(examples) - held_out :]
 if args.dry_run is not None:
     footprint = {"rank": args.lora_rank, "targets": args.lora_targets} | models.model_and_adapter_config(args.model)
     if train_all:
@@ -191,7 +197,7 @@ for step in run.steps(progress, save):
 
     # 2. validation loss, log; run.steps saves
     val_loss = None
-    if validation and args.eval_every and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
+    if validation and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
         (val_loss,) = all_reduce_sum(micro_batched(sum_of_losses, validation[rank::world]))
         val_loss /= sum(len(x.supervised) for x in validation)
     shown = val_loss is not None or (step + 1) % max(1, args.steps // 10) == 0  # a step may take a minute

@@ -19,6 +19,7 @@ By default the log-ratio of the sampled token estimates a token's KL (--kl sampl
 import sys
 
 from rlt import flags, models, saving
+from rlt.chat_template import vocabulary_size
 from rlt.console import print_next, progress_bar
 from rlt.defaults import settle
 from rlt.distributed import all_reduce_mean, all_reduce_sum, init_distributed
@@ -30,7 +31,7 @@ from rlt.inspection import token_numbers
 from rlt.logprobs import batched_logprobs, completion_logprobs, completion_logprobs_and_kl
 from rlt.lora import update_mode
 from rlt.memory import MicroBatched
-from rlt.prompts import Prompts, show_rows
+from rlt.prompts import Prompts, drop_overlong, show_rows
 from rlt.rollout import make_engine
 from rlt.rows import leaks, load_rows
 from rlt.runs import Run, check_run_folder, digest
@@ -101,12 +102,13 @@ shared = models.shares_base(args.model, args.teacher_bits, student_name, args.st
 if shared and args.offload_student:
     raise UserError("--offload-student: the student is the teacher's base at the same bits, so its weights are the "
                     "teacher's and take no memory. Leave the flag out.")
-prompts, vocab = Prompts(tokenizer, args.solution_in), len(tokenizer)
-context = models.context_length(args.model, student_name) - args.max_new_tokens
-rows, held_out = split_held_out(prompts.drop_overlong(rows, context, skip=args.skip_bad_rows), args)
+prompts, vocab = Prompts(tokenizer, args.solution_in), vocabulary_size(tokenizer)
 if args.show_rows:
     print(show_rows(prompts, rows, args.show_rows))
     sys.exit()
+rows = drop_overlong(rows, prompts.scored_length, models.context_length(args.model, student_name), args.max_new_tokens,
+                     skip=args.skip_bad_rows)
+rows, held_out = split_held_out(rows, args)
 longest = max(len(prompts.teacher_prompt(row)) for row in rows + held_out)
 if args.dry_run is not None:
     sys.exit(dry_run_rl(args, device, world, args.teacher_bits, student_name, longest_prompt=longest, vocab=vocab,
@@ -120,7 +122,7 @@ if shared:
     student = models.without_adapter(policy)
 else:
     student = models.load_model(student_name, bits=args.student_bits, device=device, scores=True)
-student_hash = saving.fingerprint(student)
+student_hash, student_adapter_hash = saving.fingerprint(student), None if shared else saving.adapter_hash(student)
 if args.offload_student:
     student.to("cpu")
 parameters = models.adapter_parameters(policy)
@@ -132,8 +134,8 @@ if run.checkpoint:
     saving.restore_optimizer(optimizer, run.checkpoint)
 engine = make_engine(args.engine, policy, tokenizer, base=models.base_of(args.model), bits=args.teacher_bits,
                      device=device, max_tokens=longest + args.max_new_tokens, batch=args.rollout_batch)
-run.start(base_hash=saving.fingerprint(policy), student_hash=student_hash, student=student_name,
-          rows_hash=digest(rows), device=str(device), rows=len(rows))
+run.start(base_hash=saving.fingerprint(policy), student_hash=student_hash, student_adapter_hash=student_adapter_hash,
+          student=student_name, rows_hash=digest(rows), device=str(device), rows=len(rows))
 print(f"{run.folder}: {sum(p.numel() for p in parameters):,} trained parameters, {len(rows)} rows, {device}, "
       f"log-probs by {implementation('auto', device.type)}", flush=True)
 if held_out and run.step == 0:
@@ -310,5 +312,5 @@ print(f"The teacher is in {final}.")
 following = flags.carry(parser, args, "student", "teacher_bits", "student_bits", "data", "question_column",
                         "solution_column", "skip_bad_rows", "solution_in", "temperature", "max_new_tokens", "alpha",
                         "unclosed_penalty", "engine", "micro_batch_tokens", "device",
-                        **{"lambda": "lam", "model": "out"})
+                        batch_size="rollout_batch", **{"lambda": "lam", "model": "out"})
 print_next("distill.py" + following + flags.following_out(parser, args, "-distilled.jsonl"))

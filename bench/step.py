@@ -110,14 +110,16 @@ def flops(config, lengths, heads):
 # inputs
 
 
-class EndlessTokenizer(list):
+class EndlessTokenizer:
     """As many tokens as the model has, and an end of turn that comes after them: it is never sampled."""
 
     chat_template, pad_token_id = None, 0
 
     def __init__(self, size):
-        super().__init__(range(size.vocab))
         self.eos_token_id = size.vocab
+
+    def get_vocab(self):
+        return {str(i): i for i in range(self.eos_token_id)}
 
 
 def ids(n):

@@ -149,14 +149,14 @@ QUICK = list(ARCHITECTURES)[:22]
 # Models and a tokenizer
 
 
-def tokenizer():
-    """One token a byte, and the special tokens of a chat template."""
+def tokenizer(ids=None):
+    """One token a byte, and the special tokens of a chat template. ids: {token: id}, counted from 0 by default."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = Tokenizer(BPE({token: i for i, token in enumerate([*SPECIAL, *alphabet])}, []))
+    tokens = Tokenizer(BPE(ids or {token: i for i, token in enumerate([*SPECIAL, *alphabet])}, []))
     tokens.pre_tokenizer, tokens.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     made = PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
                                    additional_special_tokens=SPECIAL[3:])

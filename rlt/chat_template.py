@@ -6,6 +6,7 @@ Templates differ: some refuse a system turn, some open a thought of the model's 
 not always the tokenizer's eos. Nothing here goes by a model's name.
 """
 
+import functools
 import re
 
 from rlt.errors import UserError
@@ -14,6 +15,12 @@ from rlt.tags import SOLUTION, THOUGHT
 SYSTEM, QUESTION, ANSWER = "the system text", "the question", "the answer"  # contents to look for in a rendering
 TAGGED = f"{THOUGHT[0]}\n\nthe thought\n\n{THOUGHT[1]}\n\n{SOLUTION[0]}\n\nthe solution\n\n{SOLUTION[1]}"
 MARKUP = re.compile(r"<{1,2}[^<>\s]+>{1,2}|\[/?[A-Z_]+\]")  # <|im_start|>, <s>, <<SYS>>, [INST]
+
+
+@functools.lru_cache(maxsize=8)
+def vocabulary_size(tokenizer):
+    """One more than the highest id: the columns of a model's head that are computed. Ids may have gaps."""
+    return 1 + max(tokenizer.get_vocab().values())
 
 
 def turn_ends(tokenizer):

@@ -208,6 +208,8 @@ def remedy(flags, phase, numbers, row, shared=False):
         smaller_pass = halve("micro_batch_tokens", at_least=2 * row) or shorter
     remedies = {"weights": fewer, "adapters, AdamW": halve("lora_rank"), "cache": smaller_batch + shorter,
                 "activations": smaller_pass, "logits": smaller_batch}
+    if flags.get("lora_rank") == 0:  # all weights are trained, which takes 32 bits
+        remedies |= dict.fromkeys(("weights", "adapters, AdamW"), [set_to("lora_rank", 16)])
     for part in sorted(remedies, key=lambda part: -numbers[part]):
         if remedies[part] and numbers[part]:
             return remedies[part][0]

@@ -78,12 +78,17 @@ def print_evaluation_command(parser, args, task=None):
     asked = argparse.Namespace(**{"limit": None} | vars(args) | distilled)
     asked.data = distilled.get("score_file") or asked.data
     command = f"evaluate.py --model {shlex.quote(models.short_name(args.model))} {shlex.quote(args.out)}"
-    command += carry(parser, args, "bits", "device")
+    command += carry(parser, args, "bits", "device",
+                     **({"batch_size": "rollout_batch"} if "rollout_batch" in args else {}))
     if toy and asked.data == "toy":
         return print_next(command)
     if task is None and not toy:
         options = {name: getattr(asked, name, None) for name in columns}
-        rows = load_rows(asked.data, **options, limit=100, skip_bad=True, require_solution=False)
+        try:
+            rows = load_rows(models.data_source(asked.data, "train"), **options, limit=100, skip_bad=True,
+                             require_solution=False)
+        except UserError:  # they have been moved since
+            return None
         task = task_of(rows)
     elif toy:
         task = "toy"

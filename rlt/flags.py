@@ -148,6 +148,13 @@ def path(text):
     return os.path.expanduser(text)
 
 
+def refuse(parser, args, where, *names):
+    """End with an error if one of these flags is given. where: how it does nothing, such as "without --solver"."""
+    for name in names:
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"{flag_of(name)} does nothing {where}")
+
+
 def carry(parser, args, *names, **renamed):
     """This run's flags that the next command needs, too, as text: those that differ from their defaults.
 
@@ -165,7 +172,7 @@ def following_out(parser, args, ending):
     """--out of the next command, as text: beside this one's where that is not the default."""
     if args.out == parser.get_default("out"):
         return ""
-    return f" --out {shlex.quote(os.path.splitext(args.out)[0].rstrip('/') + ending)}"
+    return f" --out {shlex.quote(args.out.rstrip('/').removesuffix('.jsonl') + ending)}"
 
 
 def add_bits(group, flag, what, default=None):

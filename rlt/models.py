@@ -21,6 +21,7 @@ import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from rlt.chat_template import vocabulary_size
 from rlt.checkpoints import damaged_file
 from rlt.console import STEP_OF_ANOTHER
 from rlt.distributed import RANK, WORLD
@@ -296,7 +297,7 @@ def _generation_eos(base, tokenizer):
         except (OSError, ValueError):  # most models made here have no generation_config
             return ()
         eos = eos if isinstance(eos, list) else [eos]
-        return tuple(i for i in eos if type(i) is int and 0 <= i < len(tokenizer))
+        return tuple(i for i in eos if type(i) is int and 0 <= i < vocabulary_size(tokenizer))
 
     others = {*tokenizer.added_tokens_decoder} - {tokenizer.eos_token_id}
     return listed(lambda: GenerationConfig.from_pretrained(base)) or tuple(

@@ -26,7 +26,7 @@ import re
 from typing import NamedTuple
 
 from rlt.answers import opened_thought
-from rlt.chat_template import ChatTemplate, tokenize, turn_ends
+from rlt.chat_template import ChatTemplate, tokenize, turn_ends, vocabulary_size
 from rlt.errors import UserError, printable
 from rlt.rows import map_rows
 from rlt.tags import EXPLANATION, SOLUTION, THOUGHT
@@ -308,20 +308,24 @@ class Prompts:
             supervised, = self._encode_in_turn(EXPLANATION_OPENED, text + EXPLANATION[1])
         return prompt + supervised + [self.end_of_turn], len(prompt)
 
-    def drop_overlong(self, rows, context, skip=False, also=()):
-        """The rows whose prompts and solution, and what `also` makes ids of, fit into `context` tokens."""
-        if context <= 0:
-            raise UserError(f"--max-new-tokens is {-context} tokens longer than what the models can read: lower it.")
+    def scored_length(self, row):
+        """Tokens that teacher or student reads beside an explanation that is scored, whichever are more."""
+        solution = len(self.encode(row["solution"])) + 32  # 32: tags
+        return max(len(self.teacher_prompt(row)), len(self.student_prompt(row)) + solution)
 
-        def check_length(row):
-            tokens = len(self.student_prompt(row)) + len(self.encode(row["solution"] or "")) + 32  # 32: tags
-            if row["solution"] is not None:
-                tokens = max(tokens, len(self.teacher_prompt(row)))
-            tokens += sum(len(ids_of(row)) for ids_of in also)
-            if tokens > context:
-                raise UserError(f"takes {tokens} tokens, room is for {context}: shorten it, lower --max-new-tokens")
 
-        return [row for row, _ in map_rows(rows, check_length, skip)]
+def drop_overlong(rows, length_of, context, max_new_tokens=0, skip=False):
+    """The rows of which length_of(row) tokens, and max_new_tokens sampled ones, fit into `context` tokens."""
+    room = context - max_new_tokens
+    if room <= 0:
+        raise UserError(f"--max-new-tokens {max_new_tokens}, but the models can read {context} tokens: lower it.")
+
+    def check_length(row):
+        if (tokens := length_of(row)) > room:
+            remedy = "shorten it" + ", or lower --max-new-tokens" * (max_new_tokens > 0)
+            raise UserError(f"takes {tokens} tokens, room is for {room}: {remedy}")
+
+    return [row for row, _ in map_rows(rows, check_length, skip)]
 
 
 def score_texts(teacher, student, tokenizer, rows, *, solution_in="assistant", **options):
@@ -346,7 +350,7 @@ def score_texts(teacher, student, tokenizer, rows, *, solution_in="assistant", *
             encoded.append(scoring_row(row))
         except UserError as error:
             raise UserError(f"row {number} {error}") from None
-    return score_explanations(teacher, student, encoded, **{"vocab": len(tokenizer)} | options)
+    return score_explanations(teacher, student, encoded, **{"vocab": vocabulary_size(tokenizer)} | options)
 
 
 def show_rows(prompts, rows, n):
@@ -396,7 +400,7 @@ def _token_bytes(tokenizer):
     vocabulary = tokenizer.convert_ids_to_tokens
     if isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel):
         byte = {character: value for value, character in bytes_to_unicode().items()}
-        return lambda i: added[i] if i in added else bytes(byte[c] for c in vocabulary(i))
+        return lambda i: added[i] if i in added else bytes(byte[c] for c in vocabulary(i) or "")
     # Others are decoded behind another token. A byte of a character without a token of its own, <0xE4>, has no text.
     anchor = tokenizer.eos_token_id
     before = len(tokenizer.decode([anchor]))

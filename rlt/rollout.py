@@ -13,7 +13,7 @@ import math
 import weakref
 from typing import NamedTuple
 
-from rlt.chat_template import turn_ends
+from rlt.chat_template import turn_ends, vocabulary_size
 from rlt.console import show_activity
 from rlt.errors import UserError
 from rlt.steps import seed_for
@@ -103,7 +103,7 @@ def generate(model, tokenizer, prompts, *, max_new_tokens, temperature, seed):
             model, tokenizer, [prompt], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed_for(seed, i))]
     ends = turn_ends(tokenizer)
     config = _generation_config(max_new_tokens, temperature, ends, tokenizer.pad_token_id)
-    sampler = _LogprobRecorder(temperature or 1.0, len(tokenizer), max_new_tokens)
+    sampler = _LogprobRecorder(temperature or 1.0, vocabulary_size(tokenizer), max_new_tokens)
     ids, mask = _left_padded(prompts, tokenizer.pad_token_id)
     device = next(model.parameters()).device
     training = model.training

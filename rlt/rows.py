@@ -191,7 +191,12 @@ def _by_schema(columns):
         question = "\n\n".join(_text(columns, name) for name in ("instruction", "input") if name in names)
         return {"question": question, "solution": columns["output"]}
     if "messages" in names:
-        return _exchange(columns["messages"], "messages")
+        try:
+            return _exchange(columns["messages"], "messages")
+        except UserError:
+            if "question" not in names:
+                raise
+            return {}  # the messages of a row with a question can be trained on as they are
     if "problem" in names:
         return {"question": columns["problem"]}
     return {}

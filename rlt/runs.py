@@ -32,7 +32,7 @@ from rlt.report import check_installed, open_report
 
 ROOT = Path(__file__).resolve().parent.parent
 # what a resumed run, and every rank, must find unchanged
-HASHES = ("base_hash", "adapter_hash", "student_hash", "rows_hash")
+HASHES = ("base_hash", "adapter_hash", "student_hash", "student_adapter_hash", "rows_hash")
 RESUME_OVERRIDABLE = {"resume", "show_rows", "steps", "lr_steps", "save_every", "keep_checkpoints", "max_bad_steps",
                       "device", "dry_run", "offload_student", "micro_batch_tokens", "gradient_checkpointing", "out",
                       "quiet", "report"}
@@ -139,7 +139,11 @@ def check_same_hashes(out, before, now):
 def resume_command():
     """The command that continues this run."""
     arguments = sys.argv[1:] + ["--resume"] * ("--resume" not in sys.argv)
-    launcher = f"torchrun --nproc_per_node={WORLD}" if WORLD > 1 else "python"
+    launcher = "python"
+    if WORLD > 1:
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = f"--nnodes={WORLD // here} --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT " if WORLD > here else ""
+        launcher = f"torchrun {nodes}--nproc_per_node={here}"
     return f"{launcher} {shlex.join([sys.argv[0], *arguments])}"
 
 
@@ -182,6 +186,7 @@ class Run:
         self.config = describe(args)
         if self.existed and args.resume:
             self._find_checkpoint(args)
+        self._check_lr_steps()
 
     def _find_checkpoint(self, args):
         self.config_before = config_of(self.folder / "config.json", self.folder, self.config["command"])
@@ -196,6 +201,12 @@ class Run:
             if self.lr_steps != args.steps:
                 print(f"{self.folder} was started with a learning rate that falls over {self.lr_steps} steps, and "
                       "keeps it: pass --lr-steps for another.")
+
+    def _check_lr_steps(self):
+        """Raise UserError where the learning rate is 0 before the last step: SFT's falls to 0, RL's to a fraction."""
+        if self.args.steps > self.lr_steps and not vars(self.args).get("final_lr_fraction"):
+            raise UserError(f"the learning rate is 0 from step {self.lr_steps} on: pass --lr-steps {self.args.steps} "
+                            "to raise it.")
 
     def _lock(self):
         if RANK == 0:
@@ -259,7 +270,8 @@ class Run:
 
         SIGTERM and Ctrl-C end the loop with a checkpoint and the command that continues the run. A step that has not
         changed the weights yet is abandoned at once, any other one is finished. Several ranks finish their step, too:
-        each may be somewhere else in it. A second signal ends the process at once.
+        each may be somewhere else in it. But torchrun kills them after 30 seconds (--shutdown-timeout), so rank 0 first
+        saves what the steps before have done. A second signal ends the process at once.
         """
         self.saved = self.step
         with StopSignals(lambda number: self._stop(number, save, abandon=True)) as signals:
@@ -277,7 +289,11 @@ class Run:
 
     def _stop(self, number, save, abandon=False):
         """End the process with a checkpoint after `self.step` steps. abandon: unless the weights have changed since."""
-        if abandon and (self.weights_changed or WORLD > 1):
+        if abandon and self.weights_changed:
+            return
+        if abandon and WORLD > 1:
+            if RANK == 0 and self.step > self.saved:
+                self._write_checkpoint(self.step, save)
             return
         if self.step > self.saved:
             self.save(self.step, save)
@@ -290,17 +306,18 @@ class Run:
     def save(self, step, write):
         """A checkpoint after `step` steps. write(folder) fills it; it gets its name once it is complete. Then those
         before the last --keep-checkpoints go."""
-        self._write_folder(self.folder / f"step_{step:06d}", write)
-        self.saved = step
         if RANK == 0:
-            keep_last(self.folder, self.args.keep_checkpoints)
+            self._write_checkpoint(step, write)
+        self.saved = step
+        barrier()
+
+    def _write_checkpoint(self, step, write):
+        write_folder(self.folder / f"step_{step:06d}", write)
+        keep_last(self.folder, self.args.keep_checkpoints)
 
     def finish(self, write):
         """The result of the run, in final/ -> that folder."""
-        self._write_folder(self.folder / "final", write)
-        return self.folder / "final"
-
-    def _write_folder(self, folder, write):
         if RANK == 0:
-            write_folder(folder, write)
+            write_folder(self.folder / "final", write)
         barrier()
+        return self.folder / "final"

@@ -36,10 +36,10 @@ def batch_indices(n, size, step, seed):
 
 def lr_fraction(step, steps, warmup, final, shape="linear"):
     """Fraction of the peak learning rate at this step: up over `warmup` steps, then down to `final` at the last of
-    `steps`, where it stays."""
+    `steps`, where it stays. A final 0 is reached one step later: no step is taken for nothing."""
     if step < warmup:
         return (step + 1) / warmup
-    progress = min(1, (step + 1 - warmup) / max(1, steps - warmup))
+    progress = min(1, (step + (final > 0) - warmup) / max(1, steps - warmup))
     if shape == "cosine":
         progress = (1 - math.cos(math.pi * progress)) / 2
     return 1 + (final - 1) * progress
@@ -112,7 +112,7 @@ def split_held_out(rows, args):
     rows = rows[: len(rows) - len(held_out)]
     if len(rows) < args.prompts_per_step:
         raise UserError(f"{len(rows)} rows are left to train on, a step takes {args.prompts_per_step}: give more rows, "
-                        "or lower --prompts-per-step, --eval-rows or --eval-every.")
+                        "or lower --prompts-per-step or --eval-rows.")
     return rows, held_out
 
 

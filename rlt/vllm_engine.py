@@ -13,6 +13,7 @@ import warnings
 from contextlib import contextmanager
 from typing import get_args
 
+from rlt.chat_template import vocabulary_size
 from rlt.errors import UserError
 from rlt.rollout import Completion
 from rlt.steps import seed_for
@@ -62,7 +63,7 @@ class VLLMEngine:
                             "trained would be another one. Pass 16, or --engine transformers.")
         vllm = _import_vllm(device)
         options = _lora_options(lora_rank) | _device_options(device, max_model_len)
-        self.vocab, self.max_model_len, self.stop_ids = len(tokenizer), max_model_len, list(stop_ids)
+        self.vocab, self.max_model_len, self.stop_ids = vocabulary_size(tokenizer), max_model_len, list(stop_ids)
         group_exists = torch.distributed.is_initialized()
         with _process_state_restored(device):
             try:

@@ -228,7 +228,7 @@ def test_a_rollout_by_vllm_is_as_large_as_its_limits(monkeypatch):
 
     class Engine:
         def __init__(self, folder, tokenizer, **options):
-            made.update(options, folder=folder, vocab=len(tokenizer))
+            made.update(options, folder=folder, vocab=len(tokenizer.get_vocab()))
             limits = dict(cache_config=SimpleNamespace(kv_cache_size_tokens=10_000),
                           scheduler_config=SimpleNamespace(max_num_seqs=40))
             vllm = SimpleNamespace(vllm_config=SimpleNamespace(**limits), step=self.step)

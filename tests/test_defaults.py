@@ -9,9 +9,10 @@ import re
 import shlex
 from types import SimpleNamespace
 
-from rlt import console, models
+from rlt import console, flags, models
 from rlt.defaults import DEFAULTS, settle
 from rlt.errors import UserError
+from rlt.evaluations import print_evaluation_command
 from rlt.files import read_jsonl
 from rlt.rows import load_rows
 from rlt.steps import advice_on_format, split_held_out
@@ -230,16 +231,16 @@ def test_the_readmes_path(own, graded_here, capsys):
         csv.writer(file).writerows([["question", "answer"], *([f"What is {i} + {i}?", 2 * i] for i in range(1, 25))])
     (own / "test.csv").write_text((own / "pairs.csv").read_text())
     scripts = []
-    for script, *flags in readme_path():
-        flags = ["my model" if flag == "smollm2" else flag for flag in flags]
+    for script, *given in readme_path():
+        given = ["my model" if flag == "smollm2" else flag for flag in given]
         scripts.append(script)
-        small = [*SMALL.get(script, ()), *(["--max-new-tokens", "8"] if "--max-new-tokens" in flags else [])]
-        if "--show-rows" in flags or "--dry-run" in flags:
-            assert ended(own, script, *flags).code == 0
+        small = [*SMALL.get(script, ()), *(["--max-new-tokens", "8"] if "--max-new-tokens" in given else [])]
+        if "--show-rows" in given or "--dry-run" in given:
+            assert ended(own, script, *given).code == 0
         elif script.startswith("figures/"):
-            run_script(own, script, *flags)
+            run_script(own, script, *given)
         else:
-            call(own, script, *flags, *small)
+            call(own, script, *given, *small)
     assert scripts == ["data/word_problems.py", "train_rlt.py", "sft_student.py", "sft_student.py", "train_rlt.py",
                        "train_rlt.py", "figures/inspect_reward.py", "distill.py", "sft_student.py", "evaluate.py"]
     assert (own / "runs/reward.html").exists() and (own / "runs/my-student/eval_gsm8k.json").exists()
@@ -256,6 +257,32 @@ def test_the_toys_path_with_an_out_of_ones_own(workshop, capsys):
         out = capsys.readouterr().out
     assert json.loads((workshop / "runs/mine-distilled.jsonl.config.json").read_text())["flags"]["lam"] == 2
     assert (workshop / "runs/mine-distilled-student/eval_toy.json").exists() and "Next" not in out
+
+
+def test_a_folders_name_may_have_a_dot():
+    parsed = argparse.Namespace(out="runs/Qwen2.5-7B/")
+    parser = argparse.ArgumentParser()
+    assert flags.following_out(parser, parsed, "-rlt") == " --out runs/Qwen2.5-7B-rlt"
+    parsed.out = "runs/rows.v1.jsonl"
+    assert flags.following_out(parser, parsed, "-student") == " --out runs/rows.v1-student"
+
+
+def test_a_teacher_of_ones_own_does_not_take_the_toys_place(own):
+    """runs/toy-teacher is what --model toy-teacher reads."""
+    refused = ended(own, "sft_student.py", "--format", "teacher", "--model", "my model", "--data", "pairs.csv",
+                    "--question-column", "Q", "--solution-column", "A", "--explanation-column", "E", "--skip-bad-rows")
+    assert refused.code == 2 and "pass another folder for my model" in refused.stderr
+    assert not (own / "runs/toy-teacher").exists()
+
+
+@pytest.mark.parametrize("data", ["toy", "moved.jsonl"])
+def test_a_command_that_cant_be_printed_does_not_end_a_run(toy, own, data, monkeypatch, capsys):
+    """After all its steps: rows of the toy, which another model can't be graded on; rows that have been moved."""
+    parser = argparse.ArgumentParser()
+    model = {"model": str(own / "my model"), "out": "runs/x", "bits": 32, "device": "cpu", "skip_bad_rows": False}
+    monkeypatch.chdir(toy)
+    print_evaluation_command(parser, argparse.Namespace(**model, data=data))
+    assert "Traceback" not in capsys.readouterr().out
 
 
 def test_a_step_of_another_command_prints_no_next(tmp_path, monkeypatch, capsys):

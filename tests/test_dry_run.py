@@ -51,14 +51,16 @@ def with_gradients(model):
     return model
 
 
-class EndlessTokenizer(list):
+class EndlessTokenizer:
     """As many tokens as the model has, and an end of turn that comes after them: it is never sampled."""
 
     chat_template, pad_token_id = None, 0
 
     def __init__(self, config):
-        super().__init__(range(config.vocab_size - 1))
         self.eos_token_id = config.vocab_size - 1
+
+    def get_vocab(self):
+        return {str(i): i for i in range(self.eos_token_id)}
 
 
 def ids(n):
@@ -370,6 +372,8 @@ def test_what_to_change_first():
     assert first("score", "logits") == "a smaller model"  # their chunk is a constant
     assert first("update", "adapters, AdamW") == "--lora-rank 8"
     assert first("update", "adapters, AdamW", lora_rank=None) == "a smaller model"  # the adapter's own
+    for part in ("weights", "adapters, AdamW"):  # all weights are trained, which 4 bits can't be
+        assert first("update", part, lora_rank=0, bits=32) == "--lora-rank 16"
     assert first("update", "weights", engine="vllm", student_bits=16) == "--student-bits 4"
     assert first("update", "weights", engine="vllm") == "--engine transformers"  # it has no 4 bits
     same = dict(shared=True, student_bits=16, offload_student=False)

@@ -5,9 +5,20 @@ import random
 import re
 import unicodedata
 
+from rlt.chat_template import vocabulary_size
 from rlt.errors import UserError
 from rlt.models import load_tokenizer
-from rlt.prompts import EXPLANATION, SOLUTION, STUDENT_SYSTEM, TEACHER_SYSTEM, THOUGHT, Prompts, score_texts, show_rows
+from rlt.prompts import (
+    EXPLANATION,
+    SOLUTION,
+    STUDENT_SYSTEM,
+    TEACHER_SYSTEM,
+    THOUGHT,
+    Prompts,
+    drop_overlong,
+    score_texts,
+    show_rows,
+)
 from rlt.rows import load_rows, map_rows
 
 import pytest
@@ -290,14 +301,39 @@ def test_different_single_token_tags_are_refused(qwen_tokenizer):
         Prompts(tokenizer)
 
 
+def test_ids_may_have_gaps():
+    """The head's columns go up to the highest id, not to the number of tokens; an id without a token has no text."""
+    tokens = zoo.tokenizer().get_vocab()
+    tokenizer = zoo.tokenizer({token: i + 40 * (i > 20) for token, i in tokens.items()})
+    highest = max(tokens.values()) + 40
+    assert len(tokenizer) == len(tokens) and vocabulary_size(tokenizer) == highest + 1
+    prompts = Prompts(tokenizer)
+    ids = prompts.encode("So 7.")
+    assert max(ids) > len(tokenizer) and prompts.token_texts([*ids, 30]) == [*"So 7.", ""]
+    assert prompts.split_completion([*ids, 30], False).thought == [*ids, 30]
+
+
 def test_rows_too_long_for_the_context_are_named(prompts, capsys):
     rows = [ROW, {**ROW, "question": "long " * 500, "where": "rows.jsonl line 2"}]
     with pytest.raises(UserError, match="rows.jsonl line 2 takes .* room is for 400"):
-        prompts.drop_overlong(rows, 400)
-    assert prompts.drop_overlong(rows, 400, skip=True) == [ROW]
-    with pytest.raises(UserError, match="--max-new-tokens is 8 tokens longer than what the models can read: lower it"):
-        prompts.drop_overlong(rows, -8, skip=True)  # else all rows would be left out
+        drop_overlong(rows, prompts.scored_length, 500, max_new_tokens=100)
+    assert drop_overlong(rows, prompts.scored_length, 500, 100, skip=True) == [ROW]
+    with pytest.raises(UserError, match="--max-new-tokens 508, but the models can read 500 tokens: lower it"):
+        drop_overlong(rows, prompts.scored_length, 500, 508, skip=True)  # else all rows would be left out
     assert "1 of 2 rows left out, the first: rows.jsonl line 2 takes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tokens, fits", [(300, True), (301, False)])
+def test_a_row_is_as_long_as_what_is_read_of_it(capsys, tokens, fits):
+    """No more: what fits is not refused, and a limit that nothing is sampled under is not named."""
+    rows = [{"where": "line 1", "length": tokens}]
+    if fits:
+        assert drop_overlong(rows, lambda row: row["length"], 400, 100) == rows
+    else:
+        with pytest.raises(UserError, match="room is for 300: shorten it, or lower --max-new-tokens"):
+            drop_overlong(rows, lambda row: row["length"], 400, 100)
+        with pytest.raises(UserError, match="room is for 300: shorten it, or pass --skip-bad-rows"):
+            drop_overlong(rows, lambda row: row["length"], 300)
 
 
 def test_rows_shown_as_the_models_see_them(prompts):

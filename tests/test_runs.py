@@ -50,7 +50,9 @@ def test_the_learning_rate_by_hand():
     assert rates[:2] == [0.5, 1.0] and rates[9] == pytest.approx(0.1)
     assert rates[5] == pytest.approx(1 - 0.9 * 4 / 8)
     assert [lr_fraction(step, 10, 0, 1.0) for step in range(10)] == [1.0] * 10
-    assert lr_fraction(5, 10, 2, 0.0, shape="cosine") == pytest.approx((1 + math.cos(math.pi / 2)) / 2)
+    assert lr_fraction(5, 10, 2, 0.0, shape="cosine") == pytest.approx((1 + math.cos(math.pi * 3 / 8)) / 2)
+    assert lr_fraction(0, 1, 0, 0.0) == 1 and lr_fraction(9, 10, 2, 0.0) == pytest.approx(1 / 8), "no step for nothing"
+    assert lr_fraction(10, 10, 2, 0.0) == 0
 
 
 def test_a_half_written_checkpoint_is_never_picked_up(tmp_path):
@@ -68,6 +70,31 @@ def test_a_half_written_checkpoint_is_never_picked_up(tmp_path):
     assert again.step == 2 and (again.checkpoint / "weights").read_text() == "two"
     run.save(4, lambda folder: (folder / "weights").write_text("four"))
     assert start(tmp_path, resume=True).step == 4
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_several_ranks_the_first_saves_at_once_what_is_done(tmp_path, monkeypatch, rank):
+    """torchrun kills them 30 seconds after its signal, a step may take longer. No rank ends, and none waits."""
+    run = start(tmp_path)
+    run.start()
+    run.saved, run.step = 2, 5
+    monkeypatch.setattr(runs, "WORLD", 2)
+    monkeypatch.setattr(runs, "RANK", rank)
+    monkeypatch.setattr(runs, "barrier", lambda: pytest.fail("the others are still in their step"))
+    run._stop(15, lambda folder: (folder / "weights").write_text("five"), abandon=True)
+    assert (tmp_path / "step_000005/weights").exists() == (rank == 0)
+    run.weights_changed, run.step = True, 6
+    run._stop(15, lambda folder: pytest.fail("in the middle of an update"), abandon=True)
+
+
+@pytest.mark.parametrize("local, launcher", [
+    (2, "torchrun --nproc_per_node=2 "),
+    (1, "torchrun --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT --nproc_per_node=1 ")])
+def test_the_command_that_continues_a_run_of_two_ranks(monkeypatch, local, launcher):
+    monkeypatch.setattr(runs, "WORLD", 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    monkeypatch.setattr(runs.sys, "argv", ["train_rlt.py", "--steps", "3"])
+    assert runs.resume_command() == launcher + "train_rlt.py --steps 3 --resume"
 
 
 def test_logs_are_cut_back_to_the_checkpoint(tmp_path):
@@ -135,7 +162,7 @@ def test_steps_can_be_added_and_not_taken_away(tmp_path):
     run = start(tmp_path)
     run.start()
     run.save(6, lambda folder: None)
-    assert start(tmp_path, resume=True, steps=12).step == 6
+    assert start(tmp_path, resume=True, steps=12, final_lr_fraction=0.1).step == 6
     with pytest.raises(UserError, match="has done 6 steps, --steps is 3: raise it"):
         start(tmp_path, resume=True, steps=3)
 

@@ -351,14 +351,21 @@ REFUSALS = [
     ("rl_student.py", ["--lora-targets", "q"], "--lora-targets q: expected all-linear, or some of down_proj"),
     ("distill.py", ["--samples", "0"], "argument --samples: got 0, expected at least 1"),
     ("distill.py", ["--model", "runs/nowhere"], "runs/nowhere does not exist"),
-    ("distill.py", ["--score-file", "x.jsonl", "--samples", 2], "pass one or the other"),
-    ("distill.py", ["--solver", "--keep", "best"], "--solver gives no rewards"),
+    ("distill.py", ["--score-file", "x.jsonl", "--samples", 2], "--samples does nothing with --score-file"),
+    ("distill.py", ["--score-file", "x.jsonl", "--solver"], "--solver does nothing with --score-file"),
+    ("distill.py", ["--score-file", "x.jsonl", "--engine", "vllm"], "--engine does nothing with --score-file"),
+    ("distill.py", ["--solver", "--keep", "best"], "--keep does nothing with --solver, which gives no rewards"),
+    ("distill.py", ["--solver", "--lambda", 1], "--lambda does nothing with --solver"),
+    ("distill.py", ["--task", "gsm8k"], "--task does nothing without --solver"),
     ("distill.py", ["--keep-wrong"], "--keep-wrong does nothing without --solver"),
     ("distill.py", ["--keep", "best"], "--keep best chooses among the --samples of a row: pass 2 or more"),
-    ("distill.py", ["--solver", "--partition", 3], "--solver gives no rewards"),
+    ("distill.py", ["--solver", "--partition", 3], "--partition does nothing with --solver"),
     ("sft_student.py", ["--data", "nowhere.jsonl"], "nowhere.jsonl does not exist: expected"),
     ("sft_student.py", ["--lora-rank", "0", "--bits", "4"], "--lora-rank 0 trains all weights, which takes --bits 32"),
+    ("sft_student.py", ["--lora-rank", "0", "--lora-alpha", "8"], "--lora-alpha does nothing with --lora-rank 0"),
     ("sft_student.py", ["--data", "toy", "--limit", 64], "64 rows, --val-rows takes 64 of them"),
+    ("on_policy_student.py", ["--teacher", "toy-teacher", "--steps", 5, "--lr-steps", 3],
+     "the learning rate is 0 from step 3 on: pass --lr-steps 5 to raise it"),
 ]
 
 
@@ -565,6 +572,43 @@ def test_a_student_that_is_the_teachers_base(workshop, tmp_path, monkeypatch, ex
     assert first["student_hash"] == second["student_hash"]
 
 
+def test_a_run_goes_on_only_with_the_students_own_adapter(workshop, tmp_path):
+    """The student that scores may be an adapter, and may have been trained further since."""
+    small = ("--data", "toy", "--limit", 40, "--val-rows", 0, "--batch-size", 4, "--out", tmp_path / "student")
+    call(workshop, "sft_student.py", *small, "--steps", 1)
+    train(workshop, tmp_path / "run", "--student", tmp_path / "student")
+    call(workshop, "sft_student.py", *small, "--steps", 2, "--lr-steps", 2, "--resume")
+    with pytest.raises(UserError, match="student_adapter_hash is not what it was"):
+        train(workshop, tmp_path / "run", "--student", tmp_path / "student", "--resume")
+
+
+def test_an_sft_that_goes_on_without_out_takes_its_own_flags(workshop, tmp_path, capsys):
+    """--out has another default for each --format."""
+    (tmp_path / "runs").mkdir()
+    for name in ("toy", "toy-teacher"):
+        (tmp_path / "runs" / name).symlink_to(workshop / "runs" / name)
+    flags = ("--data", "toy", "--limit", 40, "--val-rows", 0, "--batch-size", 4)
+    call(tmp_path, "sft_student.py", *flags, "--steps", 2)
+    call(tmp_path, "sft_student.py", "--resume")
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("runs/student goes on with")]
+    assert "--data toy" in line and "--steps 2" in line
+    assert json.loads((tmp_path / "runs/student/config.json").read_text())["flags"]["steps"] == 2
+
+
+def test_held_out_rows_that_are_never_measured_are_trained_on(workshop, tmp_path):
+    flags = ("--data", "toy", "--limit", 12, "--val-rows", 4, "--batch-size", 4, "--steps", 1)
+    for every, rows in ((0, 12), (1, 8)):
+        call(workshop, "sft_student.py", *flags, "--eval-every", every, "--out", tmp_path / f"run{every}")
+        assert json.loads((tmp_path / f"run{every}/config.json").read_text())["rows"] == rows
+
+
+@pytest.mark.parametrize("script", ["train_rlt.py", "rl_student.py", "on_policy_student.py"])
+def test_rows_can_be_looked_at_that_are_too_few_to_train_on(workshop, script):
+    shown = ended(workshop, script, "--limit", 3, "--show-rows", 1,
+                  *(["--teacher", "toy-teacher"] if script.startswith("on") else []))
+    assert shown.code == 0 and shown.stdout.count("x ") >= 1, shown.stderr
+
+
 def test_a_student_in_the_teachers_memory_can_not_be_offloaded(workshop, tmp_path):
     done = ended(workshop, "train_rlt.py", "--student-bits", 32, "--offload-student", "--out", tmp_path / "run")
     assert done.code == 2 and "the student is the teacher's base at the same bits" in done.stderr
@@ -644,15 +688,13 @@ def test_an_engine_that_is_not_quite_the_policy_is_corrected_for(workshop, tmp_p
 
 
 def test_another_engine_distils(workshop, tmp_path, stand_in):
-    flags = ["--model", "toy-teacher", "--limit", 6, "--max-new-tokens", 12]
+    flags = ["--model", "toy-teacher", "--limit", 6]
     for engine in ("transformers", "vllm"):
-        call(workshop, "distill.py", *flags, "--engine", engine, "--out", tmp_path / f"{engine}.jsonl")
+        call(workshop, "distill.py", *flags, "--max-new-tokens", 12, "--engine", engine, "--out",
+             tmp_path / f"{engine}.jsonl")
     ours, theirs = (read_jsonl(tmp_path / f"{engine}.jsonl") for engine in ("transformers", "vllm"))
     assert [row["explanation"] for row in ours] == [row["explanation"] for row in theirs] and len(ours) > 1
     assert [engine.loads for engine in stand_in.made] == [1]
-    call(workshop, "distill.py", *flags, "--engine", "vllm", "--score-file", tmp_path / "vllm.jsonl", "--out",
-         tmp_path / "scored.jsonl")
-    assert len(stand_in.made) == 1, "to score a file takes no engine"
 
 
 # -- rows
