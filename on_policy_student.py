@@ -129,58 +129,56 @@ def save(folder):
 
 
 def sample(batch, *key):
-    """A thought of the student for each row, drawn with seeds of this key -> completions, thoughts, scoring rows."""
+    """A thought of the student for each row, drawn with seeds of this key -> completions, thoughts, KLRows."""
     completions = engine.generate([prompts.student_prompt(row) for row in batch], temperature=args.temperature,
                                   max_new_tokens=args.max_new_tokens, key=(args.seed, *key))
     thoughts = [prompts.split_answer(c.ids, c.finished) for c in completions]
     return completions, thoughts, [prompts.on_policy_row(*pair) for pair in zip(batch, thoughts, strict=True)]
 
 
-def losses(scoring_rows, micro_batch_tokens):
+def losses(kl_rows, micro_batch_tokens):
     """One micro-batch after the other: indices of its rows, log-probs and KL of thoughts, log-probs of their ends.
 
-    In these rows the student is the "teacher": teacher_prompt is the student's own prompt (prompts.on_policy_row). A
-    closed thought's last log-prob is that of the first token of its closing tag.
+    A closed thought's last log-prob is that of the first token of its closing tag (prompts.on_policy_row).
     """
-    widths = [max(len(r.teacher_prompt + r.thought + r.teacher_end), len(r.student_prompt + r.thought))
-              for r in scoring_rows]
+    widths = [len(row.thought) + max(len(row.prompt + row.end), len(row.frozen_prompt)) for row in kl_rows]
     for indices in micro_batches(widths, micro_batch_tokens):
-        some = [scoring_rows[i] for i in indices]
+        some = [kl_rows[i] for i in indices]
         logprobs, kl = completion_logprobs_and_kl(student, teacher, some, forward_share=args.forward_share,
                                                   temperature=args.temperature, vocab=vocab)
-        parts = logprobs.split([n for row in some for n in (len(row.thought), len(row.teacher_end))])
+        parts = logprobs.split([n for row in some for n in (len(row.thought), len(row.end))])
         yield indices, parts[::2], kl, torch.cat(parts[1::2])
 
 
-def count_tokens(scoring_rows):
+def count_tokens(kl_rows):
     """Tokens of thoughts, and of what is learned behind them."""
-    return sum(len(r.thought) for r in scoring_rows), sum(len(r.teacher_end) for r in scoring_rows)
+    return sum(len(row.thought) for row in kl_rows), sum(len(row.end) for row in kl_rows)
 
 
-def compute_gradients(batch, scoring_rows, tokens, micro_batch_tokens):
+def compute_gradients(batch, kl_rows, tokens, micro_batch_tokens):
     """The gradients of this rank's share of the loss -> log-probs of each thought."""
     updates.zero_grad()
     thought_logprobs = [None] * len(batch)
-    for indices, of_thoughts, kl, of_ends in losses(scoring_rows, micro_batch_tokens):
+    for indices, of_thoughts, kl, of_ends in losses(kl_rows, micro_batch_tokens):
         stats = {"kl": kl.sum() / tokens[0], "nll": -of_ends.sum() / tokens[1]}
         updates.backward(stats["kl"] + args.solution_weight * stats["nll"],
-                         [(batch[i], scoring_rows[i].thought) for i in indices], stats)
+                         [(batch[i], kl_rows[i].thought) for i in indices], stats)
         for i, values in zip(indices, of_thoughts, strict=True):
             thought_logprobs[i] = values.detach()
     return thought_logprobs
 
 
 @torch.no_grad()
-def sum_of_losses(scoring_rows, micro_batch_tokens):
-    sums = [(kl.sum().item(), -of_ends.sum().item()) for _, _, kl, of_ends in losses(scoring_rows, micro_batch_tokens)]
+def sum_of_losses(kl_rows, micro_batch_tokens):
+    sums = [(kl.sum().item(), -of_ends.sum().item()) for _, _, kl, of_ends in losses(kl_rows, micro_batch_tokens)]
     return [sum(values) for values in zip(*sums, strict=True)]
 
 
 def held_out_loss(*key):
     """kl and nll of one thought for each held-out row, means over tokens."""
-    _, _, scoring_rows = sample(held_out, "held out", *key)
-    sums = micro_batched(sum_of_losses, scoring_rows)
-    return [value / max(1, n) for value, n in zip(sums, count_tokens(scoring_rows), strict=True)]
+    _, _, kl_rows = sample(held_out, "held out", *key)
+    sums = micro_batched(sum_of_losses, kl_rows)
+    return [value / max(1, n) for value, n in zip(sums, count_tokens(kl_rows), strict=True)]
 
 
 progress = progress_bar(range(run.step, args.steps), initial=run.step, total=args.steps, unit="step")
@@ -189,15 +187,15 @@ for step in run.steps(progress, save):
 
     # 1. this rank's share of the step's questions, and a thought of the student for each
     batch = [rows[i] for i in batch_indices(len(rows), args.prompts_per_step, step, args.seed)[rank::world]]
-    completions, thoughts, scoring_rows = sample(batch, step, rank)
+    completions, thoughts, kl_rows = sample(batch, step, rank)
     timer.end("rollout")
 
     # 2. the update: the student's log-probs and the KL to the teacher, in micro-batches that add up to one loss
     for group in optimizer.param_groups:
         group["lr"] = args.lr * lr_fraction(step, run.lr_steps, args.warmup_steps, 0.0, shape="cosine")
     update_mode(student)
-    tokens_of_step = [max(1, n) for n in all_reduce_sum(*count_tokens(scoring_rows))]
-    thought_logprobs = micro_batched(compute_gradients, batch, scoring_rows, tokens_of_step)
+    tokens_of_step = [max(1, n) for n in all_reduce_sum(*count_tokens(kl_rows))]
+    thought_logprobs = micro_batched(compute_gradients, batch, kl_rows, tokens_of_step)
     loss, grad_norm, stats = updates.step()
     student.eval()
     engine.load_adapter(student)

@@ -28,7 +28,7 @@ from rlt.episodes import Episode, completion_lengths, pack, split_into_micro_bat
 from rlt.errors import UserError
 from rlt.grpo import LOSSES, group_advantages, group_scale, grpo_loss, pathwise_kl_loss, step_denominator, tis_weights
 from rlt.inspection import token_numbers
-from rlt.logprobs import batched_logprobs, completion_logprobs, completion_logprobs_and_kl
+from rlt.logprobs import KLRow, batched_logprobs, completion_logprobs, completion_logprobs_and_kl
 from rlt.lora import update_mode
 from rlt.memory import MicroBatched
 from rlt.prompts import Prompts, drop_overlong, show_rows
@@ -185,7 +185,9 @@ def update_policy(episodes):
             lengths = completion_lengths(batch)
             if args.kl_gradient:
                 scoring_rows = [e.scoring_row for e in batch]
-                logprobs, token_kl = completion_logprobs_and_kl(policy, student, scoring_rows, **distribution)
+                kl_rows = [KLRow(row.teacher_prompt, row.thought, row.teacher_end, row.student_prompt)
+                           for row in scoring_rows]
+                logprobs, token_kl = completion_logprobs_and_kl(policy, student, kl_rows, **distribution)
             else:
                 logprobs, _ = completion_logprobs(
                     policy, [e.prompt for e in batch], [e.completion for e in batch], **distribution)

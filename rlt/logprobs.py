@@ -6,11 +6,12 @@ As in rewards.py, sequences are packed, and logits exist for one chunk of tokens
 each chunk's logits again, so memory does not depend on the vocabulary there either.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from rewards import (
     LOGITS_CHUNK,
-    Row,
     centred,
     chunk_slices,
     compute_logits,
@@ -20,9 +21,17 @@ from rewards import (
     logits_buffer,
     micro_batches,
     output_head,
-    row_lengths,
     token_stats,
 )
+
+
+class KLRow(NamedTuple):
+    """Token ids of a sampled text, as the model that learns reads it, and as a frozen one does."""
+
+    prompt: list  # what the learner reads before the thought
+    thought: list  # it has a KL
+    end: list  # what the learner writes behind it, without a KL
+    frozen_prompt: list  # what the frozen model reads before the thought
 
 
 def completion_logprobs(model, prompts, completions, *, temperature=1.0, vocab=None, head_chunk=LOGITS_CHUNK,
@@ -41,26 +50,25 @@ def completion_logprobs(model, prompts, completions, *, temperature=1.0, vocab=N
     return _HeadLogprobs.apply(states, *head, flat_ids(completions, head), temperature, head_chunk, impl)
 
 
-def completion_logprobs_and_kl(teacher, student, rows, *, forward_share=0.0, temperature=1.0, vocab=None,
+def completion_logprobs_and_kl(learner, frozen, rows, *, forward_share=0.0, temperature=1.0, vocab=None,
                                head_chunk=LOGITS_CHUNK, impl="auto"):
-    """The teacher's log-probs of thoughts and ends, and the exact KL of thoughts to the student, both with gradient.
+    """The learner's log-probs of thoughts and ends, and the exact KL of thoughts to a frozen model, both with gradient.
 
-    rows: as in rewards.score_explanations, one micro-batch -> log-probs of thought + end, packed row by row, and kl of
-    the thoughts' tokens, packed. The KL's gradient is the one through the teacher's distribution; the student has none.
-    forward_share: f in  (1 - f) KL(teacher || student) + f KL(student || teacher). on_policy_student.py passes the
-    student that learns as the teacher, and the frozen teacher as the student.
+    rows: B KLRows, one micro-batch -> log-probs of thought + end, packed row by row, and kl of the thoughts' tokens,
+    packed. The KL's gradient is the one through the learner's distribution.
+    forward_share: f in  (1 - f) KL(learner || frozen) + f KL(frozen || learner).
     """
-    rows = [Row(*map(list, row)) for row in rows]
-    n = row_lengths(rows)
-    head_t, head_s = output_head(teacher, vocab), output_head(student, vocab)
+    n = KLRow(*torch.tensor([[len(ids) for ids in row] for row in rows]).unbind(1))  # lengths, on the host
+    head, frozen_head = output_head(learner, vocab), output_head(frozen, vocab)
     states_thought, states_completion = hidden_states(
-        teacher, [r.teacher_prompt + r.thought + r.teacher_end for r in rows],
-        (n.teacher_prompt, n.thought), (n.teacher_prompt, n.thought + n.teacher_end))
+        learner, [row.prompt + row.thought + row.end for row in rows], (n.prompt, n.thought),
+        (n.prompt, n.thought + n.end))
     with torch.no_grad():
-        [states_s] = hidden_states(student, [r.student_prompt + r.thought for r in rows], (n.student_prompt, n.thought))
-    ids = flat_ids([r.thought + r.teacher_end for r in rows], head_t)
-    logprobs, _ = _HeadLogprobs.apply(states_completion, *head_t, ids, temperature, head_chunk, impl)
-    kl = _HeadKL.apply(states_thought, *head_t, states_s, *head_s, forward_share, temperature, head_chunk, impl)
+        [frozen_states] = hidden_states(frozen, [row.frozen_prompt + row.thought for row in rows],
+                                        (n.frozen_prompt, n.thought))
+    ids = flat_ids([row.thought + row.end for row in rows], head)
+    logprobs, _ = _HeadLogprobs.apply(states_completion, *head, ids, temperature, head_chunk, impl)
+    kl = _HeadKL.apply(states_thought, *head, frozen_states, *frozen_head, forward_share, temperature, head_chunk, impl)
     return logprobs, kl
 
 

@@ -28,6 +28,7 @@ from typing import NamedTuple
 from rlt.answers import opened_thought
 from rlt.chat_template import ChatTemplate, tokenize, turn_ends, vocabulary_size
 from rlt.errors import UserError, printable
+from rlt.logprobs import KLRow
 from rlt.rows import map_rows
 from rlt.tags import EXPLANATION, SOLUTION, THOUGHT
 
@@ -264,19 +265,18 @@ class Prompts:
                    student_prompt=self.student_prompt(row), bridge=bridge, solution=solution)
 
     def on_policy_row(self, row, thought):
-        """The rewards.Row of a student's own thought (as `split_answer` returns it), where the student is what learns.
+        """The KLRow of a student's own thought (as `split_answer` returns it); the frozen model is the teacher.
 
-        It takes the teacher's place: it reads the question, its thought, and as `teacher_end` what it is to write
-        after it. The frozen side reads the question with its solution. The token that starts the end of a closed
-        thought counts as one of the thought: the KL says whether to close. An unclosed one has no end to learn.
+        The token that starts the end of a closed thought counts as one of the thought: the KL says whether to close.
+        An unclosed one has no end to learn.
         """
         end = []
         if thought.closed:
             solution = f"{SOLUTION[0]}\n\n{row['solution']}\n\n{SOLUTION[1]}"
             end, = self._encode_in_turn(THOUGHT_OPENED, f"{thought.leftover}{THOUGHT[1]}\n\n{solution}")
             end.append(self.end_of_turn)
-        return Row(teacher_prompt=self.student_prompt(row), thought=thought.thought + end[:1], teacher_end=end[1:],
-                   student_prompt=self.teacher_prompt(row), bridge=[], solution=[])
+        return KLRow(prompt=self.student_prompt(row), thought=thought.thought + end[:1], end=end[1:],
+                     frozen_prompt=self.teacher_prompt(row))
 
     # training rows
 

@@ -9,7 +9,7 @@ from rlt.dry_run import Machine, expected_hours, phases, remedy
 from rlt.errors import UserError
 from rlt.files import read_jsonl
 from rlt.footprint import AllocationTracker, ModelFootprint, target_modules
-from rlt.logprobs import completion_logprobs, completion_logprobs_and_kl
+from rlt.logprobs import KLRow, completion_logprobs, completion_logprobs_and_kl
 from rlt.lora import compute_in_input_type
 from rlt.rollout import generate
 
@@ -193,7 +193,7 @@ def test_the_gradient_of_the_exact_kl():
     pair = with_gradients(real(config, rank=8)), real(config)
 
     def update():
-        row = Row(ids(64), ids(tokens - 128), ids(64), ids(60), [5], [7])
+        row = KLRow(ids(64), ids(tokens - 128), ids(64), ids(60))
         policy, kl = completion_logprobs_and_kl(*pair, [row])
         (policy.sum() + kl.sum()).backward()
 

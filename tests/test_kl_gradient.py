@@ -5,7 +5,7 @@ import itertools
 from rlt import logprobs
 from rlt.files import read_jsonl
 from rlt.grpo import group_advantages, group_scale, grpo_loss, pathwise_kl_loss
-from rlt.logprobs import completion_logprobs, completion_logprobs_and_kl
+from rlt.logprobs import KLRow, completion_logprobs, completion_logprobs_and_kl
 
 import pytest
 import torch
@@ -125,13 +125,14 @@ def test_the_loss_by_hand():
 
 
 ROWS = [Row([1, 2], [5, 6, 7], [3], [1, 4], [9], [8, 8]), Row([2], [7, 7], [3, 3], [4], [9], [5])]
+KL_ROWS = [KLRow(*row[:4]) for row in ROWS]
 
 
 def test_the_chunked_pass_has_the_values_and_the_gradient_of_the_plain_one(tiny_model):
     teacher, student = tiny_model(48).double(), tiny_model(50, seed=1).double()
     teacher.get_output_embeddings().weight.requires_grad_(False)
     scored = score_explanations(teacher, student, ROWS, temperature=0.7, vocab=45)
-    logprobs, kl = completion_logprobs_and_kl(teacher, student, ROWS, temperature=0.7, vocab=45, head_chunk=2)
+    logprobs, kl = completion_logprobs_and_kl(teacher, student, KL_ROWS, temperature=0.7, vocab=45, head_chunk=2)
     assert torch.allclose(kl.float(), scored.token_kl_exact, atol=1e-6)
     assert torch.allclose(logprobs.float(), scored.old_logprobs, atol=1e-6)
     alone, _ = completion_logprobs(teacher, [r.teacher_prompt for r in ROWS],
@@ -171,7 +172,7 @@ def test_no_logits_larger_than_a_chunk(tiny_model, monkeypatch):
         check_model(model)
     seen.clear()
     teacher.get_output_embeddings().weight.requires_grad_(False)
-    sum(x.sum() for x in completion_logprobs_and_kl(teacher, student, ROWS, head_chunk=2)).backward()
+    sum(x.sum() for x in completion_logprobs_and_kl(teacher, student, KL_ROWS, head_chunk=2)).backward()
     assert max(seen) == 2 and sum(seen) == 2 * (8 + 2 * 5)  # forward and backward; ends have no kl
 
 

@@ -4,15 +4,13 @@ import json
 
 from rlt import models
 from rlt.files import read_jsonl
-from rlt.logprobs import completion_logprobs_and_kl
+from rlt.logprobs import KLRow, completion_logprobs_and_kl
 from rlt.prompts import Prompts
 from rlt.tags import SOLUTION, THOUGHT
 
 import pytest
 import torch
 from conftest import call, ended, metrics
-
-from rewards import Row
 
 SMALL = ("--teacher", "toy-teacher", "--limit", 80, "--prompts-per-step", 6, "--max-new-tokens", 12, "--eval-rows", 4)
 
@@ -27,7 +25,7 @@ def test_both_kls_and_their_gradients(tiny_model, share, temperature):
     """Against autograd through whole logits, in float64."""
     learner, frozen = (tiny_model(23, seed).double() for seed in (0, 1))
     learner.lm_head.requires_grad_(False)
-    rows = [Row([1, 2], [3, 4, 5], [6], [7, 8, 9], [], []), Row([2], [9], [], [1, 1], [], [])]
+    rows = [KLRow([1, 2], [3, 4, 5], [6], [7, 8, 9]), KLRow([2], [9], [], [1, 1])]
     weights = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.double)
     _, kl = completion_logprobs_and_kl(learner, frozen, rows, forward_share=share, temperature=temperature,
                                        impl="torch")
@@ -44,7 +42,7 @@ def test_both_kls_and_their_gradients(tiny_model, share, temperature):
             assert len(logits) == n
             return (logits / temperature).log_softmax(1)
 
-        p, q = log_softmax(learner, row.teacher_prompt), log_softmax(frozen, row.student_prompt).detach()
+        p, q = log_softmax(learner, row.prompt), log_softmax(frozen, row.frozen_prompt).detach()
         wanted.append((1 - share) * (p.exp() * (p - q)).sum(1) + share * (q.exp() * (q - p)).sum(1))
     wanted = torch.cat(wanted)
     torch.testing.assert_close(kl.double(), wanted.detach(), rtol=1e-6, atol=1e-7)
@@ -90,12 +88,12 @@ def test_what_is_learned_is_the_sft_row_with_the_students_own_thought(toy, promp
     opened = prompts.student_prompt(row)
     thought = prompts.split_answer(ids[len(opened) :], finished=True)
     made = prompts.on_policy_row(row, thought)
-    assert made.teacher_prompt + made.thought + made.teacher_end == ids
+    assert made.prompt + made.thought + made.end == ids
     assert made.thought[:-1] == thought.thought and made.thought[-1] == thought.end[0], "when to close is learned"
-    assert made.student_prompt == prompts.teacher_prompt(row) and made.bridge == made.solution == []
+    assert made.frozen_prompt == prompts.teacher_prompt(row)
     unclosed = prompts.split_answer(thought.thought, finished=False)
     made = prompts.on_policy_row(row, unclosed)
-    assert made.thought == thought.thought and made.teacher_end == []
+    assert made.thought == thought.thought and made.end == []
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -108,16 +106,16 @@ def test_the_loss_of_a_step_is_that_of_plain_logits(workshop, tmp_path):
     scope = call(workshop, "on_policy_student.py", *flags, "--out", tmp_path / "run", "--micro-batch-tokens", 100)
     kls, nlls = [], []
     with torch.no_grad():
-        for row in scope["scoring_rows"]:
+        for row in scope["kl_rows"]:
             def log_softmax(model, prompt, after, vocab=scope["vocab"]):
                 logits = model(input_ids=torch.tensor([prompt + after])).logits[0, len(prompt) - 1 : -1, :vocab]
                 return logits.double().log_softmax(1)
 
-            p = log_softmax(scope["student"], row.teacher_prompt, row.thought + row.teacher_end)
-            q = log_softmax(scope["teacher"], row.student_prompt, row.thought)
+            p = log_softmax(scope["student"], row.prompt, row.thought + row.end)
+            q = log_softmax(scope["teacher"], row.frozen_prompt, row.thought)
             n = len(row.thought)
             kls.append(0.75 * (p[:n].exp() * (p[:n] - q)).sum(1) + 0.25 * (q.exp() * (q - p[:n])).sum(1))
-            nlls.append(-p[n:].gather(1, torch.tensor(row.teacher_end)[:, None])[:, 0] if row.teacher_end else p[n:, 0])
+            nlls.append(-p[n:].gather(1, torch.tensor(row.end)[:, None])[:, 0] if row.end else p[n:, 0])
     kl, nll = torch.cat(kls).mean().item(), torch.cat(nlls).mean().item()
     entry, = read_jsonl(tmp_path / "run/metrics.jsonl")
     assert entry["kl"] == pytest.approx(kl, rel=1e-4) and entry["nll"] == pytest.approx(nll, rel=1e-4)

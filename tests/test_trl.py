@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from rlt import models
-from rlt.logprobs import completion_logprobs_and_kl
+from rlt.logprobs import KLRow, completion_logprobs_and_kl
 from rlt.prompts import Prompts
 from rlt.rows import load_rows
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import call
 
-from rewards import Row, score_explanations
+from rewards import score_explanations
 
 pytest.importorskip("trl", reason="pip install -r requirements-trl.txt to run this")
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,7 +103,7 @@ def test_distilled_rows_train_in_sft_trainer_as_in_sft_student(workshop, monkeyp
 # ---------------------------------------------------------------------------------------------------------
 # on_policy_student.py's loss
 
-BATCH = [Row([1, 2], [3, 4, 5], [6], [7, 8, 9], [], []), Row([2], [9], [], [1, 1], [], [])]  # 4 tokens of thoughts
+BATCH = [KLRow([1, 2], [3, 4, 5], [6], [7, 8, 9]), KLRow([2], [9], [], [1, 1])]  # 4 tokens of thoughts
 
 
 @pytest.mark.parametrize("forward_share", [0.0, 0.3, 1.0])
@@ -123,8 +123,8 @@ def test_the_kl_to_the_teacher_is_that_of_trls_distillation(tiny_model, forward_
     def logits(model, prompt, thought):
         return model(torch.tensor([prompt + thought])).logits[0, len(prompt) - 1 : -1]
 
-    logits_s = torch.cat([logits(student, row.teacher_prompt, row.thought) for row in BATCH])
-    logits_t = torch.cat([logits(teacher, row.student_prompt, row.thought) for row in BATCH]).detach()
+    logits_s = torch.cat([logits(student, row.prompt, row.thought) for row in BATCH])
+    logits_t = torch.cat([logits(teacher, row.frozen_prompt, row.thought) for row in BATCH]).detach()
     loss = sum(share * GKDTrainer.generalized_jsd_loss(
         logits_s, logits_t, beta=beta, temperature=temperature, num_items_in_batch=len(logits_s))
         for share, beta in ((1 - forward_share, 1), (forward_share, 0)))
@@ -146,8 +146,8 @@ def test_the_kl_is_that_of_trls_distillation_trainer(tiny_model):
             _, kl = completion_logprobs_and_kl(student, teacher, BATCH, forward_share=share, temperature=0.7)
             states = [torch.cat([
                 model.model(torch.tensor([prompt(row) + row.thought])).last_hidden_state[:, len(prompt(row)) - 1 : -1]
-                for row in BATCH], 1) for model, prompt in ((student, lambda row: row.teacher_prompt),
-                                                            (teacher, lambda row: row.student_prompt))]
+                for row in BATCH], 1) for model, prompt in ((student, lambda row: row.prompt),
+                                                            (teacher, lambda row: row.frozen_prompt))]
             loss, _, count = _chunked_divergence_loss(
                 *states, student.lm_head.weight, teacher.lm_head.weight, torch.ones(1, 4), beta, temperature=0.7)
             assert count == len(kl) == 4 and kl.mean().item() == pytest.approx(loss.item(), rel=1e-5)
