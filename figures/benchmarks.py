@@ -298,8 +298,9 @@ def faults_list():
 
 def kills_text(rows, n):
     scripts = ", ".join(f"{row['script']} {row['kills']}" for row in rows)
-    return (f"{n['kills']} ends by kill -9, SIGTERM or Ctrl-C at random moments ({scripts}), each followed by the same "
-            f"command: {n['identical']} of {n['runs']} runs left, bit for bit, what an undisturbed run leaves.")
+    return (f"{n['runs']} runs, ended {n['kills']} times by kill -9, SIGTERM or Ctrl-C at random moments ({scripts}), "
+            f"each time followed by the same command: {n['identical']} of them left, bit for bit, what an undisturbed run "
+            "leaves.")
 
 
 def folders_text(_, n):

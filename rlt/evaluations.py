@@ -103,7 +103,8 @@ def print_evaluation_command(parser, args, task=None):
 
 
 def write_evaluation(path, summary, samples):
-    """The two files of an evaluation: its samples, then `path`, in the same folder. A kill leaves none without them."""
+    """The two files of an evaluation: its samples, then `path`, in the same folder. So there is never a summary without
+    its samples."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path.with_name(f"{path.stem}_samples.jsonl"), "".join(json.dumps(line) + "\n" for line in samples))
     write_atomically(path, json.dumps(summary, indent=2) + "\n")

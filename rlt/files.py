@@ -18,6 +18,11 @@ def path_from_here(path):
     return str(path) if here.startswith("..") else here
 
 
+def path_and_size(path):
+    """What gguf.json, in a folder that was made from this GGUF file, says of the file."""
+    return {"path": str(Path(path).resolve()), "bytes": Path(path).stat().st_size}
+
+
 def write_atomically(path, text):
     """Write a file so that it is complete or absent: under another name, flushed to the disk, renamed.
 

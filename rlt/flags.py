@@ -257,11 +257,11 @@ def add_sampling(group, *, max_new_tokens=DEFAULTS["new tokens"], temperature=1.
                        help="what samples: transformers, or vllm (requirements-vllm.txt)")
 
 
-def add_rollouts(group, *, prompts_per_step=16, group_size=16):
+def add_rollouts(group):
     """A step's questions, and a group of completions for each."""
-    group.add_argument("--prompts-per-step", type=number(int, 1), default=prompts_per_step, metavar="P",
+    group.add_argument("--prompts-per-step", type=number(int, 1), default=16, metavar="P",
                        help="questions a step")
-    group.add_argument("--group-size", type=number(int, 2), default=group_size, metavar="G",
+    group.add_argument("--group-size", type=number(int, 2), default=16, metavar="G",
                        help="completions a question")
     add_sampling(group)
     group.add_argument("--max-logprob-diff", type=number(float, above=0), default=0.1, metavar="D",
@@ -298,9 +298,9 @@ def add_optimizer(group, *, steps, lr, warmup_steps):
                        help="stop after N updates in a row whose loss or gradient is not finite; each is skipped")
 
 
-def add_grpo(group, losses, *, steps=60, warmup_steps=5):
+def add_grpo(group, losses):
     """The policy update. losses: the names of grpo.py."""
-    add_optimizer(group, steps=steps, lr=DEFAULTS["RL lr"], warmup_steps=warmup_steps)
+    add_optimizer(group, steps=60, lr=DEFAULTS["RL lr"], warmup_steps=5)
     group.add_argument("--final-lr-fraction", type=number(float, 0, 1), default=0.1, metavar="F",
                        help="the learning rate falls linearly to this fraction of --lr; 1: constant, as released")
     group.add_argument("--loss", choices=losses, default="grpo", metavar="NAME",

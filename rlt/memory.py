@@ -11,7 +11,7 @@ import torch
 class MicroBatched:
     """Calls functions that take `micro_batch_tokens`: --micro-batch-tokens, halved where a GPU runs out of memory.
 
-    Results do not depend on it, since a loss is divided by what the whole step has.
+    The loss does not depend on it, since it is divided by what the whole step has; only dropout draws anew.
     """
 
     def __init__(self, tokens):
@@ -30,6 +30,6 @@ class MicroBatched:
         # not in the except block: there the exception would keep the tensors of the call that failed
         gc.collect()
         torch.cuda.empty_cache()
-        print(f"out of memory: --micro-batch-tokens is {self.tokens} from here on, half of {before}. The results stay "
-              "the same.", flush=True)
+        print(f"out of memory: --micro-batch-tokens is {self.tokens} from here on, half of {before}. The loss "
+              "stays the same.", flush=True)
         return function(*arguments, micro_batch_tokens=self.tokens, **options)

@@ -26,7 +26,7 @@ from rlt.checkpoints import damaged_file
 from rlt.console import STEP_OF_ANOTHER
 from rlt.distributed import RANK, WORLD
 from rlt.errors import UserError
-from rlt.files import path_from_here
+from rlt.files import path_and_size, path_from_here
 from rlt.locks import exclusive
 from rlt.lora import (
     adapter_pairs,
@@ -125,8 +125,7 @@ def _converted_gguf(file):
     command = ["data/smollm2.py", "--gguf", file]
     folder = _make_on_first_use(f"runs/{Path(file).stem}", command, f"a model folder of {file} in float32")
     source = Path(folder) / "gguf.json"
-    expected = {"path": str(Path(file).resolve()), "bytes": Path(file).stat().st_size}
-    if not source.exists() or json.loads(source.read_text()) != expected:
+    if not source.exists() or json.loads(source.read_text()) != path_and_size(file):
         raise UserError(f"{folder} was not made from this {file}: delete or rename that folder, or pass it as it is.")
     return folder
 
@@ -181,7 +180,8 @@ def model_and_adapter_config(name):
 
 
 def is_toy(name):
-    """Whether a model is the toy, or trained from one: the base reads less than 1,000 tokens, as no language model."""
+    """Whether a model is the toy, or trained from one: its vocabulary has fewer than 1,000 tokens, as no language
+    model's has."""
     return model_and_adapter_config(name)["config"].get_text_config().vocab_size < 1000
 
 

@@ -417,6 +417,6 @@ def test_the_list_of_faults_adds_up_the_log(monkeypatch):
     first, _, *lines = benchmarks.faults_list().splitlines()
     assert first.endswith("On a machine, by 2026-01-03:")
     kills, folders, fuzz = lines  # what is not in the log is not on the page
-    assert "7 ends by" in kills and "(a.py 3, b.py 4)" in kills and "3 of 4 runs left" in kills
+    assert "4 runs, ended 7 times by" in kills and "(a.py 3, b.py 4)" in kills and "3 of them left" in kills
     assert folders.startswith("- 14 run folders") and "6 refused" in folders and "7 resumed" in folders
     assert "3.5 minutes" in fuzz and "1,234 texts: 3 failures" in fuzz and "more than 0.25 s" in fuzz

@@ -11,7 +11,7 @@ from importlib.machinery import ModuleSpec
 
 from rlt import models
 from rlt.errors import UserError
-from rlt.files import read_jsonl
+from rlt.files import path_and_size, read_jsonl
 from rlt.models import load_model, load_tokenizer
 from rlt.prompts import EXPLANATION, THOUGHT, Prompts
 
@@ -238,7 +238,7 @@ def made(tmp_path, monkeypatch):
         out.mkdir(parents=True)
         (out / "model.safetensors").touch()
         if "--gguf" in command:
-            source = smollm2.gguf_source(command[command.index("--gguf") + 1])
+            source = path_and_size(command[command.index("--gguf") + 1])
             (out / "gguf.json").write_text(json.dumps(source))
 
     monkeypatch.setattr(models.subprocess, "run", make)
