@@ -299,8 +299,8 @@ def faults_list():
 def kills_text(rows, n):
     scripts = ", ".join(f"{row['script']} {row['kills']}" for row in rows)
     return (f"{n['runs']} runs, ended {n['kills']} times by kill -9, SIGTERM or Ctrl-C at random moments ({scripts}), "
-            f"each time followed by the same command: {n['identical']} of them left, bit for bit, what an undisturbed run "
-            "leaves.")
+            f"each time followed by the same command: {n['identical']} of them left, bit for bit, what an undisturbed "
+            "run leaves.")
 
 
 def folders_text(_, n):
