@@ -10,7 +10,7 @@ import math
 import re
 
 from rlt.answers import answer_of, as_text, boxed, same_text, whole_number
-from rlt.errors import UserError, printable
+from rlt.errors import FLAGS, UserError, printable
 from rlt.sources import BROKEN, read_source
 from rlt.tags import SOLUTION, THOUGHT
 
@@ -95,6 +95,7 @@ def _row(raw, named, require_solution):
     if "answer" in columns:
         columns["answer"] = _number_as_text(columns["answer"])
 
+    # what the row came with, what a known schema makes of it, what the flags name: later ones win
     row = {name: value for name, value in raw.items() if name != "messages"} | {"solution": raw.get("solution")}
     if not named.keys() & {"question", "solution"}:
         row |= _by_schema(columns)
@@ -104,7 +105,12 @@ def _row(raw, named, require_solution):
     row |= {ours: _number_as_text(raw[name]) for ours, name in named.items()}
     if named.get("explanation") == "answer" and "solution" not in named and "####" in str(raw["answer"]):  # GSM8K
         row["explanation"], _, row["solution"] = _solution_of(raw["answer"]).rpartition("\n")
+    _check_texts(row, raw, columns, named, require_solution)
+    return row
 
+
+def _check_texts(row, raw, columns, named, require_solution):
+    """Raise UserError unless the row's texts are there and are texts. raw: as it came; columns: as in _by_schema."""
     required = {"question", *named, *(["solution"] if require_solution else [])}
     for column in ("question", "solution", "explanation", "hint"):
         value = row.get(column)
@@ -114,7 +120,6 @@ def _row(raw, named, require_solution):
             raise UserError(f"has {column} of type {type(value).__name__}, expected text")
         if isinstance(value, str) and BROKEN.search(value):
             raise UserError(f"has half a character (a lone surrogate) in its {column}")
-    return row
 
 
 def _raise_missing(column, name, raw, columns, require_solution):
@@ -125,8 +130,8 @@ def _raise_missing(column, name, raw, columns, require_solution):
         if column in _by_schema_if_filled(columns, own):
             raise UserError(f'has an empty "{own}"')
     wanted = '"question" and "solution"' if require_solution else '"question"'
-    raise UserError(f'has no {wanted}; columns found: {", ".join(raw)}; name them by '
-                    "--question-column and --solution-column")
+    remedy = "; name them by --question-column and --solution-column" if "--question-column" in FLAGS else ""
+    raise UserError(f'has no {wanted}; columns found: {", ".join(raw)}{remedy}')
 
 
 def _by_schema_if_filled(columns, empty):

@@ -76,11 +76,14 @@ def test_bad_rows_are_named_and_can_be_skipped(tmp_path, capsys, bad, complaint)
     assert "1 bad rows left out, the first" in capsys.readouterr().out
 
 
-def test_errors_name_no_flag_but_those_for_rows(tmp_path):
+@pytest.mark.parametrize("named", [{"--question-column", "--solution-column"}, set()])
+def test_errors_name_no_flag_but_those_for_rows(tmp_path, monkeypatch, named):
+    """And those that the script has: data/prepare.py has none for columns."""
+    monkeypatch.setattr("rlt.rows.FLAGS", dict.fromkeys(named))
     with pytest.raises(UserError) as error:
         load(tmp_path, {"a": "q"})
     flags = {word.strip(".,;") for word in str(error.value).split() if word.startswith("--")}
-    assert flags == {"--question-column", "--solution-column", "--skip-bad-rows"}
+    assert flags == {*named, "--skip-bad-rows"}
 
 
 def test_no_row_stops_a_run_that_skips_bad_ones(tmp_path):
