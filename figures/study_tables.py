@@ -87,6 +87,7 @@ def claims():
         "Other students, and ablations (Appendices C.4, D)": ablation_claims(),
         "Students on their own words": on_policy_claims(),
         "Three clocks: 0 % full chains in the base's pretraining, 10 % in the warm-up rows": hardest_base_claims(),
+        "Students on their own words, on that base": on_policy_hardest_claims(),
         "Three clocks: other shares of full chains": other_share_claims(),
         "Guide-GRPO (arXiv 2506.13923), three clocks: 0.5 % full chains in the base's pretraining": guide_claims(0.005),
         "Guide-GRPO, three clocks: 0 % full chains in the base's pretraining": guide_claims(0.0),
@@ -223,6 +224,16 @@ def hardest_base_claims():
                               (warmed_up, "RLT with a warmed-up one"))
           for measure, points in ((greedy, POINTS), (sampled, SAMPLED_POINTS))),
     ]
+
+
+def on_policy_hardest_claims():
+    rlt = "RLT, refreshed every 20 steps, rows 0.1"
+    others = {"direct RL": "direct RL", rlt: "SFT on its explanations",
+              "on-policy, best of 10, rows 0.1": "corrected by a teacher trained on the best of 10 explanations",
+              "on-policy, warm-up teacher, rows 0.1": "corrected by the warm-up teacher"}
+    return [Claim(f"corrected by RLT with a refreshed reward student above {name}",
+                  differences(f"on-policy, {rlt}", arm, measure, "base 0.0"), points, "not in the paper")
+            for arm, name in others.items() for measure, points in ((greedy, POINTS), (sampled, SAMPLED_POINTS))]
 
 
 def other_share_claims():

@@ -177,9 +177,9 @@ def refreshed_teacher(job, careful):
     return teacher
 
 
-def on_policy_refreshed(job, arm, careful):
-    """A student on its own words, corrected by the RLT of this arm."""
-    return job.on_policy(job.take(arm, lambda other: refreshed_teacher(other, careful)))
+def on_policy_refreshed(job, *flags, arm, careful):
+    """A student on its own words, corrected by the RLT of this arm. flags: of on_policy_student.py."""
+    return job.on_policy(job.take(arm, lambda other: refreshed_teacher(other, careful)), *flags)
 
 
 def on_policy_best(job, scored_by, careful):
@@ -202,6 +202,8 @@ def map_arms(careful):
         f"RLT, refreshed student, {rows}": partial(map_rlt, careful=careful, student=best),
         refreshed: lambda job: job.sft(job.explain(refreshed_teacher(job, careful))),
         f"on-policy, {refreshed}": partial(on_policy_refreshed, arm=refreshed, careful=careful),
+        f"on-policy, {refreshed}, both KLs": lambda job: on_policy_refreshed(
+            job, "--forward-share", 0.5, arm=refreshed, careful=careful),
         f"on-policy, best of 10, {rows}": partial(on_policy_best, scored_by=warmed_up, careful=careful),
         f"on-policy, warm-up teacher, {rows}": lambda job: job.on_policy(job.warm_up_teacher(careful)),
         f"RL after RLT, {rows}": partial(rl_after, arm=f"RLT, {rows}"),
@@ -310,6 +312,7 @@ def plan():
         ("base 0.0", 3, ["RLT, refreshed every 20 steps, rows 0.1"]),
         ("base 0.0", 3, [f"on-policy, {teacher}, rows 0.1" for teacher in (
             "RLT, refreshed every 20 steps", "best of 10", "warm-up teacher")]),
+        ("base 0.0", 3, ["on-policy, RLT, refreshed every 20 steps, rows 0.1, both KLs"]),
         ("toy", 3, ("long problems", "what RL did", *(f"{arm}, 176 rows" for arm in FEW_ROWS))),
         ("toy", 3, other_students),
         ("toy", 3, [f"RLT, {name}" for name in ABLATIONS]),
