@@ -25,6 +25,7 @@ from study_steps import (
     work_off,
 )
 
+BOTH_KLS = ("--forward-share", 0.5)
 CORRECTNESS = ("--rewards", 0, 0, 1)  # 1 for a correct answer, nothing for the format
 GUIDE = ("--failed-groups", "guide")
 FROM_CHAINS = ("--explanation-column", "chain", "--failed-groups")
@@ -182,10 +183,11 @@ def on_policy_refreshed(job, *flags, arm, careful):
     return job.on_policy(job.take(arm, lambda other: refreshed_teacher(other, careful)), *flags)
 
 
-def on_policy_best(job, scored_by, careful):
+def on_policy_best(job, *flags, scored_by, careful):
     """The same, corrected by the warm-up teacher after SFT on the best of ten of its explanations: no RL."""
-    best = job.explain(job.warm_up_teacher(careful), *BEST_OF_10, "--student", job.student_of(scored_by))
-    return job.on_policy(job.sft_teacher("--data", best, out=f"runs/best-teacher-{careful}"))
+    best = job.explain(job.warm_up_teacher(careful), *BEST_OF_10, "--student", job.student_of(scored_by),
+                       out=f"on-policy-best-of-10-rows-{careful}")
+    return job.on_policy(job.sft_teacher("--data", best, out=f"runs/best-teacher-{careful}"), *flags)
 
 
 def map_arms(careful):
@@ -201,11 +203,10 @@ def map_arms(careful):
         f"RLT, warmed-up student, {rows}": partial(map_rlt, careful=careful, student=warmed_up),
         f"RLT, refreshed student, {rows}": partial(map_rlt, careful=careful, student=best),
         refreshed: lambda job: job.sft(job.explain(refreshed_teacher(job, careful))),
-        f"on-policy, {refreshed}": partial(on_policy_refreshed, arm=refreshed, careful=careful),
-        f"on-policy, {refreshed}, both KLs": lambda job: on_policy_refreshed(
-            job, "--forward-share", 0.5, arm=refreshed, careful=careful),
-        f"on-policy, best of 10, {rows}": partial(on_policy_best, scored_by=warmed_up, careful=careful),
-        f"on-policy, warm-up teacher, {rows}": lambda job: job.on_policy(job.warm_up_teacher(careful)),
+        f"on-policy, {refreshed}": lambda job, *flags: on_policy_refreshed(job, *flags, arm=refreshed, careful=careful),
+        f"on-policy, best of 10, {rows}": lambda job, *flags: on_policy_best(
+            job, *flags, scored_by=warmed_up, careful=careful),
+        f"on-policy, warm-up teacher, {rows}": lambda job, *flags: job.on_policy(job.warm_up_teacher(careful), *flags),
         f"RL after RLT, {rows}": partial(rl_after, arm=f"RLT, {rows}"),
         f"RL after best of 10, {rows}": partial(rl_after, arm=best),
     }
@@ -268,6 +269,8 @@ ARMS = {  # by the names of the log
     # the map
     **{arm: recipe for careful in WARM_UP_SHARES for arm, recipe in map_arms(careful).items()},
 }
+ARMS |= {f"{arm}, both KLs": functools.partial(lambda job, recipe: recipe(job, *BOTH_KLS), recipe=recipe)
+         for arm, recipe in ARMS.items() if arm.startswith("on-policy") and "rows" in arm}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -310,9 +313,8 @@ def plan():
         ("base 0.0", 3, hardest),
         ("base 0.0", 1, ["what the reward sees"]),
         ("base 0.0", 3, ["RLT, refreshed every 20 steps, rows 0.1"]),
-        ("base 0.0", 3, [f"on-policy, {teacher}, rows 0.1" for teacher in (
+        ("base 0.0", 3, [f"on-policy, {teacher}, rows 0.1{kls}" for kls in ("", ", both KLs") for teacher in (
             "RLT, refreshed every 20 steps", "best of 10", "warm-up teacher")]),
-        ("base 0.0", 3, ["on-policy, RLT, refreshed every 20 steps, rows 0.1, both KLs"]),
         ("toy", 3, ("long problems", "what RL did", *(f"{arm}, 176 rows" for arm in FEW_ROWS))),
         ("toy", 3, other_students),
         ("toy", 3, [f"RLT, {name}" for name in ABLATIONS]),
