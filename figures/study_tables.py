@@ -227,13 +227,23 @@ def hardest_base_claims():
 
 
 def on_policy_hardest_claims():
-    rlt = "RLT, refreshed every 20 steps, rows 0.1"
-    others = {"direct RL": "direct RL", rlt: "SFT on its explanations",
-              "on-policy, best of 10, rows 0.1": "corrected by a teacher trained on the best of 10 explanations",
-              "on-policy, warm-up teacher, rows 0.1": "corrected by the warm-up teacher"}
-    return [Claim(f"corrected by RLT with a refreshed reward student above {name}",
-                  differences(f"on-policy, {rlt}", arm, measure, "base 0.0"), points, "not in the paper")
-            for arm, name in others.items() for measure, points in ((greedy, POINTS), (sampled, SAMPLED_POINTS))]
+    """RLT with a refreshed reward student as the teacher, by the reverse KL, and by half of both KLs."""
+    rlt, best = "RLT, refreshed every 20 steps, rows 0.1", "best of 10, rows 0.1"
+    reverse, both = f"on-policy, {rlt}", f"on-policy, {rlt}, both KLs"
+    pairs = (
+        (reverse, "direct RL", "corrected by RLT, reverse KL, above direct RL"),
+        (reverse, f"on-policy, {best}", "corrected by RLT above corrected by best of 10, reverse KL"),
+        (both, reverse, "corrected by RLT with both KLs above with the reverse KL alone"),
+        (both, f"on-policy, {best}, both KLs", "corrected by RLT above corrected by best of 10, both KLs"),
+        (both, "on-policy, warm-up teacher, rows 0.1, both KLs",
+         "corrected by RLT above corrected by the warm-up teacher, both KLs"),
+        (both, "direct RL", "corrected by RLT, both KLs, above direct RL"),
+        (both, rlt, "corrected by RLT, both KLs, above SFT on its explanations"),
+        (both, "best of 10, warmed-up student, rows 0.1",
+         "corrected by RLT, both KLs, above SFT on best of 10 by a warmed-up reward student"),
+    )
+    return [Claim(text, differences(arm, other, measure, "base 0.0"), points, "not in the paper")
+            for arm, other, text in pairs for measure, points in ((greedy, POINTS), (sampled, SAMPLED_POINTS))]
 
 
 def other_share_claims():
