@@ -13,9 +13,9 @@ every token what it would have written there. Behind its own thought the student
     loss  = kl + solution_weight * nll
 
 --forward-share mixes in the other direction, KL(p_teacher || p_student). Pass 0.5, say, for a student that hardly ever
-writes what the teacher would: the gradient of the first direction is proportional to the student's own probability of
-a token. The KL also covers the token that starts the closing tag. After an unclosed thought nothing is learned.
-Related: arXiv 2601.18734, 2601.20802. New here: the teacher is trained by RLT, with its KL to the student in its reward.
+writes what the teacher would: the gradient of the first direction vanishes with the student's own probability of a
+token. The KL also covers the token that starts the closing tag. After an unclosed thought nothing is learned. Related:
+arXiv 2601.18734, 2601.20802. New here: the teacher is trained by RLT, with its KL to the student in its reward.
 """
 
 import math
