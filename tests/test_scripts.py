@@ -771,8 +771,8 @@ def test_long_rows_are_cut_and_counted(workshop, tmp_path, capsys):
 
 def test_scoring_a_file_gives_the_rewards_it_was_written_with(workshop, tmp_path, half_closed):
     """What distill wrote and scored, scored again from its text: the same rewards, explanation by explanation."""
-    flags = ["--model", "toy-teacher", "--max-new-tokens", 12]
-    call(workshop, "distill.py", *flags, "--limit", 30, "--out", tmp_path / "first.jsonl")
+    flags = ["--model", "toy-teacher"]
+    call(workshop, "distill.py", *flags, "--max-new-tokens", 12, "--limit", 30, "--out", tmp_path / "first.jsonl")
     call(workshop, "distill.py", *flags, "--score-file", tmp_path / "first.jsonl", "--out", tmp_path / "again.jsonl")
     first, again = (read_jsonl(tmp_path / f"{name}.jsonl") for name in ("first", "again"))
     assert len({row["closed"] for row in first}) == 2, "the case needs both kinds"
