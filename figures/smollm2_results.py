@@ -3,6 +3,11 @@
 
 import math
 import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from rlt.evaluations import percent
 
 import matplotlib.pyplot as plt
 from plotting import GREY, LABELS, RED, bars, save, steps
@@ -123,6 +128,18 @@ def share_of_right_chains(arm, seed):
             share, count = row["explanations"]["is_right_chain"], row["explanations"]["count"]
             return f"{100 * share:.0f} ± {100 * math.sqrt(share * (1 - share) / count):.0f} %"
     return ""
+
+
+def multiarith_table():
+    """Right answers to public problems that no student was trained on."""
+    rows = rows_of("MultiArith")
+    lines = ["| student trained on | seed | right answers |", "| --- | --- | --- |"]
+    for row in rows:
+        for arm, share in row["multiarith"].items():
+            lines.append(f"| {NAMES.get(arm, arm)} | {row['seed']} | {percent(share)} |")
+    lines += ["", f"{rows[0]['questions']} of MultiArith's problems of additions and subtractions, greedy, ± the "
+              "standard error.", ""]
+    return "\n".join(lines)
 
 
 def by_lambda():
