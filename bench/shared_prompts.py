@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from rlt import models, rollout  # noqa: E402
+from rlt.chat_template import vocabulary_size  # noqa: E402
 from rlt.logprobs import completion_logprobs  # noqa: E402
 from rlt.lora import update_mode  # noqa: E402
 from rlt.prompts import Prompts  # noqa: E402
@@ -56,7 +57,7 @@ def main():
     tokenizer = models.load_tokenizer(args.model)
     policy = models.load_lora(args.model, bits=BITS, device=DEVICE, seed=0)
     student = models.load_model(args.model, bits=BITS, device=DEVICE, scores=True)
-    prompts, vocab = Prompts(tokenizer), len(tokenizer)
+    prompts, vocab = Prompts(tokenizer), vocabulary_size(tokenizer)
     batch = [row for row in load_rows(args.data, limit=args.questions) for _ in range(args.group_size)]
     prompt_ids = [prompts.teacher_prompt(row) for row in batch]
 
