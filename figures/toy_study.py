@@ -289,6 +289,13 @@ def plan():
     other_students = ("base, larger", "base, weaker", "warm-up teacher, larger student", "RLT, larger student",
                       "RLT, stronger reward student", "RLT, weaker reward student")
 
+    def refreshed(careful):
+        """Best of 10 by a warmed-up student against RLT whose student is refreshed, and students on their own words."""
+        teachers = ("RLT, refreshed every 20 steps", "best of 10", "warm-up teacher")
+        on_policy = [f"on-policy, {teacher}, rows {careful}{kls}" for kls in ("", ", both KLs") for teacher in teachers]
+        without = ("warm-up teacher", "best of 10, warmed-up student", "RLT, refreshed every 20 steps")
+        return ["direct RL", *(f"{arm}, rows {careful}" for arm in without), *on_policy]
+
     def on_map(left_out):
         arms = (arm for careful in WARM_UP_SHARES for arm in map_arms(careful)
                 if "every 20 steps" not in arm and "on-policy" not in arm)
@@ -312,14 +319,14 @@ def plan():
         ("base 0.08", 3, ("RLT, rows 0.02", "best of 10, rows 0.02")),
         ("base 0.0", 3, hardest),
         ("base 0.0", 1, ["what the reward sees"]),
-        ("base 0.0", 3, ["RLT, refreshed every 20 steps, rows 0.1"]),
-        ("base 0.0", 3, [f"on-policy, {teacher}, rows 0.1{kls}" for kls in ("", ", both KLs") for teacher in (
-            "RLT, refreshed every 20 steps", "best of 10", "warm-up teacher")]),
+        ("base 0.0", 5, refreshed(0.1)),
+        ("base 0.0", 3, refreshed(0.02)),
         ("toy", 3, ("long problems", "what RL did", *(f"{arm}, 176 rows" for arm in FEW_ROWS))),
         ("toy", 3, other_students),
         ("toy", 3, [f"RLT, {name}" for name in ABLATIONS]),
     )
-    return [(setting, seed, arm) for setting, seeds, arms in parts for seed in range(seeds) for arm in arms]
+    jobs = [(setting, seed, arm) for setting, seeds, arms in parts for seed in range(seeds) for arm in arms]
+    return list(dict.fromkeys(jobs))  # some arms belong to two parts
 
 
 def main():
