@@ -84,7 +84,8 @@ def measure_step(log, name, matmul):
         log(part=f"step, {name}", failed="does not fit, says the dry run")
         return
     log = Log(log.path, **log.machine | {"size": name})
-    step.whole_step(log, size, *bits, matmul, part="step", rollout_rows=batch, **shape)
+    decoded = [(context, 64) for context in size.lengths[:1]] + [(length, batch)] if CUDA else []
+    step.whole_step(log, size, *bits, matmul, part="step", rollout_rows=batch, decoded=decoded, **shape)
 
 
 def measure_vllm(log, name, matmul):
@@ -114,6 +115,9 @@ def describe(entry):
         rows = entry["rollout_rows"] if entry["phase"] == "rollout" else 1
         bits = f"{entry['teacher_bits']} and {entry['student_bits']} bits"
         return f"{entry['size']}, {bits}: {entry['phase']}, {rows} x {entry['length']:,} tokens"
+    if entry["part"] == "decode":
+        how = "as a CUDA graph" if entry["graph"] else "without a graph"
+        return f"{entry['size']}, decode step {how}: {entry['batch']} x {entry['context']:,} tokens"
     if entry["part"] == "rollout":
         shape = f", {entry['batch']} x {entry['context']:,} tokens" if "batch" in entry else ""
         return f"{entry['size']}, {entry['engine']}: rollout{shape}"

@@ -38,7 +38,7 @@ def prompts_read_for_each():
     """As if no two sequences had the same prompt."""
     pack = rewards.pack_sequences
     with mock.patch.object(rewards, "pack_sequences", lambda sequences, _: pack(sequences, [0] * len(sequences))), \
-            mock.patch.object(rollout, "_read_prompts_once", lambda *_: None):
+            mock.patch.object(rollout, "_read_prompts_once", lambda *_, **__: None):
         yield
 
 

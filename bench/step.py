@@ -36,12 +36,12 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from rlt import models  # noqa: E402
+from rlt import decode_graph, models  # noqa: E402
 from rlt.dry_run import ModelFootprint, phases  # noqa: E402
 from rlt.errors import UserError  # noqa: E402
 from rlt.grpo import grpo_loss  # noqa: E402
 from rlt.logprobs import completion_logprobs  # noqa: E402
-from rlt.rollout import can_batch, generate  # noqa: E402
+from rlt.rollout import _LogprobRecorder, can_batch, generate  # noqa: E402
 from rlt.runs import describe  # noqa: E402
 from rlt.vllm_engine import INSTALL, VLLMEngine  # noqa: E402
 
@@ -140,15 +140,15 @@ def rows_of(size, length):
 # the phases
 
 
-def decode(teacher, size, batch, context, matmul):
-    """The median step in which `batch` rows at this context get a token each."""
+def decode(teacher, size, batch, context, matmul, graph=True):
+    """The median step in which `batch` rows at this context get a token each. graph: as a CUDA graph, on a GPU."""
     from transformers import DynamicCache
 
     config, times = size.config, []
     prompts = [ids(context + 1) for _ in range(batch)]
     prompts[0] = prompts[0][1:]  # so that there is padding, as in a batch of several questions
 
-    def prompts_read(*_):
+    def prompts_read(*_, **__):
         """A cache as if all but the last token of the prompts had been read: what they were does not matter."""
         cache, heads = DynamicCache(config=config), config.num_key_value_heads
         shape = batch, heads, context, config.hidden_size // config.num_attention_heads
@@ -160,15 +160,18 @@ def decode(teacher, size, batch, context, matmul):
         times.clear()
         generate(teacher, EndlessTokenizer(size), prompts, max_new_tokens=DECODED, temperature=0.7, seed=0)
 
+    def timed(self, *arguments):
+        times.append(time.perf_counter())  # every step before it is done: that all rows have ended was asked
+        return record(self, *arguments)
+
     can_batch(teacher, EndlessTokenizer(size).pad_token_id)  # measured once for a model, by generate as it is
-    hook = teacher.get_input_embeddings().register_forward_pre_hook(lambda *_: times.append(time.perf_counter()))
-    try:
-        with mock.patch("rlt.rollout._read_prompts_once", prompts_read):
-            peak = peak_bytes(run, teacher)
-            if not CUDA:  # again, without counting bytes
-                run()
-    finally:
-        hook.remove()
+    record, can_capture = _LogprobRecorder.__call__, decode_graph.can_capture
+    with (mock.patch("rlt.rollout._read_prompts_once", prompts_read),
+          mock.patch("rlt.decode_graph.can_capture", lambda *model: graph and can_capture(*model)),
+          mock.patch.object(_LogprobRecorder, "__call__", timed)):
+        peak = peak_bytes(run, teacher)
+        if not CUDA:  # again, without counting bytes
+            run()
     step = statistics.median(end - start for start, end in zip(times[1:], times[2:], strict=False))
     return dict(seconds=step, tokens_per_s=batch / step, of_matmul=batch / step * flops(config, [1], [1]) / matmul,
                 peak_gb=peak / 1e9)
@@ -300,11 +303,12 @@ def expected_bytes(size, teacher_bits, student_bits, *, length, count, batch, of
     return {phase: numbers["total"] for phase, numbers in table.items()}
 
 
-def whole_step(log, size, teacher_bits, student_bits, matmul, *, length, count, batch, offloaded=False, **what):
+def whole_step(log, size, teacher_bits, student_bits, matmul, *, length, count, batch, offloaded=False, decoded=(),
+               **what):
     """Log peak and speed of every phase, and the peak that --dry-run expects.
 
-    count: rows of a pass. batch: rows of a rollout. matmul: FLOP/s of a product, None to leave the speed out. what:
-    to log of each phase.
+    count: rows of a pass. batch: rows of a rollout. matmul: FLOP/s of a product, None to leave the speed out. decoded:
+    contexts and rows of decode steps that are also timed, as a CUDA graph and without. what: to log of each phase.
     """
     shape = dict(length=length, count=count, batch=batch)
     expected = expected_bytes(size, teacher_bits, student_bits, offloaded=offloaded, **shape)
@@ -338,6 +342,9 @@ def whole_step(log, size, teacher_bits, student_bits, matmul, *, length, count, 
 
         log.attempt(compare, **what, teacher_bits=teacher_bits, student_bits=student_bits, offload_student=offloaded,
                     length=length, phase=phase)
+    for (context, rows), graph in itertools.product(decoded, (True, False)):
+        log.attempt(lambda c=context, n=rows, g=graph: decode(teacher, size, n, c, rate, g), part="decode",
+                    teacher_bits=teacher_bits, context=context, batch=rows, graph=graph)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -26,12 +26,15 @@ BITS = ("--bits", 16)
 WARM_UP = ("--steps", 46, "--batch-size", 8, "--lr", 1e-3, "--warmup-steps", 3, "--val-rows", 16, "--eval-every", 20,
            "--save-every", 20)
 RL = ("--prompts-per-step", 16, "--group-size", 8, "--steps", 40, "--lr", 3e-4, "--eval-rows", 0, "--save-every", 20)
+ON_POLICY = ("--prompts-per-step", 128, "--steps", 40, "--lr", 3e-4, "--eval-rows", 0, "--save-every", 20,
+             "--forward-share", 0.5)  # as much as RL: both KLs, since the reverse alone failed on some seeds of the toy
 STUDENT = ("--steps", 80, "--batch-size", 16, "--lr", 1e-3, "--val-rows", 32, "--save-every", 40)
 QUESTIONS = 672  # 640 to learn from, twice, and 32 to validate
 QUESTIONS_OF = {"val": 100, "test": 400}
 ANSWER = ("--max-new-tokens", 128)
 BEST_OF_8 = ("--samples", 8, "--keep", "best")
 CURVE = ("step", "reward", "score", "kl", "closed", "leak", "length", "entropy", "kl_ref")
+ON_POLICY_CURVE = ("step", "kl", "nll", "closed", "length")
 SOLVED = ("step", "reward", "solved", "zero_groups", "length")  # of RL on correctness
 MEASURED = 64  # validation questions whose explanations are looked at before and after RL
 MEASURES = {"is_right_chain": "is_right_chain", "right_steps": "right_steps", "leak": "leaks"}  # data/word_problems.py
@@ -127,9 +130,9 @@ class WordProblemJob(Job):
         rows = self.read(self.rows_of("chains"))[:QUESTIONS]
         return self.write(f"runs/{self.name}.jsonl", [{**row, "explanation": explanation(row)} for row in rows])
 
-    def sft(self, data):
-        """A student of these explanations, from the model as it comes."""
-        return self.run("sft_student.py", "--model", self.base(), "--data", data, *BITS, *STUDENT,
+    def sft(self, data, model=None):
+        """A student of these explanations, from the model as it comes or from another."""
+        return self.run("sft_student.py", "--model", model or self.base(), "--data", data, *BITS, *STUDENT,
                         *self.if_quick("--steps", 2, "--val-rows", 4), out=f"runs/student-{self.name}")
 
     def rl(self, model):
@@ -139,6 +142,15 @@ class WordProblemJob(Job):
                            out=f"runs/{self.name}")
         metrics = self.read(f"{student}/metrics.jsonl")
         self.facts["curve"] = [{key: entry[key] for key in SOLVED} for entry in metrics]
+        return student
+
+    def on_policy(self, teacher):
+        """The warmed-up student on its own words, corrected by this teacher."""
+        student = self.run("on_policy_student.py", "--model", self.warm_up("student"), "--teacher", teacher, "--data",
+                           self.rows_of("train"), *BITS, "--teacher-bits", 16, *ON_POLICY, *LENGTH,
+                           *self.if_quick("--steps", 2, "--prompts-per-step", 8), out=f"runs/{self.name}")
+        metrics = self.read(f"{student}/metrics.jsonl")
+        self.facts["curve"] = [{key: entry[key] for key in ON_POLICY_CURVE} for entry in metrics]
         return student
 
     def on_multiarith(self, arms):
@@ -169,14 +181,23 @@ class WordProblemJob(Job):
         return found
 
 
+def from_warm_up(job, arm):
+    """A student of another arm's explanations, from the warmed-up student."""
+    return job.sft(job.explanations_of(arm), job.warm_up("student"))
+
+
 ARMS = {  # functions of a WordProblemJob that return its student, or None where they only measure
     "RLT": lambda job: job.sft(job.explain(job.train_teacher())),
     "warmed-up student": lambda job: job.warm_up("student"),
     "right chains": lambda job: job.sft(job.replace_explanations(lambda row: row["explanation"])),
     "solutions only": lambda job: job.sft(job.replace_explanations(lambda row: "")),
-    "score only": lambda job: job.sft(job.explain(job.train_teacher("--lambda", 0))),
-    "warm-up teacher": lambda job: job.sft(job.explain(job.warm_up("teacher"))),
     "best of 8": lambda job: job.sft(job.explain(job.warm_up("teacher"), *BEST_OF_8)),
+    "warm-up teacher": lambda job: job.sft(job.explain(job.warm_up("teacher"))),
+    "on-policy, warm-up teacher": lambda job: job.on_policy(job.warm_up("teacher")),
+    "on-policy, RLT": lambda job: job.on_policy(job.teacher_of("RLT")),
+    "score only": lambda job: job.sft(job.explain(job.train_teacher("--lambda", 0))),
+    **{f"{arm}, warmed-up student": lambda job, arm=arm: from_warm_up(job, arm)
+       for arm in ("RLT", "best of 8", "warm-up teacher", "right chains")},
     "base": lambda job: job.base(),
     "training of RLT": lambda job: job.watch(job.teacher_of("RLT")),
     "training of score only": lambda job: job.watch(job.teacher_of("score only", "--lambda", 0)),

@@ -94,48 +94,82 @@ def generate(model, tokenizer, prompts, *, max_new_tokens, temperature, seed):
     """One completion for each prompt (lists of ids), by transformers. temperature 0 is greedy.
 
     All prompts are sampled at the same time, until the last has ended. Draws depend on `seed` and the prompts alone.
-    Of the log-softmax only one step's (B, V) is ever held.
+    Of the log-softmax only one step's (B, V) is ever held. On a CUDA GPU the decode steps are a graph, where the model
+    allows it.
     """
+    from rlt.decode_graph import FEWEST_STEPS, DecodeSteps, can_capture
+
     from transformers import LogitsProcessorList
 
     if len(prompts) > 1 and not can_batch(model, tokenizer.pad_token_id):
         return [completion for i, prompt in enumerate(prompts) for completion in generate(
             model, tokenizer, [prompt], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed_for(seed, i))]
     ends = turn_ends(tokenizer)
-    config = _generation_config(max_new_tokens, temperature, ends, tokenizer.pad_token_id)
-    sampler = _LogprobRecorder(temperature or 1.0, vocabulary_size(tokenizer), max_new_tokens)
+    recorder = _LogprobRecorder(temperature or 1.0, vocabulary_size(tokenizer), max_new_tokens)
     ids, mask = _left_padded(prompts, tokenizer.pad_token_id)
     device = next(model.parameters()).device
     training = model.training
     model.eval()  # gradient checkpointing would switch the cache off
-    cache = _read_prompts_once(model, prompts, tokenizer.pad_token_id)
+    capture = (device.type == "cuda" and max_new_tokens >= FEWEST_STEPS and keeps_only_keys_and_values(model)
+               and can_capture(model, tokenizer.pad_token_id))
+    cache = _read_prompts_once(model, prompts, tokenizer.pad_token_id, even_if_different=capture)
     torch.manual_seed(seed)
     try:
-        sequences = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), past_key_values=cache, generation_config=config,
-            logits_processor=LogitsProcessorList([sampler]))
+        if capture and cache is not None:
+            steps = DecodeSteps(model, cache, mask.to(device), steps=max_new_tokens)
+            sequences = sample(steps, recorder, ids.to(device), max_new_tokens, ends, greedy=temperature == 0)
+        else:
+            sequences = model.generate(
+                input_ids=ids.to(device), attention_mask=mask.to(device), past_key_values=cache,
+                generation_config=_generation_config(max_new_tokens, temperature, ends, tokenizer.pad_token_id),
+                logits_processor=LogitsProcessorList([recorder]))
     except RuntimeError as error:
         if "probability tensor contains" not in str(error):
             raise
         raise UserError(f"{type(model).__name__} {NOT_FINITE}") from None
     model.train(training)
     sampled = sequences[:, ids.shape[1] :].tolist()
-    logprobs = sampler.logprobs(sequences).tolist()
+    logprobs = recorder.logprobs(sequences).tolist()
     return [_cut_at_end(*pair, ends) for pair in zip(sampled, logprobs, strict=True)]
 
 
-def _read_prompts_once(model, prompts, pad_id):
-    """The cache of all prompts but their last tokens, for which equal ones are read once. None where no two are equal,
-    or where the model keeps more than keys and values of all tokens."""
+def sample(decode, recorder, sequences, max_new_tokens, ends, *, greedy):
+    """Sequences (B, T) with up to max_new_tokens more, until each has one of `ends`. decode: DecodeSteps.
+
+    What transformers' generate does, without its checks between the steps.
+    """
+    stops = torch.tensor([*ends], device=sequences.device)
+    ended = torch.zeros_like(sequences[:, :1], dtype=torch.bool)
+    for _ in range(max_new_tokens):
+        scores = recorder(sequences, decode(sequences[:, -1:]))
+        drawn = scores.argmax(-1, keepdim=True) if greedy else torch.multinomial(scores.softmax(-1), 1)
+        sequences = torch.cat([sequences, drawn], 1)
+        ended |= torch.isin(drawn, stops)
+        if ended.all():
+            break
+    return sequences
+
+
+def keeps_only_keys_and_values(model):
+    """Whether all that a model keeps of a sequence is the keys and values of each of its tokens."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
+    lm = causal_lm(model)
+    return not lm._is_stateful and {type(layer) for layer in DynamicCache(config=lm.config).layers} == {DynamicLayer}
+
+
+def _read_prompts_once(model, prompts, pad_id, even_if_different=False):
+    """The cache of all prompts but their last tokens, for which equal ones are read once. None where no two are equal,
+    unless even_if_different, or where the model keeps more than keys and values of all tokens."""
+    from transformers import DynamicCache
+
     numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    all_differ = len(numbers) == len(prompts) and not even_if_different
+    if all_differ or not keeps_only_keys_and_values(model) or min(map(len, numbers)) < 2:
+        return None
     lm = causal_lm(model)
     cache = DynamicCache(config=lm.config)
-    plain = not lm._is_stateful and {type(layer) for layer in cache.layers} == {DynamicLayer}
-    if len(numbers) == len(prompts) or not plain or min(map(len, numbers)) < 2:
-        return None
     ids, mask = (x[:, :-1].to(lm.device) for x in _left_padded([*numbers], pad_id))
     decoder(lm)(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
                 past_key_values=cache, use_cache=True)

@@ -25,7 +25,8 @@ class Recorder(smollm2_study.WordProblemJob):
         return path
 
     def read(self, path):
-        row = dict.fromkeys((*smollm2_study.CURVE, *smollm2_study.SOLVED, "t_rollout", "t_score", "t_update"), 1.0)
+        row = dict.fromkeys((*smollm2_study.CURVE, *smollm2_study.SOLVED, *smollm2_study.ON_POLICY_CURVE,
+                             "t_rollout", "t_score", "t_update"), 1.0)
         return [{**row, "question": "How many?", "explanation": "1+2=3", "start": 1, "steps": [2], "answer": "3"}]
 
     def report(self, path):
@@ -67,7 +68,7 @@ def test_every_command_is_one_that_its_script_takes(parse, quick):
     commands = {command for arm in smollm2_study.ARMS for command in commands_of(arm, quick).commands}
     assert {script for script, *_ in commands} == {
         "rows", "data/smollm2.py", "data/word_problems.py", "sft_student.py", "train_rlt.py", "distill.py",
-        "rl_student.py", "evaluate.py"}
+        "rl_student.py", "on_policy_student.py", "evaluate.py"}
     for script, *words in sorted(commands):
         if script != "rows":
             args = parse(script, *words)
@@ -81,7 +82,7 @@ def test_every_input_of_a_command_has_been_written_before():
         made = {smollm2_study.MULTIARITH}  # copied into the folder
         for _, *words in commands_of(arm, False).commands:
             given = dict(zip(words, words[1:], strict=False))
-            for flag in ("--model", "--student", "--data"):
+            for flag in ("--model", "--student", "--teacher", "--data"):
                 path = given.get(flag)
                 assert path is None or path in made or path.rpartition("/")[0] in made, (arm, path)
             made.add(given["--out"])

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: MIT
+"""
+Decode steps on a CUDA GPU without Python between the kernels.
+
+A step gives each row of a batch one token. It is two thousand small kernels: Python takes 80 to 150 ms to launch them,
+an H100 a fraction of it to run them. A CUDA graph launches them all at once. It reads and writes the same addresses
+at every replay, so the cache has room for some more tokens than it holds, and is extended a block at a time.
+"""
+
+import weakref
+
+from rlt.console import show_activity
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from rewards import causal_lm, decoder
+
+BLOCK = 256  # columns that a cache is extended by at most; attention reads those that are not used yet, too
+ALIGNED = 16  # columns of a cache are a multiple of it, for fused attention
+FEWEST_STEPS = 8  # a graph takes as long to make as two steps
+_CAN_CAPTURE = weakref.WeakKeyDictionary()  # model: whether its decode steps can be a graph
+
+
+class DecodeSteps:
+    """The decode steps of one batch: call it with the last token of each row, once for each token to sample.
+
+    cache: DynamicCache of all tokens but the last, (B, heads, T - 1, D) each layer; it is used up. mask (B, T): 1 for
+    tokens, 0 for padding on the left. steps: how many there will be at most. capture: whether a step becomes a graph.
+    """
+
+    def __init__(self, model, cache, mask, *, steps, capture=True):
+        self.model, self.capture = causal_lm(model), capture
+        self.read, self.last = mask.shape[1] - 1, mask.shape[1] - 1 + steps  # columns read, and in the end
+        device = mask.device
+        self.ids = mask.new_zeros((len(mask), 1), dtype=torch.long)
+        self.positions = mask.sum(1, keepdim=True) - 1  # (B, 1), of the token that is read next
+        self.column = torch.tensor([self.read], device=device)
+        dtype = cache.layers[0].keys.dtype
+        self.bias = torch.zeros(mask[:, None, None, :-1].shape, dtype=dtype, device=device)  # (B, 1, 1, columns)
+        self.bias.masked_fill_(mask[:, None, None, :-1] == 0, torch.finfo(dtype).min)
+        self.cache = DynamicCache()
+        self.cache.layers = [_FixedLayer(layer.keys, layer.values, self.column) for layer in cache.layers]
+        self.graph = self.logits = None
+
+    def __call__(self, ids):
+        """Logits (B, V) after these tokens (B, 1). They are overwritten by the next call."""
+        if self.read == self.bias.shape[3]:
+            columns = self.read + min(BLOCK, self.last - self.read)
+            self._extend(-(-columns // ALIGNED) * ALIGNED - self.read)
+        self.ids.copy_(ids)
+        self.read += 1
+        if self.graph:
+            self.graph.replay()
+            return self.logits
+        logits = self._step()
+        left = min(self.bias.shape[3], self.last) - self.read
+        if self.capture and left >= FEWEST_STEPS:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self._step()
+        return logits
+
+    def _extend(self, columns):
+        """Room for so many tokens more. The addresses change: the graph is no longer of use."""
+        self.graph = self.logits = None
+        for layer in self.cache.layers:
+            layer.extend(columns)
+        lowest = torch.finfo(self.bias.dtype).min
+        self.bias = torch.nn.functional.pad(self.bias, (0, columns), value=lowest)
+
+    def _step(self):
+        self.bias.index_fill_(3, self.column, 0)
+        logits = self.model(input_ids=self.ids, attention_mask=self.bias, position_ids=self.positions,
+                            past_key_values=self.cache, use_cache=True).logits[:, -1]
+        self.column += 1
+        self.positions += 1
+        return logits
+
+
+class _FixedLayer(DynamicLayer):
+    """Keys and values whose addresses stay: a token's are written at `column`, a tensor, and all columns are read."""
+
+    def __init__(self, keys, values, column):
+        super().__init__()
+        self.keys, self.values, self.column = keys, values, column
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+    def update(self, keys, values, *_, **__):
+        self.keys.index_copy_(2, self.column, keys)
+        self.values.index_copy_(2, self.column, values)
+        return self.keys, self.values
+
+    def extend(self, columns):
+        self.keys, self.values = (torch.nn.functional.pad(x, (0, 0, 0, columns)) for x in (self.keys, self.values))
+
+
+def can_capture(model, pad_id):
+    """Whether the decode steps of a model can be a graph, and give the logits that the model gives. Measured once per
+    model; why it is not so is printed."""
+    key = causal_lm(model)
+    if key not in _CAN_CAPTURE:
+        try:
+            reason = _difference(key, pad_id)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a model of someone else does: it can be sampled without a graph
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        _CAN_CAPTURE[key] = reason is None
+        if reason:
+            print(f"{type(key).__name__} is sampled without CUDA graphs, which is slower: {reason}")
+    return _CAN_CAPTURE[key]
+
+
+@torch.no_grad()
+def _difference(model, pad_id):
+    """None, or in words how the logits of a graph's steps differ from the model's own, for two rows with padding."""
+    show_activity("capturing a CUDA graph")
+    steps, vocab = FEWEST_STEPS + 4, len(model.get_input_embeddings().weight)
+    ids = torch.arange(2 * (9 + steps), device=model.device).view(2, -1) % vocab
+    mask = torch.ones_like(ids)
+    ids[0, :5], mask[0, :5] = pad_id, 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    own = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 8:-1].float()
+    cache = DynamicCache(config=model.config)
+    decoder(model)(input_ids=ids[:, :8], attention_mask=mask[:, :8], position_ids=positions[:, :8],
+                   past_key_values=cache, use_cache=True)
+    decode = DecodeSteps(model, cache, mask[:, :9], steps=steps, capture=model.device.type == "cuda")
+    found = torch.stack([decode(ids[:, at : at + 1]).float() for at in range(8, 8 + steps)], 1)
+    tolerance = 0.1 if model.get_output_embeddings().weight.itemsize == 2 else 1e-2
+    spread = (own - own.mean(2, keepdim=True)).abs().max()
+    difference = (found - own).abs().max() / spread
+    return None if difference <= tolerance else f"its logits are {difference:.0%} off in one"

@@ -1,0 +1,147 @@
+"""
+Decode steps that could be a CUDA graph: a cache whose addresses stay gives the logits that the model gives.
+
+    python -m pytest tests/test_decode_graph.py
+"""
+
+import re
+from unittest import mock
+
+from rlt import decode_graph, models, rollout
+from rlt.chat_template import turn_ends, vocabulary_size
+
+import pytest
+import torch
+from test_rollout import ARCHITECTURES, PROMPTS, draw, own_logprobs, sampled_logprobs
+
+PLAIN = {name: make for name, make in ARCHITECTURES.items() if name != "sliding window"}
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a CUDA GPU")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(toy):
+    return models.load_tokenizer(str(toy / "runs/toy"))
+
+
+def steps_of(model, tokenizer, prompts, steps, capture=False):
+    ids, mask = rollout._left_padded(prompts, tokenizer.pad_token_id)
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        cache = rollout._read_prompts_once(model, prompts, tokenizer.pad_token_id, even_if_different=True)
+    return ids.to(device), decode_graph.DecodeSteps(model, cache, mask.to(device), steps=steps, capture=capture)
+
+
+@pytest.mark.parametrize("block", [1, 5, 256])
+@pytest.mark.parametrize("make", PLAIN.values(), ids=PLAIN)
+def test_logits_are_those_of_the_whole_sequence(make, block, tiny_model, tokenizer, monkeypatch):
+    """Behind padding, over the edges of several blocks, one more than the cache was made for at first."""
+    monkeypatch.setattr(decode_graph, "BLOCK", block)
+    monkeypatch.setattr(decode_graph, "ALIGNED", 1)
+    model = make(tiny_model)
+    follow = torch.randint(2, 40, (len(PROMPTS), 17), generator=torch.Generator().manual_seed(3))
+    ids, decode = steps_of(model, tokenizer, PROMPTS, 17)
+    with torch.no_grad():
+        found = [decode(ids[:, -1:]).clone()] + [decode(follow[:, i : i + 1]).clone() for i in range(16)]
+        for row, prompt in enumerate(PROMPTS):
+            own = model(torch.tensor([prompt + follow[row].tolist()])).logits[0, len(prompt) - 1 : -1]
+            assert torch.allclose(torch.stack(found)[:, row], own, atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7, 1.0])
+def test_what_is_drawn_is_what_generate_draws(temperature, tiny_model, tokenizer):
+    """The same seed, prompts and ends: the same ids and log-probs, and it stops when the last row has ended."""
+    model, prompts, ends = tiny_model(64), PROMPTS * 8, turn_ends(tokenizer)
+    theirs = draw(model, tokenizer, prompts, temperature=temperature, max_new_tokens=40)
+    recorder = rollout._LogprobRecorder(temperature or 1.0, vocabulary_size(tokenizer), 40)
+    ids, decode = steps_of(model, tokenizer, prompts, 40)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        sequences = rollout.sample(decode, recorder, ids, 40, ends, greedy=temperature == 0)
+    sampled, logprobs = sequences[:, ids.shape[1] :].tolist(), recorder.logprobs(sequences).tolist()
+    ours = [rollout._cut_at_end(*pair, ends) for pair in zip(sampled, logprobs, strict=True)]
+    assert [c.ids for c in ours] == [c.ids for c in theirs]
+    assert torch.allclose(sampled_logprobs(ours), sampled_logprobs(theirs), atol=1e-5)
+    assert len(sampled[0]) == max(len(c.ids) for c in ours)
+    assert {c.finished for c in ours} == ({True, False} if temperature else {c.finished for c in theirs})
+
+
+def test_what_a_model_keeps_decides(tiny_model):
+    assert rollout.keeps_only_keys_and_values(tiny_model(64))
+    assert not rollout.keeps_only_keys_and_values(ARCHITECTURES["sliding window"](tiny_model))
+
+
+@pytest.mark.parametrize("fault, reason", [
+    (lambda logits: logits * 3, "its logits are .*% off"),
+    (lambda logits: logits.no_such_thing, "AttributeError: .*no_such_thing"),
+], ids=["other logits", "an error"])
+def test_a_model_that_a_graph_does_not_suit_is_sampled_without(fault, reason, tiny_model, capsys):
+    model, step = tiny_model(64), decode_graph.DecodeSteps._step
+    with mock.patch.object(decode_graph.DecodeSteps, "_step", lambda self: fault(step(self))):
+        assert not decode_graph.can_capture(model, 0)
+    assert not decode_graph.can_capture(model, 0), "measured once"
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1
+    assert re.search(f"without CUDA graphs, which is slower: {reason}", printed)
+
+
+def test_a_model_is_measured_once(tiny_model, capsys):
+    model = tiny_model(64)
+    assert decode_graph.can_capture(model, 0)
+    with mock.patch.object(decode_graph.DecodeSteps, "_step", side_effect=AssertionError):
+        assert decode_graph.can_capture(model, 0)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_full_memory_is_no_answer(tiny_model):
+    model = tiny_model(64)
+    with mock.patch.object(decode_graph.DecodeSteps, "_step", side_effect=torch.OutOfMemoryError):
+        with pytest.raises(torch.OutOfMemoryError):
+            decode_graph.can_capture(model, 0)
+    assert model not in decode_graph._CAN_CAPTURE
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Captured
+
+
+def counted_replays(monkeypatch):
+    replays, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda self: (replays.append(1), replay(self)))
+    return replays
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("block", [16, 256])
+@pytest.mark.parametrize("make", PLAIN.values(), ids=PLAIN)
+def test_on_a_gpu_steps_are_replayed(make, block, tiny_model, tokenizer, monkeypatch):
+    """And log-probs are those of the definition."""
+    monkeypatch.setattr(decode_graph, "BLOCK", block)
+    model, replays = make(tiny_model), counted_replays(monkeypatch)
+    drawn = draw(model.to("cuda"), tokenizer, PROMPTS * 30, max_new_tokens=40, temperature=1.5)
+    assert len(replays) > 25 and max(len(c.ids) for c in drawn) == 40
+    own = own_logprobs(model.cpu(), PROMPTS * 30, drawn, 1.5, len(tokenizer))
+    assert (own - sampled_logprobs(drawn)).abs().max() < 1e-3
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("bits", [32, 16, 4])
+def test_on_a_gpu_an_adapter_samples_as_it_was_last_trained(toy, tokenizer, bits, monkeypatch):
+    if bits == 4:
+        pytest.importorskip("bitsandbytes")
+    model = models.load_lora(str(toy / "runs/toy"), bits=bits, device=torch.device("cuda"), rank=4, alpha=8, seed=0)
+    replays = counted_replays(monkeypatch)
+    options = dict(temperature=0, max_new_tokens=30)
+    before = draw(model, tokenizer, **options)
+    with torch.no_grad():
+        for p in models.adapter_parameters(model):
+            p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).to(p))
+    after = draw(model, tokenizer, **options)
+    assert replays and [c.ids for c in after] != [c.ids for c in before]
+    with mock.patch("rlt.decode_graph.can_capture", lambda *_: False):
+        plain, count = draw(model, tokenizer, **options), len(replays)
+    assert len(replays) == count
+    pairs = zip(after, plain, strict=True)
+    same = [a for a, b in pairs if a.ids == b.ids]
+    assert len(same) >= (len(after) if bits == 32 else 1), "in few bits a near tie may go either way"
