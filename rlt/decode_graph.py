@@ -127,7 +127,7 @@ def _difference(model, pad_id):
     decoder(model)(input_ids=ids[:, :8], attention_mask=mask[:, :8], position_ids=positions[:, :8],
                    past_key_values=cache, use_cache=True)
     decode = DecodeSteps(model, cache, mask[:, :9], steps=steps, capture=model.device.type == "cuda")
-    found = torch.stack([decode(ids[:, at : at + 1]).float() for at in range(8, 8 + steps)], 1)
+    found = torch.stack([decode(ids[:, at : at + 1]).float().clone() for at in range(8, 8 + steps)], 1)
     tolerance = 0.1 if model.get_output_embeddings().weight.itemsize == 2 else 1e-2
     spread = (own - own.mean(2, keepdim=True)).abs().max()
     difference = (found - own).abs().max() / spread

@@ -138,7 +138,7 @@ def test_on_a_gpu_an_adapter_samples_as_it_was_last_trained(toy, tokenizer, bits
         for p in models.adapter_parameters(model):
             p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).to(p))
     after = draw(model, tokenizer, **options)
-    assert replays and [c.ids for c in after] != [c.ids for c in before]
+    assert len(replays) > 40 and [c.ids for c in after] != [c.ids for c in before]
     with mock.patch("rlt.decode_graph.can_capture", lambda *_: False):
         plain, count = draw(model, tokenizer, **options), len(replays)
     assert len(replays) == count
