@@ -788,7 +788,7 @@ def _check_sequences(model, scale):
     name = type(model).__name__
     if not theirs.isfinite().all():
         raise UnsupportedModel(f"{name} has logits that are NaN or infinite: its weights are broken, or too coarse")
-    if theirs.shape != ours.shape or not _close(ours, theirs, 1e-4, 2e-2, dtype):
+    if theirs.shape != ours.shape or not equal_but_for_rounding(ours, theirs, 1e-4, 2e-2, dtype):
         raise UnsupportedModel(f"{name} has other logits than its head makes of its decoder's states: use another one")
     can_pack = can_pack and _packs(model, around, sequence, states)
     if not can_pack and model.config.get_text_config()._attn_implementation == "packed":
@@ -833,7 +833,7 @@ def _packs(model, around, sequence, alone):
         return output
 
     def close(states):
-        return _close(states, alone, 1e-3, 5e-2, model.get_output_embeddings().weight.dtype)
+        return equal_but_for_rounding(states, alone, 1e-3, 5e-2, model.get_output_embeddings().weight.dtype)
 
     try:
         first = states(around)
@@ -848,11 +848,18 @@ def _packs(model, around, sequence, alone):
         return False
 
 
-def _close(ours, theirs, tolerance, tolerance_16_bits, dtype):
-    """Whether every row of (N, M) differs by less than the tolerance times its largest value."""
-    tolerance = tolerance_16_bits if dtype.itemsize == 2 else tolerance
-    difference = (ours.float() - theirs.float()).abs().amax(1)
-    return bool((difference <= tolerance * theirs.float().abs().amax(1)).all())  # NaN is not close
+def equal_but_for_rounding(ours, theirs, tolerance, tolerance_16_bits, dtype):
+    """Whether rows (N, M) of numbers of tokens are the same, computed in two ways in this type.
+
+    A row may differ by the tolerance times its largest value. In float32 all rows must be so close. In 16 bits half of
+    them: rounding alone changes single tokens by more than their size there (SmolLM2 with a trained adapter, read whole
+    or token by token: 2 % in the median, 57 % at most), while a model that can't be read so is wrong on most of them.
+    """
+    close = (ours.float() - theirs.float()).abs().amax(1) <= theirs.float().abs().amax(1) * (
+        tolerance_16_bits if dtype.itemsize == 2 else tolerance)  # NaN is not
+    if dtype.itemsize == 2:
+        return bool(2 * close.sum() > len(close) and ours.isfinite().all())
+    return bool(close.all())
 
 
 def enable_packed_attention(model):

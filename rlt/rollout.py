@@ -20,7 +20,7 @@ from rlt.steps import seed_for
 
 import torch
 
-from rewards import causal_lm, decoder
+from rewards import causal_lm, decoder, equal_but_for_rounding
 
 NOT_FINITE = "computes log-probs that are NaN or infinite: its weights are broken, or loaded in too few bits."
 _CAN_BATCH = weakref.WeakKeyDictionary()  # model: whether `can_batch`
@@ -194,26 +194,33 @@ def _generation_config(max_new_tokens, temperature, ends, pad_id):
 
 @torch.no_grad()
 def can_batch(model, pad_id):
-    """Whether a prompt beside a longer one, padded on the left, gives the logits that it gives alone. Measured once per
-    model, on two tokens after a prompt of four: some recurrent models read padding, or mix up the rows of a batch."""
+    """Whether prompts beside a longer one, padded on the left, give the logits that they give alone. Measured once per
+    model, on two tokens after prompts of four: some recurrent models read padding, or mix up the rows of a batch."""
     key = causal_lm(model)
     if key not in _CAN_BATCH:
         vocab, training = len(key.get_input_embeddings().weight), model.training
-        short, long = [1 % vocab, 3 % vocab, 2 % vocab, 4 % vocab], [i % vocab for i in range(9)]
-        config = _generation_config(2, 0, (), pad_id)
-        config.output_logits = config.return_dict_in_generate = True
+        short = [[(i + n) % vocab for n in (1, 3, 2, 4)] for i in range(0, 50, 10)]
         model.eval()
-        alone, beside = (
-            model.generate(input_ids=ids.to(key.device), attention_mask=mask.to(key.device), generation_config=config)
-            for ids, mask in (_left_padded([short], pad_id), _left_padded([short, long], pad_id)))
+        beside = _greedy_logits(model, [*short, [i % vocab for i in range(9)]], pad_id)
+        alone = [_greedy_logits(model, [prompt], pad_id)[0] for prompt in short]
         model.train(training)
-        steps = 2 if alone.sequences[0, -2] == beside.sequences[0, -2] else 1  # the second, if the first drew the same
-        a, b = (torch.stack([logits[0].float() for logits in out.logits[:steps]]) for out in (alone, beside))
-        tolerance = 0.1 if key.get_output_embeddings().weight.itemsize == 2 else 1e-2
-        _CAN_BATCH[key] = bool((a - b).abs().max() <= tolerance * (a - a.mean(1, keepdim=True)).abs().max())
+        pairs = [(a, b) for ours, theirs in zip(beside, alone, strict=False) for a, b in zip(ours, theirs, strict=True)
+                 if ours[0].argmax() == theirs[0].argmax() or a is ours[0]]  # the second, if the first drew the same
+        ours, theirs = (torch.stack(rows) for rows in zip(*pairs, strict=True))
+        dtype = key.get_output_embeddings().weight.dtype
+        _CAN_BATCH[key] = equal_but_for_rounding(ours, theirs, 1e-2, 0.1, dtype)
         if not _CAN_BATCH[key]:
             print(f"{type(key).__name__} is sampled one prompt at a time: padding or other rows change its logits")
     return _CAN_BATCH[key]
+
+
+def _greedy_logits(model, prompts, pad_id):
+    """For each prompt the logits of two greedy tokens, less their mean: what is the same for all changes no draw."""
+    config = _generation_config(2, 0, (), pad_id)
+    config.output_logits = config.return_dict_in_generate = True
+    ids, mask = (x.to(causal_lm(model).device) for x in _left_padded(prompts, pad_id))
+    first, second = model.generate(input_ids=ids, attention_mask=mask, generation_config=config).logits
+    return [[logits - logits.mean() for logits in pair] for pair in zip(first.float(), second.float(), strict=True)]
 
 
 def _left_padded(prompts, pad_id):

@@ -71,7 +71,7 @@ def test_what_a_model_keeps_decides(tiny_model):
 
 
 @pytest.mark.parametrize("fault, reason", [
-    (lambda logits: logits * 3, "its logits are .*% off"),
+    (lambda logits: logits * 3, "its logits differ by up to .*%"),
     (lambda logits: logits.no_such_thing, "AttributeError: .*no_such_thing"),
 ], ids=["other logits", "an error"])
 def test_a_model_that_a_graph_does_not_suit_is_sampled_without(fault, reason, tiny_model, capsys):
