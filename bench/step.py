@@ -174,7 +174,7 @@ def decode(teacher, size, batch, context, matmul, graph=True):
             run()
     step = statistics.median(end - start for start, end in zip(times[1:], times[2:], strict=False))
     return dict(seconds=step, tokens_per_s=batch / step, of_matmul=batch / step * flops(config, [1], [1]) / matmul,
-                peak_gb=peak / 1e9)
+                peak_gb=peak / 1e9, graph=graph and CUDA and can_capture(teacher, EndlessTokenizer(size).pad_token_id))
 
 
 def median_step(engine, prompts):
@@ -344,7 +344,7 @@ def whole_step(log, size, teacher_bits, student_bits, matmul, *, length, count, 
                     length=length, phase=phase)
     for (context, rows), graph in itertools.product(decoded, (True, False)):
         log.attempt(lambda c=context, n=rows, g=graph: decode(teacher, size, n, c, rate, g), part="decode",
-                    teacher_bits=teacher_bits, context=context, batch=rows, graph=graph)
+                    teacher_bits=teacher_bits, context=context, batch=rows)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -237,8 +237,10 @@ def measured_text():
             f"Measured on one {device} (`python bench/gpu.py`): with {sizes} models of random weights in 16 bits and "
             f"16,384 tokens, no phase's peak was more than {100 * worst:.1f} % from the one that `--dry-run` expects. "
             f"Tokens a second of {decoding['size'].upper()} models: {rates}; a decode step of "
-            f"{decoding['rollout_rows']} rows by transformers takes {decoding['seconds']:.2f} s. Not measured: vLLM on "
-            "a GPU, 4-bit weights of this size, several GPUs ([all numbers](figures/README.md#speed-and-memory)).")
+            f"{decoding['rollout_rows']} rows by transformers takes {decoding['seconds']:.2f} s"
+            f"{' as a CUDA graph' if decoding.get('graph') else ' without a CUDA graph'}. Not measured: "
+            f"{'' if decoding.get('graph') else 'decode steps of this size as graphs, '}vLLM on a GPU, 4-bit weights "
+            "of this size, several GPUs ([all numbers](figures/README.md#speed-and-memory)).")
     return lines
 
 

@@ -7,15 +7,18 @@ an H100 a fraction of it to run them. A CUDA graph launches them all at once. It
 at every replay, so the cache has room for some more tokens than it holds, and is extended a block at a time.
 """
 
+import contextlib
 import weakref
 
 from rlt.console import show_activity
 
 import torch
-from transformers import DynamicCache
+from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from rewards import causal_lm, decoder, equal_but_for_rounding
+from rewards import KNOWN_OPTIONS, causal_lm, decoder, equal_but_for_rounding
 
 BLOCK = 256  # columns that a cache is extended by at most; attention reads those that are not used yet, too
 ALIGNED = 16  # columns of a cache are a multiple of it, for fused attention
@@ -72,8 +75,9 @@ class DecodeSteps:
 
     def _step(self):
         self.bias.index_fill_(3, self.column, 0)
-        logits = self.model(input_ids=self.ids, attention_mask=self.bias, position_ids=self.positions,
-                            past_key_values=self.cache, use_cache=True).logits[:, -1]
+        with _attention_of_one_token(self.model.config):
+            logits = self.model(input_ids=self.ids, attention_mask=self.bias, position_ids=self.positions,
+                                past_key_values=self.cache, use_cache=True).logits[:, -1]
         self.column += 1
         self.positions += 1
         return logits
@@ -94,6 +98,35 @@ class _FixedLayer(DynamicLayer):
 
     def extend(self, columns):
         self.keys, self.values = (torch.nn.functional.pad(x, (0, 0, 0, columns)) for x in (self.keys, self.values))
+
+
+@contextlib.contextmanager
+def _attention_of_one_token(config):
+    """Inside it a model that has torch's sdpa, or rewards.py's packed attention, attends by `_attend`."""
+    usual = config._attn_implementation
+    if usual in ("sdpa", "packed"):
+        config._attn_implementation = "decode"
+    try:
+        yield
+    finally:
+        config._attn_implementation = usual
+
+
+def _attend(module, query, key, value, attention_mask, scaling=None, **options):
+    """Attention of one token a row: query (B, heads, 1, D), keys (B, fewer, T, D) -> (B, 1, heads, D), None.
+
+    Heads that share their keys are queries of the same sequence here. transformers would write the keys once for each.
+    """
+    if query.shape[2] > 1 or any(value is not None for name, value in options.items() if name not in KNOWN_OPTIONS):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    batch, heads, _, size = query.shape
+    query = query.view(batch, key.shape[1], heads // key.shape[1], size)
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+    return out.reshape(batch, 1, heads, value.shape[3]), None
+
+
+AttentionInterface.register("decode", _attend)
+AttentionMaskInterface.register("decode", sdpa_mask)
 
 
 def can_capture(model, pad_id):

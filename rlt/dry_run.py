@@ -229,19 +229,20 @@ class Machine(NamedTuple):
     flops: float  # FLOP/s of one, bfloat16, dense
 
 
-# (low, high): the low hours take the first of each. The figures of transformers hold what was measured on an H100
-TRANSFORMERS_BANDWIDTH = 0.9, 0.7  # share of the data sheet's, in large reads and copies
+# (low, high): the low hours take the first of each. {whether a decode step is a CUDA graph: ...} for transformers;
+# what is without a graph holds two steps that were measured on an H100
+TRANSFORMERS_BANDWIDTH = {True: (0.9, 0.4), False: (0.9, 0.7)}  # share of the data sheet's
+LAUNCH = {True: (2e-6, 13e-6), False: (20e-6, 35e-6)}  # seconds a kernel; low: hidden behind reads, high: added to them
 VLLM_BANDWIDTH = 0.7, 0.3  # 0.35 in the published 7,224 tokens/s of Qwen3-4B with LoRA, 32 rows on a B200
 FLOPS = 0.45, 0.25  # share of the data sheet's; published for LoRA RL steps on an H100: 0.22 to 0.37
-LAUNCH = 20e-6, 35e-6  # seconds a kernel, Python's share included; low: hidden behind longer reads, high: added to them
 KERNELS_PER_LAYER = 88  # of a decode step with an adapter on every linear layer, half of them the adapter's
 VLLM_ROWS = 256  # the most that it runs at a time
 MEAN, SCALE = 0.25, 0.255  # of an exponential distribution cut at the limit, as fractions of the limit
 HOURS_ASSUMPTIONS = (
     "Completions are a quarter as long as the limit on average, exponentially distributed, and cut at the limit.",
-    "transformers: each batch waits for its longest row. A decode step reads the weights, copies and reads the cache "
-    "(once for each query head where prompts are padded) at 70 to 90 % of the GPU's bandwidth, and launches 88 kernels "
-    "a layer, 20 to 35 us each. Two steps that were measured on an H100 lie within.",
+    "transformers: each batch waits for its longest row. A decode step is a CUDA graph: it reads the weights and the "
+    "cache at 40 to 90 % of the bandwidth and has 88 kernels a layer of 2 to 13 us. Measured: 13 us, on an H100 "
+    "that 15 processes shared. A model whose step can't be a graph takes 20 to 35 us a kernel, and copies its cache.",
     "vLLM: up to 256 rows at a time, as many as its pages hold (40 % of the memory, less its weights), at 30 to 70 % "
     "of the bandwidth.",
     "Scoring, reference and update: 25 to 45 % of the GPU's bfloat16 FLOP/s, activations are recomputed.",
@@ -251,19 +252,20 @@ HOURS_ASSUMPTIONS = (
 
 def expected_hours(machine, *, parameters=7.6e9, layers=28, hidden=3584, heads=28, kv_heads=4, bits=16,
                    completions=128_000, steps=125, group=64, prompt=1024, limit=16_384, batch=24,
-                   engine="transformers", reference=True, checkpointing=True):
+                   engine="transformers", graph=True, reference=True, checkpointing=True):
     """Hours of GRPO with LoRA -> {"rollout": (low, high), "passes": (low, high), "total": (low, high)}.
 
     The defaults are Qwen2.5-7B and the paper's recipe. bits: of the policy's base, 16 or 4. completions: of the whole
-    run. group: of one question. prompt, limit: tokens. batch: rows of one call of generate.
+    run. group: of one question. prompt, limit: tokens. batch: rows of one call of generate. graph: whether a decode
+    step of transformers is a CUDA graph (rlt.decode_graph).
 
     longest    of n rows: scale * sum of u^k / k for k up to n, u = 1 - exp(-limit / scale), the expected maximum
     rollout    transformers: for each batch, longest * (seconds of a decode step)
                vllm: tokens / rows at a time * (seconds of a step), and at the end longest * (a step of few rows)
     a step     (weights + cache) / bandwidth, and with transformers kernels * launch. Weights: 2 bytes a parameter; 4.5
-               in 4 bits, which are read, written in 16 bits and read again. Cache: read by vLLM; by transformers also
-               copied (torch.cat), and where two questions share a batch, so that prompts are padded, also written and
-               read once for each query head
+               in 4 bits, which are read, written in 16 bits and read again. Cache: read; by transformers without a
+               graph also copied (torch.cat), and where two questions share a batch, so that prompts are padded, also
+               written and read once for each query head
     passes     2 parameters FLOPs a token and pass: the policy's and the student's scores, the reference, and in the
                update forward, backward (LoRA: no gradients of weights) and recomputation; and causal attention,
                2 hidden tokens^2 a layer, 2.5 times that backward
@@ -281,7 +283,7 @@ def expected_hours(machine, *, parameters=7.6e9, layers=28, hidden=3584, heads=2
         for start in range(0, rows, batch):
             n = min(batch, rows - start)
             padded = start // group != (start + n - 1) // group
-            cache = n * (prompt + longest[n] / 2) * token * (3 + 2 * padded * heads / kv_heads)
+            cache = n * (prompt + longest[n] / 2) * token * (1 if graph else 3 + 2 * padded * heads / kv_heads)
             reads, launches = (weights + cache) / bandwidth, KERNELS_PER_LAYER * layers * launch
             seconds += longest[n] * (max(reads, launches) if overlap else reads + launches)
         return seconds
@@ -302,7 +304,8 @@ def expected_hours(machine, *, parameters=7.6e9, layers=28, hidden=3584, heads=2
     hours = {"rollout": [], "passes": []}
     for i in range(2):
         if engine == "transformers":
-            seconds = generate_seconds(machine.bandwidth * TRANSFORMERS_BANDWIDTH[i], LAUNCH[i], overlap=i == 0)
+            bandwidth, launch = machine.bandwidth * TRANSFORMERS_BANDWIDTH[graph][i], LAUNCH[graph][i]
+            seconds = generate_seconds(bandwidth, launch, overlap=i == 0)
         else:
             seconds = vllm_seconds(machine.bandwidth * VLLM_BANDWIDTH[i])
         hours["rollout"].append(steps * seconds / 3600)

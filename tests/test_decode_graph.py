@@ -13,6 +13,8 @@ from rlt.chat_template import turn_ends, vocabulary_size
 import pytest
 import torch
 from test_rollout import ARCHITECTURES, PROMPTS, draw, own_logprobs, sampled_logprobs
+from transformers.integrations import sdpa_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 PLAIN = {name: make for name, make in ARCHITECTURES.items() if name != "sliding window"}
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a CUDA GPU")
@@ -45,6 +47,32 @@ def test_logits_are_those_of_the_whole_sequence(make, block, tiny_model, tokeniz
         for row, prompt in enumerate(PROMPTS):
             own = model(torch.tensor([prompt + follow[row].tolist()])).logits[0, len(prompt) - 1 : -1]
             assert torch.allclose(torch.stack(found)[:, row], own, atol=1e-4)
+
+
+@pytest.mark.parametrize("heads, shared", [(4, 4), (6, 2), (3, 1)])
+def test_heads_that_share_keys_attend_without_copies_of_them(heads, shared, monkeypatch):
+    """As transformers' attention, which repeats the keys, with rows that see 1, 5 and all of 7 columns."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(3, n, t, size, generator=generator)
+                         for n, t, size in ((heads, 1, 8), (shared, 7, 8), (shared, 7, 5)))
+    bias = torch.full((3, 1, 1, 7), torch.finfo(torch.float32).min)
+    for row, seen in enumerate((1, 5, 7)):
+        bias[row, ..., :seen] = 0
+    module = torch.nn.Module()
+    module.num_key_value_groups = heads // shared
+    want, _ = sdpa_attention_forward(module, query, key, value, bias, scaling=0.3)
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", None)
+    got, _ = decode_graph._attend(module, query, key, value, bias, scaling=0.3)
+    assert torch.allclose(got, want, atol=1e-6) and got.shape == (3, 1, heads, 5)
+
+
+def test_attention_with_more_to_it_is_that_of_transformers(monkeypatch):
+    seen = []
+    monkeypatch.setattr(decode_graph, "sdpa_attention_forward", lambda *_, **options: seen.append(options))
+    tensors = torch.zeros(3, 1, 2, 1, 4)
+    decode_graph._attend(None, *tensors, None, scaling=0.3, position_bias=1)
+    decode_graph._attend(None, *torch.zeros(3, 1, 2, 2, 4), None, scaling=0.3)
+    assert seen == [{"scaling": 0.3, "position_bias": 1}, {"scaling": 0.3}]
 
 
 @pytest.mark.parametrize("temperature", [0, 0.7, 1.0])

@@ -504,19 +504,21 @@ def test_a_killed_run_is_planned_too(workshop, tmp_path):
 H100 = Machine(1, 80e9, 3.35e12, 989e12)
 
 
-def test_hours_by_hand():
+@pytest.mark.parametrize("graph, copies, shares, launch", [
+    (True, 1, (0.9, 0.4), (2e-6, 13e-6)), (False, 3, (0.9, 0.7), (20e-6, 35e-6))])
+def test_hours_by_hand(graph, copies, shares, launch):
     """One question of one completion, one layer: every term written out."""
     machine = Machine(gpus=1, memory=1e9, bandwidth=1e9, flops=1e12)
     sizes = dict(parameters=1e6, layers=1, hidden=128, heads=2, kv_heads=1, completions=10, steps=10, group=1,
                  prompt=100, limit=1000, batch=1)
     longest = 255 * (1 - torch.e ** (-1 / 0.255))  # a batch of one waits for its own mean
-    reads = 2e6 + (100 + longest / 2) * (2 * 64 * 2) * 3
-    launches = 88
+    reads = 2e6 + (100 + longest / 2) * (2 * 64 * 2) * copies
+    quick, slow = (88 * seconds for seconds in launch)
     tokens, squared = 350, 100**2 + 2 * 100 * 250 + 1000**2 * 0.1174  # E[length^2], of the cut exponential
     flops = 6 * 2e6 * tokens + 7.5 * 2 * 128 * squared
-    hours = expected_hours(machine, **sizes)
-    low = longest * max(reads / 0.9e9, launches * 20e-6), longest * (reads / 0.7e9 + launches * 35e-6)
-    assert hours["rollout"] == pytest.approx([10 * seconds / 3600 for seconds in low], rel=1e-3)
+    hours = expected_hours(machine, graph=graph, **sizes)
+    seconds = longest * max(reads / shares[0] / 1e9, quick), longest * (reads / shares[1] / 1e9 + slow)
+    assert hours["rollout"] == pytest.approx([10 * each / 3600 for each in seconds], rel=1e-3)
     assert hours["passes"] == pytest.approx([10 * flops / (1e12 * rate) / 3600 for rate in (0.45, 0.25)], rel=1e-3)
     assert hours["total"] == pytest.approx([sum(pair) for pair in zip(hours["rollout"], hours["passes"], strict=True)])
 
@@ -534,7 +536,7 @@ def test_the_longest_row_against_draws():
 
 def test_padding_costs_where_questions_share_a_batch():
     def low(**changes):
-        return expected_hours(H100, **changes)["rollout"][0]
+        return expected_hours(H100, graph=False, **changes)["rollout"][0]
 
     assert low(batch=32, group=64) < low(batch=32, group=48) < low(batch=32, group=16)
     assert low(batch=32, group=16) == low(batch=32, group=1)
@@ -553,7 +555,9 @@ def test_hours_go_the_right_way():
     assert expected_hours(H100, checkpointing=False)["passes"] < base["passes"]
     assert expected_hours(H100, reference=False)["passes"] < base["passes"]
     engine = expected_hours(H100, engine="vllm")
-    assert engine["passes"] == base["passes"] and engine["rollout"][1] < base["rollout"][0] / 3
+    launched = expected_hours(H100, graph=False)
+    assert engine["passes"] == base["passes"] and engine["rollout"][1] < launched["rollout"][0] / 3
+    assert all(graph < one for graph, one in zip(base["rollout"], launched["rollout"], strict=True))
     with pytest.raises(ValueError, match="hold the engine's weights and no row"):
         expected_hours(Machine(1, 24e9, 1e12, 165e12), engine="vllm")
 
@@ -573,7 +577,7 @@ def test_hours_agree_with_decode_steps_that_were_measured():
     for row in measured_on_a_gpu("rollout"):
         rows, limit = row["rollout_rows"], 4
         hours = expected_hours(H100, completions=rows, steps=1, group=rows // 2, batch=rows, prompt=row["length"],
-                               limit=limit, **QWEN[row["size"]])["rollout"]
+                               limit=limit, graph=row.get("graph", False), **QWEN[row["size"]])["rollout"]
         cut = 1 - torch.e ** (-1 / dry_run.SCALE)
         longest = limit * dry_run.SCALE * sum(cut**k / k for k in range(1, rows + 1))
         low, high = (3600 * x / longest for x in hours)

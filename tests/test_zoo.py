@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 
-from rlt import models, rollout, saving
+from rlt import decode_graph, models, rollout, saving
 from rlt.errors import UserError
 from rlt.logprobs import completion_logprobs
 
@@ -183,6 +183,17 @@ def test_a_decoder_that_is_not_called_one_is_found():
     for name in ("Llama 4 text", "Mamba-2", "GPT-NeoX", "OPT"):
         model = zoo.build(name)
         assert decoder(model) is not model and not isinstance(decoder(model), torch.nn.Linear)
+
+
+# -- decode steps that could be a CUDA graph
+
+
+@pytest.mark.parametrize("name", zoo.ARCHITECTURES)
+def test_decode_steps_with_fixed_addresses(name):
+    """Of all models that keep keys and values alone; BLOOM makes its distances from a mask of two dimensions."""
+    model = zoo.build(name).eval()
+    if rollout.keeps_only_keys_and_values(model):
+        assert decode_graph.can_capture(model, 0) is (name != "BLOOM")
 
 
 # -- sampling where rows of a batch change each other
