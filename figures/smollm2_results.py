@@ -115,8 +115,8 @@ def curves_table():
             values = [[statistics.fmean(measure(entry) for entry in part) for part in (first, last)]
                       for measure in (lambda e: e["score"], lambda e: e["kl"], lambda e: e["score"] - 3 * e["kl"])]
             cells = " | ".join(f"{before:.2f} → {after:.2f}" for before, after in values)
-            chains = [share_of_right_chains(name, row["seed"]) for name in ("warm-up teacher", "explanations after RL")]
-            chains = " → ".join(chains) if arm == "RLT" and all(chains) else ""
+            chains = [share_of_right_chains(f"explanations of {name}", row["seed"]) for name in ("warm-up teacher", arm)]
+            chains = " → ".join(chains) if all(chains) else ""
             lines.append(f"| {row['seed']} | {LABELS[arm]} | {len(row['curve'])} | {cells} | {chains} |")
     return "\n".join([*lines, ""])
 

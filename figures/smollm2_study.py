@@ -36,7 +36,6 @@ BEST_OF_8 = ("--samples", 8, "--keep", "best")
 CURVE = ("step", "reward", "score", "kl", "closed", "leak", "length", "entropy", "kl_ref")
 ON_POLICY_CURVE = ("step", "kl", "nll", "closed", "length")
 SOLVED = ("step", "reward", "solved", "zero_groups", "length")  # of RL on correctness
-MEASURED = 64  # validation questions whose explanations are looked at before and after RL
 MEASURES = {"is_right_chain": "is_right_chain", "right_steps": "right_steps", "leak": "leaks"}  # data/word_problems.py
 
 
@@ -105,13 +104,13 @@ class WordProblemJob(Job):
         self.facts["seconds_a_step"] = mean_of(metrics, ("t_rollout", "t_score", "t_update"))
         return out
 
-    def explain(self, teacher, *flags, split="train", limit=QUESTIONS):
-        """The teacher's explanations of a split's questions; all teachers' are scored alike: exact KL, lambda 3."""
+    def explain(self, teacher, *flags):
+        """The teacher's explanations of training questions; all teachers' are scored alike: exact KL, lambda 3."""
         data = f"runs/{self.name}.jsonl"
-        self.run("distill.py", "--model", teacher, *self.scored_by(), "--data", self.rows_of(split), "--limit",
-                 limit, "--teacher-bits", 16, *LENGTH, "--batch-size", 512, *flags, *self.if_quick("--limit", 12),
+        self.run("distill.py", "--model", teacher, *self.scored_by(), "--data", self.rows_of("train"), "--limit",
+                 QUESTIONS, "--teacher-bits", 16, *LENGTH, "--batch-size", 512, *flags, *self.if_quick("--limit", 12),
                  out=data)
-        problems = {row["question"]: row for row in self.read(self.rows_of(split))}
+        problems = {row["question"]: row for row in self.read(self.rows_of("train"))}
         rows = self.read(data)
         pairs = [(problems[row["question"]], row["explanation"]) for row in rows]
         self.facts["explanations"] = {
@@ -121,9 +120,9 @@ class WordProblemJob(Job):
         }
         return data
 
-    def measure(self, teacher):
-        """What the teacher's explanations of validation questions are like. There is no student of them."""
-        self.explain(teacher, split="val", limit=MEASURED)
+    def explanations_of(self, arm):
+        """What the student of another arm on the same seed learns from; there need not be one."""
+        return self.take(arm, EXPLANATIONS[arm])
 
     def replace_explanations(self, explanation):
         """The training rows with explanation(row) for an explanation."""
@@ -181,29 +180,27 @@ class WordProblemJob(Job):
         return found
 
 
-def from_warm_up(job, arm):
-    """A student of another arm's explanations, from the warmed-up student."""
-    return job.sft(job.explanations_of(arm), job.warm_up("student"))
-
-
+EXPLANATIONS = {  # arm: function of its job that writes what its student learns from
+    "RLT": lambda job: job.explain(job.train_teacher()),
+    "best of 8": lambda job: job.explain(job.warm_up("teacher"), *BEST_OF_8),
+    "warm-up teacher": lambda job: job.explain(job.warm_up("teacher")),
+    "right chains": lambda job: job.replace_explanations(lambda row: row["explanation"]),
+    "solutions only": lambda job: job.replace_explanations(lambda row: ""),
+    "score only": lambda job: job.explain(job.train_teacher("--lambda", 0)),
+}
 ARMS = {  # functions of a WordProblemJob that return its student, or None where they only measure
-    "RLT": lambda job: job.sft(job.explain(job.train_teacher())),
+    **{arm: lambda job, explain=explain: job.sft(explain(job)) for arm, explain in EXPLANATIONS.items()},
     "warmed-up student": lambda job: job.warm_up("student"),
-    "right chains": lambda job: job.sft(job.replace_explanations(lambda row: row["explanation"])),
-    "solutions only": lambda job: job.sft(job.replace_explanations(lambda row: "")),
-    "best of 8": lambda job: job.sft(job.explain(job.warm_up("teacher"), *BEST_OF_8)),
-    "warm-up teacher": lambda job: job.sft(job.explain(job.warm_up("teacher"))),
+    **{f"{arm}, warmed-up student": lambda job, arm=arm: job.sft(job.explanations_of(arm), job.warm_up("student"))
+       for arm in ("RLT", "best of 8", "warm-up teacher", "right chains")},
     "on-policy, warm-up teacher": lambda job: job.on_policy(job.warm_up("teacher")),
     "on-policy, RLT": lambda job: job.on_policy(job.teacher_of("RLT")),
-    "score only": lambda job: job.sft(job.explain(job.train_teacher("--lambda", 0))),
-    **{f"{arm}, warmed-up student": lambda job, arm=arm: from_warm_up(job, arm)
-       for arm in ("RLT", "best of 8", "warm-up teacher", "right chains")},
+    **{f"explanations of {arm}": lambda job, arm=arm: job.watch(job.explanations_of(arm))
+       for arm in ("RLT", "best of 8", "warm-up teacher", "score only")},
     "base": lambda job: job.base(),
     "training of RLT": lambda job: job.watch(job.teacher_of("RLT")),
     "training of score only": lambda job: job.watch(job.teacher_of("score only", "--lambda", 0)),
     "training of direct RL": lambda job: job.watch(job.student_of("direct RL")),
-    "explanations before RL": lambda job: job.measure(job.warm_up("teacher")),
-    "explanations after RL": lambda job: job.measure(job.teacher_of("RLT")),
     "direct RL": lambda job: job.rl(job.warm_up("student")),
     "RL after RLT": lambda job: job.rl(job.student_of("RLT")),
     "MultiArith": lambda job: job.on_multiarith(ON_MULTIARITH),

@@ -15,6 +15,7 @@ compared with the row's own (the gold answer):
 math-verify's verdicts are its own: 50% equals .5, (1,2) equals {1,2}.
 """
 
+import importlib.util
 import json
 import math
 import random
@@ -133,7 +134,12 @@ def with_choices(row, seed=0):
 
 
 def _in_processes(pairs, seconds, workers):
-    """(gold, answer) -> True, False, UNREADABLE, or None where it took too long; each distinct pair once."""
+    """(gold, answer) -> True, False, UNREADABLE, or None where it took too long; each distinct pair once.
+
+    Raises UserError where math-verify is not installed.
+    """
+    if importlib.util.find_spec("math_verify") is None:
+        raise UserError("answers are graded by math-verify, which is not installed: pip install -r requirements.txt")
     pairs = list(dict.fromkeys(pairs))
     shards = [pairs[at::workers] for at in range(min(workers, len(pairs)))]
     with ThreadPoolExecutor(workers) as pool:

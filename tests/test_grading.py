@@ -535,6 +535,12 @@ def test_a_grading_process_that_fails_is_no_verdict(tmp_path, monkeypatch):
         grade_all("math500", [r"\boxed{1}"], [row(answer="1")])
 
 
+def test_a_missing_grader_is_said_before_anything_is_sampled(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(UserError, match="graded by math-verify, which is not installed: pip install"):
+        gradable("gsm8k", [row(answer="1")])
+
+
 def test_grades_come_in_order_whatever_the_workers():
     """Repeated answers are graded once, those that give none not at all."""
     rows = [row(answer=str(i % 4)) for i in range(23)]
