@@ -17,6 +17,7 @@ from rlt.files import write_atomically
 
 import torch
 from benchmarks import measured_text
+from smollm2_results import rollout_text
 from study_log import LOGS, read_log
 
 LOG = LOGS / "machines.jsonl"
@@ -101,7 +102,7 @@ def machine_table():
     lines += ["", "Peaks are those of `--dry-run` for Qwen2.5-7B as teacher and student, with prompts of 1,024 tokens. "
               "Hours are those of the whole recipe, 128,000 completions: arithmetic, and what it assumes is in "
               "[rlt/README.md](rlt/README.md#what-the-hours-assume)."]
-    return "\n".join([*lines, "", *measured_text(), ""])
+    return "\n".join([*lines, "", *measured_text(), rollout_text(), ""])
 
 
 def hours_text():

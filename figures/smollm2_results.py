@@ -115,15 +115,46 @@ def curves_table():
             values = [[statistics.fmean(measure(entry) for entry in part) for part in (first, last)]
                       for measure in (lambda e: e["score"], lambda e: e["kl"], lambda e: e["score"] - 3 * e["kl"])]
             cells = " | ".join(f"{before:.2f} → {after:.2f}" for before, after in values)
-            chains = [share_of_right_chains(f"explanations of {name}", row["seed"]) for name in ("warm-up teacher", arm)]
-            chains = " → ".join(chains) if all(chains) else ""
+            before, after = (share_of_right_chains(name, row["seed"]) for name in ("warm-up teacher", arm))
+            chains = f"{before} → {after}" if before and after else ""
             lines.append(f"| {row['seed']} | {LABELS[arm]} | {len(row['curve'])} | {cells} | {chains} |")
     return "\n".join([*lines, ""])
 
 
+def rollout_text():
+    """A sentence on rollouts with CUDA graphs and without."""
+    parts = []
+    for graphs, kind in ((True, "with CUDA graphs"), (False, "without")):
+        rows = [row for arm in ("RLT", "score only") for row in rows_of(f"training of {arm}")
+                if row["cuda_graphs"] is graphs]
+        seconds = sorted({f"{row['seconds_a_step']['t_rollout']:.1f}" for row in rows})
+        shared, = {row["processes"] for row in rows}
+        parts.append(f"{' to '.join([*seconds[:1], *seconds[1:][-1:]])} s {kind}, beside {shared - 1} other processes")
+    return ("A rollout of the study on SmolLM2, 128 explanations of at most 64 tokens, took on one H100 "
+            f"{', and '.join(parts)}.")
+
+
+def explanations_table():
+    """What teachers' explanations of the same training questions are like, seed by seed."""
+    arms = [arm for arm in STUDENTS if rows_of(f"explanations of {arm}")]
+    found = {arm: {row["seed"]: row["explanations"] for row in rows_of(f"explanations of {arm}")} for arm in arms}
+    seeds = sorted({seed for own in found.values() for seed in own})
+    lines = [f"| teacher | seeds | {' | '.join([*EXPLANATIONS.values(), 'score', 'KL', 'reward'])} |",
+             "| --- " * (len(EXPLANATIONS) + 5) + "|"]
+    for arm, own in found.items():
+        cells = [", ".join(f"{100 * own[seed][key]:.0f}" for seed in own) + " %" for key in EXPLANATIONS]
+        cells += [", ".join(f"{own[seed][key]:.2f}" for seed in own) for key in ("score", "kl", "reward")]
+        lines.append(f"| {NAMES.get(arm, arm)} | {', '.join(map(str, own))} | {' | '.join(cells)} |")
+    gains = [100 * (found["RLT"][seed]["is_right_chain"] - found["warm-up teacher"][seed]["is_right_chain"])
+             for seed in seeds]
+    mean, half = interval(gains)
+    lines += ["", f"Right chains of RLT, less those of its own warm-up teacher: {mean:+.1f} ± {half:.1f} points.", ""]
+    return "\n".join(lines)
+
+
 def share_of_right_chains(arm, seed):
-    """In %, with its standard error; "" where it was not measured."""
-    for row in rows_of(arm):
+    """Among the explanations of an arm, in %, with its standard error; "" where it was not measured."""
+    for row in rows_of(f"explanations of {arm}"):
         if row["seed"] == seed:
             share, count = row["explanations"]["is_right_chain"], row["explanations"]["count"]
             return f"{100 * share:.0f} ± {100 * math.sqrt(share * (1 - share) / count):.0f} %"

@@ -5,10 +5,11 @@ A study of the method on a real language model: SmolLM2-135M-Instruct on English
     python figures/smollm2_study.py --gsm8k train.jsonl --seeds 0 1 2    all arms; start it several times to share them
     python figures/smollm2_study.py --gsm8k train.jsonl --quick          a few steps of every arm, to see that it runs
 
-Ten of these processes can share one GPU: three seeds take an H100 about twenty minutes, an estimate from half of it.
-On a CPU core a step of RL takes ten minutes. Each seed has a folder of its own (runs/study/smollm2-seed0). A finished
-arm is a line in figures/logs/smollm2_study.jsonl and is not run again; a killed one continues where it stopped. Every
-student gets the same questions and the same steps; settings may be chosen by the `val` numbers only.
+Fifteen of these processes can share one GPU, if NVIDIA's MPS runs their kernels side by side: three seeds take an H100
+about fifteen minutes, an estimate from half of it. On a CPU core a step of RL takes ten minutes. Each seed has a folder
+of its own (runs/study/smollm2-seed0). A finished arm is a line in figures/logs/smollm2_study.jsonl and is not run
+again; a killed one continues where it stopped. Every student gets the same questions and the same steps; settings may
+be chosen by the `val` numbers only.
 """
 
 import argparse

@@ -232,7 +232,7 @@ class Machine(NamedTuple):
 # (low, high): the low hours take the first of each. {whether a decode step is a CUDA graph: ...} for transformers;
 # what is without a graph holds two steps that were measured on an H100
 TRANSFORMERS_BANDWIDTH = {True: (0.9, 0.4), False: (0.9, 0.7)}  # share of the data sheet's
-LAUNCH = {True: (2e-6, 13e-6), False: (20e-6, 35e-6)}  # seconds a kernel; low: hidden behind reads, high: added to them
+LAUNCH = {True: (2e-6, 17e-6), False: (20e-6, 35e-6)}  # seconds a kernel; low: hidden behind reads, high: added to them
 VLLM_BANDWIDTH = 0.7, 0.3  # 0.35 in the published 7,224 tokens/s of Qwen3-4B with LoRA, 32 rows on a B200
 FLOPS = 0.45, 0.25  # share of the data sheet's; published for LoRA RL steps on an H100: 0.22 to 0.37
 KERNELS_PER_LAYER = 88  # of a decode step with an adapter on every linear layer, half of them the adapter's
@@ -241,7 +241,7 @@ MEAN, SCALE = 0.25, 0.255  # of an exponential distribution cut at the limit, as
 HOURS_ASSUMPTIONS = (
     "Completions are a quarter as long as the limit on average, exponentially distributed, and cut at the limit.",
     "transformers: each batch waits for its longest row. A decode step is a CUDA graph: it reads the weights and the "
-    "cache at 40 to 90 % of the bandwidth and has 88 kernels a layer of 2 to 13 us. Measured: 13 us, on an H100 "
+    "cache at 40 to 90 % of the bandwidth and has 88 kernels a layer of 2 to 17 us. Measured: 15 to 17 us, on an H100 "
     "that 15 processes shared. A model whose step can't be a graph takes 20 to 35 us a kernel, and copies its cache.",
     "vLLM: up to 256 rows at a time, as many as its pages hold (40 % of the memory, less its weights), at 30 to 70 % "
     "of the bandwidth.",

@@ -505,7 +505,7 @@ H100 = Machine(1, 80e9, 3.35e12, 989e12)
 
 
 @pytest.mark.parametrize("graph, copies, shares, launch", [
-    (True, 1, (0.9, 0.4), (2e-6, 13e-6)), (False, 3, (0.9, 0.7), (20e-6, 35e-6))])
+    (True, 1, (0.9, 0.4), (2e-6, 17e-6)), (False, 3, (0.9, 0.7), (20e-6, 35e-6))])
 def test_hours_by_hand(graph, copies, shares, launch):
     """One question of one completion, one layer: every term written out."""
     machine = Machine(gpus=1, memory=1e9, bandwidth=1e9, flops=1e12)
