@@ -87,7 +87,9 @@ def claims():
         "Other students, and ablations (Appendices C.4, D)": ablation_claims(),
         "Students on their own words": on_policy_claims(),
         "Three clocks: 0 % full chains in the base's pretraining, 10 % in the warm-up rows": hardest_base_claims(),
-        "Students on their own words, on that base": on_policy_hardest_claims(),
+        "The same base: a reward student refreshed every 20 steps, and students on their own words":
+            refreshed_claims(0.1),
+        "The same base, 2 % full chains in the warm-up rows": refreshed_claims(0.02),
         "Three clocks: other shares of full chains": other_share_claims(),
         "Guide-GRPO (arXiv 2506.13923), three clocks: 0.5 % full chains in the base's pretraining": guide_claims(0.005),
         "Guide-GRPO, three clocks: 0 % full chains in the base's pretraining": guide_claims(0.0),
@@ -217,30 +219,31 @@ def hardest_base_claims():
               paper="not in the paper"),
         Claim("RLT above best of 10, both with a warmed-up reward student",
               above(warmed_up, "best of 10, warmed-up student, rows 0.1"), paper="not in the paper"),
-        *(Claim(f"RLT with a reward student that is refreshed every 20 steps above {name}",
-                differences("RLT, refreshed every 20 steps, rows 0.1", other, measure, "base 0.0"), points, new)
-          for other, name in (("direct RL", "direct RL"),
-                              ("best of 10, warmed-up student, rows 0.1", "best of 10 by a warmed-up one"),
-                              (warmed_up, "RLT with a warmed-up one"))
+        *(Claim("RLT with a reward student that is refreshed every 20 steps above RLT with a warmed-up one",
+                differences("RLT, refreshed every 20 steps, rows 0.1", warmed_up, measure, "base 0.0"), points, new)
           for measure, points in ((greedy, POINTS), (sampled, SAMPLED_POINTS))),
     ]
 
 
-def on_policy_hardest_claims():
-    """RLT with a refreshed reward student as the teacher, by the reverse KL, and by half of both KLs."""
-    rlt, best = "RLT, refreshed every 20 steps, rows 0.1", "best of 10, rows 0.1"
+def refreshed_claims(careful):
+    """RLT whose reward student is refreshed: students of its explanations, and on their own words by the reverse KL or
+    by half of both KLs. careful: the share of full chains in the warm-up rows."""
+    rows = f"rows {careful}"
+    rlt, best = f"RLT, refreshed every 20 steps, {rows}", f"best of 10, warmed-up student, {rows}"
     reverse, both = f"on-policy, {rlt}", f"on-policy, {rlt}, both KLs"
     pairs = (
+        (rlt, "direct RL", "SFT on RLT above direct RL"),
+        (rlt, best, "SFT on RLT above SFT on best of 10 by a warmed-up reward student"),
         (reverse, "direct RL", "corrected by RLT, reverse KL, above direct RL"),
-        (reverse, f"on-policy, {best}", "corrected by RLT above corrected by best of 10, reverse KL"),
+        (reverse, f"on-policy, best of 10, {rows}", "corrected by RLT above corrected by best of 10, reverse KL"),
         (both, reverse, "corrected by RLT with both KLs above with the reverse KL alone"),
-        (both, f"on-policy, {best}, both KLs", "corrected by RLT above corrected by best of 10, both KLs"),
-        (both, "on-policy, warm-up teacher, rows 0.1, both KLs",
+        (both, f"on-policy, best of 10, {rows}, both KLs",
+         "corrected by RLT above corrected by best of 10, both KLs"),
+        (both, f"on-policy, warm-up teacher, {rows}, both KLs",
          "corrected by RLT above corrected by the warm-up teacher, both KLs"),
         (both, "direct RL", "corrected by RLT, both KLs, above direct RL"),
         (both, rlt, "corrected by RLT, both KLs, above SFT on its explanations"),
-        (both, "best of 10, warmed-up student, rows 0.1",
-         "corrected by RLT, both KLs, above SFT on best of 10 by a warmed-up reward student"),
+        (both, best, "corrected by RLT, both KLs, above SFT on best of 10 by a warmed-up reward student"),
     )
     return [Claim(text, differences(arm, other, measure, "base 0.0"), points, "not in the paper")
             for arm, other, text in pairs for measure, points in ((greedy, POINTS), (sampled, SAMPLED_POINTS))]

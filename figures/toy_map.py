@@ -6,7 +6,7 @@ import statistics
 
 import matplotlib.pyplot as plt
 from plotting import BLUE, GREY, ORANGE, RED, accuracy_legend, bars, save, smooth, steps, whisker
-from study_log import greedy, rows_of, sampled
+from study_log import greedy, paired_rows, rows_of, sampled
 
 BASES = (0.08, 0.005, 0.0)  # share of full correct chains that the base saw explain long problems in pretraining
 ROWS = (0.1, 0.02, 0.0)  # the same share among the rows of the teacher's warm-up
@@ -200,27 +200,34 @@ def groups_without_success(share):
     return statistics.fmean(correct == 0 for correct, _ in map_row("signal", share)["signal"]["plain"])
 
 
-ON_HARDEST_BASE = {  # arm: what the student was trained on
-    "direct RL": "direct RL",
-    "best of 10, warmed-up student, rows 0.1": "SFT on best of 10",
-    "RLT, refreshed every 20 steps, rows 0.1": "SFT on RLT",
-    **{f"on-policy, {teacher}, rows 0.1{kls}": f"own words, corrected by {name}{' (both KLs)' * bool(kls)}"
-       for teacher, name in (("warm-up teacher", "warm-up teacher"), ("best of 10", "best of 10"),
-                             ("RLT, refreshed every 20 steps", "RLT"))
-       for kls in ("", ", both KLs")},
-}
+def arms_of_hardest_base(careful):
+    """{arm: what its student was trained on}, beside students on their own words. careful: of the warm-up rows."""
+    rows = f"rows {careful}"
+    teachers = {"warm-up teacher": "warm-up teacher", "best of 10": "best of 10",
+                "RLT, refreshed every 20 steps": "RLT"}
+    return {
+        "direct RL": "direct RL",
+        f"best of 10, warmed-up student, {rows}": "SFT on best of 10",
+        f"RLT, refreshed every 20 steps, {rows}": "SFT on RLT",
+        **{f"on-policy, {teacher}, {rows}{kls}": f"own words, corrected by {name}{' (both KLs)' * bool(kls)}"
+           for teacher, name in teachers.items() for kls in ("", ", both KLs")},
+    }
 
 
-def on_policy_hardest():
-    """Students on their own words on the base where all plain groups fail, beside SFT and direct RL."""
-    figure, axes = plt.subplots(figsize=(6.6, 3.6))
-    colours = {arm: GREY if arm == "direct RL" else ORANGE if arm.startswith("on-policy") else BLUE
-               for arm in ON_HARDEST_BASE}
-    bars(axes, {arm: rows_of(arm, "base 0.0") for arm in ON_HARDEST_BASE}, labels=ON_HARDEST_BASE, colours=colours)
-    axes.set_xlabel("exact match, %")
-    axes.set_ylabel("student trained by")
+def hardest_base():
+    """Students on the base where all plain groups fail: SFT, on their own words, direct RL; rare and rarer chains."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
+    for axes, careful in zip(panels, (0.1, 0.02), strict=True):
+        labels = arms_of_hardest_base(careful)
+        colours = {arm: GREY if arm == "direct RL" else ORANGE if arm.startswith("on-policy") else BLUE
+                   for arm in labels}
+        rows = paired_rows(labels, "base 0.0")
+        bars(axes, rows, labels=labels, colours=colours)
+        axes.set_xlabel("exact match, %")
+        axes.set_title(f"{100 * careful:.0f} % full chains in the warm-up rows, {len(rows['direct RL'])} seeds")
+    panels[0].set_ylabel("student trained by")
     accuracy_legend(figure)
-    save(figure, "toy_on_policy_hardest")
+    save(figure, "toy_hardest_base")
 
 
-FIGURES = (guide, map_of_arms, on_policy_hardest)
+FIGURES = (guide, map_of_arms, hardest_base)

@@ -320,7 +320,7 @@ def plan():
         ("base 0.0", 3, hardest),
         ("base 0.0", 1, ["what the reward sees"]),
         ("base 0.0", 5, refreshed(0.1)),
-        ("base 0.0", 3, refreshed(0.02)),
+        ("base 0.0", 5, refreshed(0.02)),
         ("toy", 3, ("long problems", "what RL did", *(f"{arm}, 176 rows" for arm in FEW_ROWS))),
         ("toy", 3, other_students),
         ("toy", 3, [f"RLT, {name}" for name in ABLATIONS]),
