@@ -9,6 +9,7 @@ penalties, and the columns that a model's head has beyond its tokenizer are mask
     vllm           an engine with its own copy of the base, into which the adapter is loaded after every update
 """
 
+import contextlib
 import math
 import weakref
 from typing import NamedTuple
@@ -108,29 +109,39 @@ def generate(model, tokenizer, prompts, *, max_new_tokens, temperature, seed):
     recorder = _LogprobRecorder(temperature or 1.0, vocabulary_size(tokenizer), max_new_tokens)
     ids, mask = _left_padded(prompts, tokenizer.pad_token_id)
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()  # gradient checkpointing would switch the cache off
-    capture = (device.type == "cuda" and max_new_tokens >= FEWEST_STEPS and keeps_only_keys_and_values(model)
-               and can_capture(model, tokenizer.pad_token_id))
-    cache = _read_prompts_once(model, prompts, tokenizer.pad_token_id, even_if_different=capture)
-    torch.manual_seed(seed)
-    try:
-        if capture and cache is not None:
-            steps = DecodeSteps(model, cache, mask.to(device), steps=max_new_tokens)
-            sequences = sample(steps, recorder, ids.to(device), max_new_tokens, ends, greedy=temperature == 0)
-        else:
-            sequences = model.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), past_key_values=cache,
-                generation_config=_generation_config(max_new_tokens, temperature, ends, tokenizer.pad_token_id),
-                logits_processor=LogitsProcessorList([recorder]))
-    except RuntimeError as error:
-        if "probability tensor contains" not in str(error):
-            raise
-        raise UserError(f"{type(model).__name__} {NOT_FINITE}") from None
-    model.train(training)
+    with eval_mode(model):  # gradient checkpointing would switch the cache off
+        capture = (device.type == "cuda" and max_new_tokens >= FEWEST_STEPS and keeps_only_keys_and_values(model)
+                   and can_capture(model, tokenizer.pad_token_id))
+        cache = _read_prompts_once(model, prompts, tokenizer.pad_token_id, even_if_different=capture)
+        torch.manual_seed(seed)
+        try:
+            if capture and cache is not None:
+                steps = DecodeSteps(model, cache, mask.to(device), steps=max_new_tokens)
+                sequences = sample(steps, recorder, ids.to(device), max_new_tokens, ends, greedy=temperature == 0)
+            else:
+                sequences = model.generate(
+                    input_ids=ids.to(device), attention_mask=mask.to(device), past_key_values=cache,
+                    generation_config=_generation_config(max_new_tokens, temperature, ends, tokenizer.pad_token_id),
+                    logits_processor=LogitsProcessorList([recorder]))
+        except RuntimeError as error:
+            if "probability tensor contains" not in str(error):
+                raise
+            raise UserError(f"{type(model).__name__} {NOT_FINITE}") from None
     sampled = sequences[:, ids.shape[1] :].tolist()
     logprobs = recorder.logprobs(sequences).tolist()
     return [_cut_at_end(*pair, ends) for pair in zip(sampled, logprobs, strict=True)]
+
+
+@contextlib.contextmanager
+def eval_mode(model):
+    """Inside it the model is in eval mode; afterwards each of its modules is as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def sample(decode, recorder, sequences, max_new_tokens, ends, *, greedy):
@@ -198,12 +209,11 @@ def can_batch(model, pad_id):
     model, on two tokens after prompts of four: some recurrent models read padding, or mix up the rows of a batch."""
     key = causal_lm(model)
     if key not in _CAN_BATCH:
-        vocab, training = len(key.get_input_embeddings().weight), model.training
+        vocab = len(key.get_input_embeddings().weight)
         short = [[(i + n) % vocab for n in (1, 3, 2, 4)] for i in range(0, 50, 10)]
-        model.eval()
-        beside = _greedy_logits(model, [*short, [i % vocab for i in range(9)]], pad_id)
-        alone = [_greedy_logits(model, [prompt], pad_id)[0] for prompt in short]
-        model.train(training)
+        with eval_mode(model):
+            beside = _greedy_logits(model, [*short, [i % vocab for i in range(9)]], pad_id)
+            alone = [_greedy_logits(model, [prompt], pad_id)[0] for prompt in short]
         pairs = [(a, b) for ours, theirs in zip(beside, alone, strict=False) for a, b in zip(ours, theirs, strict=True)
                  if ours[0].argmax() == theirs[0].argmax() or a is ours[0]]  # the second, if the first drew the same
         ours, theirs = (torch.stack(rows) for rows in zip(*pairs, strict=True))
@@ -216,7 +226,7 @@ def can_batch(model, pad_id):
 
 def _greedy_logits(model, prompts, pad_id):
     """For each prompt the logits of two greedy tokens, less their mean: what is the same for all changes no draw."""
-    config = _generation_config(2, 0, (), pad_id)
+    config = _generation_config(2, 0, [-1], pad_id)  # no token ends the turn, also none that the model's config names
     config.output_logits = config.return_dict_in_generate = True
     ids, mask = (x.to(causal_lm(model).device) for x in _left_padded(prompts, pad_id))
     first, second = model.generate(input_ids=ids, attention_mask=mask, generation_config=config).logits

@@ -268,6 +268,25 @@ def test_more_prompts_than_a_batch_are_sampled_by_length_and_come_back_in_order(
     assert again == drawn != engine.generate(prompts, max_new_tokens=12, temperature=1.0, key=(8,))
 
 
+def test_an_end_of_turn_in_the_models_own_config_does_not_stop_the_check_of_batches(tiny_model):
+    """As many logits are compared as were asked for, whatever token is drawn."""
+    model = tiny_model(64)
+    model.generation_config.eos_token_id = list(range(64))
+    assert rollout.can_batch(model.train(), 0) and model.training
+
+
+def test_an_error_leaves_the_model_in_its_mode(tiny_model, tokenizer):
+    model = tiny_model(64).train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    hook = model.model.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        draw(model, tokenizer)
+    hook.remove()
+    draw(model, tokenizer)
+    assert [module.training for module in model.modules()] == modes
+
+
 def test_vllm_is_asked_for_by_name(tiny_model, tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)  # as if it were not installed
     with pytest.raises(UserError, match="vLLM can't be imported .*pip install"):
