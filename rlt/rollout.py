@@ -226,7 +226,7 @@ def can_batch(model, pad_id):
 
 def _greedy_logits(model, prompts, pad_id):
     """For each prompt the logits of two greedy tokens, less their mean: what is the same for all changes no draw."""
-    config = _generation_config(2, 0, [-1], pad_id)  # no token ends the turn, also none that the model's config names
+    config = _generation_config(2, 0, [10**9], pad_id)  # no token ends it, also none that the model's config names
     config.output_logits = config.return_dict_in_generate = True
     ids, mask = (x.to(causal_lm(model).device) for x in _left_padded(prompts, pad_id))
     first, second = model.generate(input_ids=ids, attention_mask=mask, generation_config=config).logits
