@@ -289,12 +289,15 @@ def plan():
     other_students = ("base, larger", "base, weaker", "warm-up teacher, larger student", "RLT, larger student",
                       "RLT, stronger reward student", "RLT, weaker reward student")
 
-    def refreshed(careful):
-        """Best of 10 by a warmed-up student against RLT whose student is refreshed, and students on their own words."""
+    def against_refreshed(careful):
+        """RLT whose reward student is refreshed, and its rivals."""
+        arms = ("warm-up teacher", "best of 10, warmed-up student", "RLT, refreshed every 20 steps")
+        return ["direct RL", *(f"{arm}, rows {careful}" for arm in arms)]
+
+    def on_policy(careful):
+        """Students on their own words, by each of these teachers."""
         teachers = ("RLT, refreshed every 20 steps", "best of 10", "warm-up teacher")
-        on_policy = [f"on-policy, {teacher}, rows {careful}{kls}" for kls in ("", ", both KLs") for teacher in teachers]
-        without = ("warm-up teacher", "best of 10, warmed-up student", "RLT, refreshed every 20 steps")
-        return ["direct RL", *(f"{arm}, rows {careful}" for arm in without), *on_policy]
+        return [f"on-policy, {teacher}, rows {careful}{kls}" for kls in ("", ", both KLs") for teacher in teachers]
 
     def on_map(left_out):
         arms = (arm for careful in WARM_UP_SHARES for arm in map_arms(careful)
@@ -319,8 +322,9 @@ def plan():
         ("base 0.08", 3, ("RLT, rows 0.02", "best of 10, rows 0.02")),
         ("base 0.0", 3, hardest),
         ("base 0.0", 1, ["what the reward sees"]),
-        ("base 0.0", 5, refreshed(0.1)),
-        ("base 0.0", 5, refreshed(0.02)),
+        ("base 0.0", 5, [*against_refreshed(0.1), *on_policy(0.1)]),
+        ("base 0.0", 5, against_refreshed(0.02)),
+        ("base 0.0", 3, on_policy(0.02)),
         ("toy", 3, ("long problems", "what RL did", *(f"{arm}, 176 rows" for arm in FEW_ROWS))),
         ("toy", 3, other_students),
         ("toy", 3, [f"RLT, {name}" for name in ABLATIONS]),
