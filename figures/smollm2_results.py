@@ -46,6 +46,10 @@ def students_table():
     for arm, own in rows.items():
         accuracies = " | ".join(accuracy_of(own, split, seeds) for split in ("test", "val"))
         lines.append(f"| {NAMES.get(arm, arm)} | {accuracies} | {' | '.join(explanations_of(own))} |")
+    if {"RLT", "warm-up teacher"} <= {*rows}:
+        first, second = ({row["seed"]: greedy(row) for row in rows[arm]} for arm in ("RLT", "warm-up teacher"))
+        mean, half = interval([first[seed] - second[seed] for seed in first])
+        lines += ["", f"RLT above the warm-up teacher on the same seed: {mean:+.1f} ± {half:.1f} points of the test."]
     machines = dict.fromkeys(f"{row['machine']}, torch {row['torch']}, {row['date']}" for row in all_rows)
     lines += ["", f"Measured: {'; '.join(machines)}. `figures/logs/smollm2_study.jsonl` holds the commands of every "
               "arm and the commit they ran at.", ""]
