@@ -6,7 +6,7 @@ import statistics
 
 import matplotlib.pyplot as plt
 from plotting import BLUE, GREY, ORANGE, RED, accuracy_legend, bars, save, smooth, steps, whisker
-from study_log import greedy, paired_rows, rows_of, sampled
+from study_log import greedy, rows_of, sampled
 
 BASES = (0.08, 0.005, 0.0)  # share of full correct chains that the base saw explain long problems in pretraining
 ROWS = (0.1, 0.02, 0.0)  # the same share among the rows of the teacher's warm-up
@@ -221,10 +221,9 @@ def hardest_base():
         labels = arms_of_hardest_base(careful)
         colours = {arm: GREY if arm == "direct RL" else ORANGE if arm.startswith("on-policy") else BLUE
                    for arm in labels}
-        rows = paired_rows(labels, "base 0.0")
-        bars(axes, rows, labels=labels, colours=colours)
+        bars(axes, {arm: rows_of(arm, "base 0.0") for arm in labels}, labels=labels, colours=colours)
         axes.set_xlabel("exact match, %")
-        axes.set_title(f"{100 * careful:.0f} % full chains in the warm-up rows, {len(rows['direct RL'])} seeds")
+        axes.set_title(f"{100 * careful:.0f} % full chains in the warm-up rows")
     panels[0].set_ylabel("student trained by")
     accuracy_legend(figure)
     save(figure, "toy_hardest_base")
