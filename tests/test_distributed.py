@@ -249,7 +249,8 @@ def test_one_rank_that_fails_ends_the_run(workshop, tmp_path):
     assert done.returncode != 0 and seconds < 90
     before, complaint, after = done.stderr.partition("ValueError: a defect on one rank")
     assert complaint and before.count("Traceback") == 1 and "in compute_rewards" in before
-    assert 'File "' + str(ROOT) not in after, "the other rank's broken connection is no news"
+    ours = [line for line in after.splitlines() if f'File "{ROOT}' in line and "site-packages" not in line]
+    assert not ours, "the other rank's broken connection is no news"
     assert not list((tmp_path / "rlt").glob("step_*"))
 
 
