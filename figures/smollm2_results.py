@@ -128,7 +128,7 @@ def curves_table():
 def rollout_text():
     """A sentence on rollouts with CUDA graphs and without."""
     parts = []
-    for graphs, kind in ((True, "with CUDA graphs"), (False, "without")):
+    for graphs, kind in ((True, "with CUDA graphs and MPS"), (False, "without")):
         rows = [row for arm in ("RLT", "score only") for row in rows_of(f"training of {arm}")
                 if row["cuda_graphs"] is graphs]
         seconds = sorted({f"{row['seconds_a_step']['t_rollout']:.1f}" for row in rows})
