@@ -18,6 +18,7 @@ tokens at a time. Sequences are packed into one row, without padding; see `enabl
     python rewards.py --check    torch and Triton on this machine, against float64
 """
 
+import contextlib
 import functools
 import inspect
 import math
@@ -695,6 +696,18 @@ Checked = namedtuple("Checked", "packed logit_scale")  # what `check_model` has 
 _CHECKED = weakref.WeakKeyDictionary()  # model: Checked
 
 
+@contextlib.contextmanager
+def eval_mode(model):
+    """Inside it the model is in eval mode; afterwards each of its modules is as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 @torch.no_grad()
 def check_model(model):
     """Whether the model's sequences can be packed. Measured once per model, on a few tokens; never assumed.
@@ -717,14 +730,9 @@ def check_model(model):
         raise UnsupportedModel(f"the head of {type(model).__name__} is a {kind}, expected a plain torch.nn.Linear: use "
                                "another model, or an adapter that leaves lm_head alone")
     if model not in _CHECKED:
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        try:
+        with eval_mode(model):
             scale = _logit_scale(model)
             _CHECKED[model] = Checked(_check_sequences(model, scale), scale)
-        finally:
-            for module, training in modes:
-                module.training = training
         if not _CHECKED[model].packed:
             print(f"rewards.py: {type(model).__name__} reads sequences one by one: its attention can't be packed",
                   file=sys.stderr)

@@ -9,7 +9,6 @@ penalties, and the columns that a model's head has beyond its tokenizer are mask
     vllm           an engine with its own copy of the base, into which the adapter is loaded after every update
 """
 
-import contextlib
 import math
 import weakref
 from typing import NamedTuple
@@ -21,7 +20,7 @@ from rlt.steps import seed_for
 
 import torch
 
-from rewards import causal_lm, decoder, equal_but_for_rounding
+from rewards import causal_lm, decoder, equal_but_for_rounding, eval_mode
 
 NOT_FINITE = "computes log-probs that are NaN or infinite: its weights are broken, or loaded in too few bits."
 _CAN_BATCH = weakref.WeakKeyDictionary()  # model: whether `can_batch`
@@ -130,18 +129,6 @@ def generate(model, tokenizer, prompts, *, max_new_tokens, temperature, seed):
     sampled = sequences[:, ids.shape[1] :].tolist()
     logprobs = recorder.logprobs(sequences).tolist()
     return [_cut_at_end(*pair, ends) for pair in zip(sampled, logprobs, strict=True)]
-
-
-@contextlib.contextmanager
-def eval_mode(model):
-    """Inside it the model is in eval mode; afterwards each of its modules is as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def sample(decode, recorder, sequences, max_new_tokens, ends, *, greedy):

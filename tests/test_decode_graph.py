@@ -27,12 +27,12 @@ def tokenizer(toy):
     return models.load_tokenizer(str(toy / "runs/toy"))
 
 
-def steps_of(model, tokenizer, prompts, steps, capture=False):
+def steps_of(model, tokenizer, prompts, steps):
     ids, mask = rollout._left_padded(prompts, tokenizer.pad_token_id)
     device = next(model.parameters()).device
     with torch.no_grad():
         cache = rollout._read_prompts_once(model, prompts, tokenizer.pad_token_id, even_if_different=True)
-    return ids.to(device), decode_graph.DecodeSteps(model, cache, mask.to(device), steps=steps, capture=capture)
+    return ids.to(device), decode_graph.DecodeSteps(model, cache, mask.to(device), steps=steps, capture=False)
 
 
 @pytest.mark.parametrize("block", [1, 5, 256])
@@ -107,8 +107,8 @@ def test_the_prompts_cache_is_freed_once_it_is_copied(tiny_model, tokenizer):
     assert not any(reference() is not None for reference in keys)
 
 
-def test_the_parts_of_a_composite_model_keep_their_attention(tiny_model, tokenizer):
-    """Only the text model's is replaced for a step, and only where it is torch's."""
+def test_a_models_attention_is_replaced_during_a_step_alone(tiny_model, tokenizer):
+    """And only where it is torch's."""
     model, seen = tiny_model(64), []
     ids, decode = steps_of(model, tokenizer, PROMPTS, 4)
     model.model.layers[0].register_forward_hook(lambda *_: seen.append(model.config._attn_implementation))
