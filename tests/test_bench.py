@@ -353,12 +353,12 @@ def test_a_short_run_of_all_four_cases(workshop, tmp_path, monkeypatch, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# bench/shared_prompts.py
+# bench/small_step.py
 
 
 def test_shared_prompts_are_timed_both_ways(workshop, tmp_path, capsys):
     """The script itself checks that both give the same log-probs."""
-    call(workshop, "bench/shared_prompts.py", "--model", "toy-teacher", "--data", "runs/toy/train.jsonl",
+    call(workshop, "bench/small_step.py", "--model", "toy-teacher", "--data", "runs/toy/train.jsonl",
          "--group-size", 4, "--rounds", 2, "--out", tmp_path / "log.jsonl")
     rows = read_jsonl(tmp_path / "log.jsonl")
     assert [row["prompts_read"] for row in rows] == ["once", "each", "each", "once"]

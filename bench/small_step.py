@@ -2,7 +2,7 @@
 """
 What it saves to read a prompt once that all explanations of a question share, and not once for each of them:
 
-    python bench/shared_prompts.py --model smollm2 --data rows.jsonl --out runs/shared_prompts.jsonl
+    python bench/small_step.py --model smollm2 --data rows.jsonl --out runs/small_step.jsonl
 
 Times sampling, scoring and the gradient of one step of train_rlt.py, with the model as teacher and as student, both
 ways in turn, --rounds times, on the same explanations. Each measurement is a line of JSON in --out: seconds of each
@@ -51,7 +51,7 @@ def main():
     parser.add_argument("--group-size", type=int, default=8, help="explanations of a question")
     parser.add_argument("--max-new-tokens", type=int, default=40, help="tokens of an explanation")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each way")
-    parser.add_argument("--out", default=LOGS / "shared_prompts.jsonl", help="JSONL to append to")
+    parser.add_argument("--out", default=LOGS / "small_step.jsonl", help="JSONL to append to")
     args = parser.parse_args()
 
     tokenizer = models.load_tokenizer(args.model)
