@@ -25,6 +25,12 @@ def device_name():
     return torch.cuda.get_device_name() if CUDA else f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
+def bfloat16_instructions():
+    """Which instructions this processor has for products in bfloat16, as Linux calls them; "" for none."""
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    return " ".join(flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags)
+
+
 def machine(*packages):
     """Device, versions of packages (None: not installed), and the date."""
     versions = {}

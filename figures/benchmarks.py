@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Figures and tables of the benchmarks: bench/scoring.py, bench/step.py, bench/faults.py, bench/zoo.py."""
 
+import statistics
 from collections import Counter
 
 import matplotlib.pyplot as plt
@@ -84,6 +85,28 @@ def scoring_table():
             lines.append(f"| {device} | {ours['rows']} of {length:,} tokens | {speed(released)} | {speed(ours)} | "
                          f"{peak(released)} -> {peak(ours)} |")
     return "\n".join([*lines, ""])
+
+
+WAYS = {"prompts": ("shared prompts", "each", "once"), "bits": ("bits of the weights", 32, 16)}  # slower, faster
+
+
+def small_step_table():
+    """What the parts of a step with a small model gain by each of two measures."""
+    rows = read_log("small_step.jsonl", "python bench/small_step.py --compare bits --data rows.jsonl")
+    lines = ["| processor | | rollout | score | update | step |", "| --- | --- | --- | --- | --- | --- |"]
+    for kind, (title, slow, fast) in WAYS.items():
+        ways = {way: [row for row in rows if (row["part"], row["way"]) == (kind, way)] for way in (slow, fast)}
+        processor = "{device}, {bfloat16}".format(**ways[fast][0])
+        medians = [[statistics.median(row[f"t_{part}"] for row in ways[way]) for way in (slow, fast)]
+                   for part in ("rollout", "score", "update", "step")]
+        ratios = [before / after for before, after in medians]
+        lines.append(f"| {processor} | {title}: {fast}, not {slow} | {' | '.join(f'{x:.1f}' for x in ratios)} |")
+    gaps = " and ".join(f"{statistics.fmean(row['gap'] for row in ways[way]):.1e} nats a token with {way} bits"
+                        for way in (fast, slow))
+    one = ways[fast][0]
+    return "\n".join([*lines, "", "How many times as fast a step of RLT is with SmolLM2-135M as teacher and student, "
+                      f"{one['questions'] * one['group_size']} explanations, medians of three rounds in turn. Sampler "
+                      f"and trainer are apart by {gaps}.", ""])
 
 
 def speed(row):

@@ -36,6 +36,7 @@ TABLES = {  # what a page calls the block: the function that writes it
     "smollm2 explanations": smollm2_results.explanations_table,
     "smollm2 public": smollm2_results.multiarith_table,
     "bench text": benchmarks.scoring_table,
+    "small step": benchmarks.small_step_table,
     "gpu": benchmarks.gpu_tables,
     "kernel": benchmarks.kernel_text,
     "machines": machines.machine_table,
