@@ -97,7 +97,7 @@ output = RowsFile(args)
 student_name = args.student or models.base_of(args.model)
 if args.solver:
     rows = gradable(args.task, rows)
-models.check_same_tokenizer(tokenizer, models.load_tokenizer(student_name))
+models.check_same_tokenizer(tokenizer, models.load_tokenizer(student_name), student_name)
 shared = models.shares_base(args.model, args.teacher_bits, student_name, args.student_bits)
 prompts, vocab = Prompts(tokenizer, args.solution_in), vocabulary_size(tokenizer)
 prompt_of = prompts.question_prompt if args.solver else prompts.teacher_prompt

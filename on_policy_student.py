@@ -84,7 +84,7 @@ check_run_folder(args)
 # rows and tokens
 rows = load_rows(models.data_source(args.data, "train"), **flags.row_options(args))
 tokenizer = models.load_tokenizer(args.model)
-models.check_same_tokenizer(models.load_tokenizer(args.teacher), tokenizer)
+models.check_same_tokenizer(tokenizer, models.load_tokenizer(args.teacher), args.teacher)
 settle(parser, args, rows, tokenizer)
 run = Run(args)
 prompts, vocab = Prompts(tokenizer, args.solution_in), vocabulary_size(tokenizer)
@@ -118,8 +118,8 @@ if run.checkpoint:
     saving.restore_optimizer(optimizer, run.checkpoint)
 engine = make_engine(args.engine, student, tokenizer, base=models.base_of(args.model), bits=args.bits, device=device,
                      max_tokens=longest + args.max_new_tokens, batch=args.rollout_batch)
-run.start(base_hash=saving.fingerprint(student), student_hash=saving.fingerprint(teacher),
-          adapter_hash=saving.adapter_hash(teacher), rows_hash=digest(rows), device=str(device), rows=len(rows))
+run.start(base_hash=saving.fingerprint(student), teacher_hash=saving.fingerprint(teacher),
+          teacher_adapter_hash=saving.adapter_hash(teacher), rows_hash=digest(rows), device=str(device), rows=len(rows))
 print(f"{run.folder}: {sum(p.numel() for p in parameters):,} trained parameters, {len(rows)} rows, {device}, "
       f"log-probs by {implementation('auto', device.type)}", flush=True)
 

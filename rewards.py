@@ -354,7 +354,8 @@ def segment_stats(values, lengths, *, impl="auto"):
     """values (N,) of B packed sequences, lengths (B,) on the host -> SegmentStats, each (B,).
 
     argmin and argmax are the first position of the extreme in its own sequence: the argmax of a thought's KL is its
-    hardest leap, the argmin of a solution's log-probs its least understood token. An empty sequence raises ValueError.
+    hardest leap, the argmin of a solution's log-probs its least understood token. An empty sequence, or none at all,
+    raises ValueError.
     On a GPU nothing is sent to the host.
     """
     lengths = _lengths("values", values, lengths)
@@ -376,6 +377,8 @@ def segment_stats(values, lengths, *, impl="auto"):
 def _lengths(name, values, lengths):
     assert not (isinstance(lengths, Tensor) and lengths.is_cuda), "lengths live on the host"
     lengths = [int(n) for n in lengths]
+    if not lengths:
+        raise ValueError(f"{name} has no rows, expected at least one")
     if 0 in lengths:
         raise ValueError(f"row {lengths.index(0)} has an empty {name}, expected at least one token: "
                          "decide what such a row counts as before the call")
@@ -389,7 +392,8 @@ def rlt_reward(solution_logprobs, solution_lengths, token_kl, thought_lengths, *
     """Equations (3), (4) and (5) of arXiv 2506.08388. Packed tokens of B rows -> RLTReward, each (B,).
 
     solution_logprobs: the student's, in nats; token_kl: in nats; the lengths of both (B,) live on the host.
-    lam and alpha default to the paper's. An empty thought or solution raises ValueError naming the row.
+    lam and alpha default to the paper's. An empty thought or solution raises ValueError naming the row; so do no rows
+    at all.
     """
     s = segment_stats(solution_logprobs, _lengths("solution", solution_logprobs, solution_lengths), impl=impl)
     k = segment_stats(token_kl, _lengths("thought", token_kl, thought_lengths), impl=impl)
@@ -418,11 +422,14 @@ def score_explanations(teacher, student, rows, *, lam=3.0, alpha=0.01, kl="exact
     micro_batch_tokens  tokens of one forward pass; a longer row is a pass of its own
 
     A thought without tokens counts as 1 in the mean and in the max of kl, as in the released code. An empty
-    solution raises ValueError naming the row. A model that `check_model` refuses raises UnsupportedModel.
+    solution raises ValueError naming the row; so do no rows at all. A model that `check_model` refuses raises
+    UnsupportedModel.
     """
     if kl not in ("exact", "sampled"):
         raise ValueError(f"kl is {kl!r}, expected 'exact' or 'sampled'")
     rows = [Row(*map(list, row)) for row in rows]
+    if not rows:
+        raise ValueError("there are no rows to score, expected at least one")
     n = row_lengths(rows)
     if 0 in n.solution:
         raise ValueError(f"row {n.solution.tolist().index(0)} has an empty solution, expected at least one "

@@ -333,7 +333,7 @@ for step in run.steps(progress, save):
         token_weights, tis = tis_weights(old_logprobs, sampler_logprobs, args.tis_cap)
         unpack(episodes, "tis_weights", token_weights)
         tis = {key: all_reduce_mean(value, len(token_weights)) for key, value in tis.items()}
-    if args.hint_ratio != "guide":
+    if args.hint_ratio != "guide" and any(e.hinted_prompt for e in episodes):
         plain_logprobs, _ = micro_batched(
             batched_logprobs, policy, [e.prompt for e in episodes], completion_ids, **distribution)
         place = torch.tensor([i for ids in completion_ids for i in range(len(ids))], device=device)  # in its answer

@@ -97,7 +97,7 @@ tokenizer = models.load_tokenizer(args.model)
 settle(parser, args, rows, tokenizer)
 run = Run(args)
 student_name = args.student or models.base_of(args.model)
-models.check_same_tokenizer(tokenizer, models.load_tokenizer(student_name))
+models.check_same_tokenizer(tokenizer, models.load_tokenizer(student_name), student_name)
 shared = models.shares_base(args.model, args.teacher_bits, student_name, args.student_bits)
 if shared and args.offload_student:
     raise UserError("--offload-student: the student is the teacher's base at the same bits, so its weights are the "
@@ -297,7 +297,7 @@ for step in run.steps(progress, save):
         progress.write(f"warning: {advice_on_closing(entry, args)}")
     if step == 0 and (advice := advice_on_format(scored, models.short_name(student_name))):
         progress.write(f"warning: {advice}")
-    if warning := reward_is_dropping(run.metrics):
+    if (step + 1) % 10 == 0 and (warning := reward_is_dropping(run.metrics)):
         progress.write(f"warning: {warning} Lower --lr or raise --beta.")
     if step % 10 == 0 or step + 1 == args.steps:
         first_group = rewards[: args.group_size]

@@ -40,8 +40,11 @@ def completion_logprobs(model, prompts, completions, *, temperature=1.0, vocab=N
 
     One forward pass, one micro-batch: the caller splits, see rewards.micro_batches. Where grad is enabled the
     log-probs carry it; entropies never do. A frozen head gets no gradient buffer. The values are the same bits with
-    grad and without. vocab, head_chunk: as in rewards.score_explanations.
+    grad and without. vocab, head_chunk: as in rewards.score_explanations. Raises ValueError for no completions, and
+    for ids that the head does not have.
     """
+    if not completions:
+        raise ValueError("there are no completions, expected at least one")
     head = output_head(model, vocab)
     prompt_lengths = torch.tensor([len(ids) for ids in prompts])
     completion_lengths = torch.tensor([len(ids) for ids in completions])
@@ -126,36 +129,38 @@ class _HeadLogprobs(torch.autograd.Function):
 
 
 class _HeadKL(torch.autograd.Function):
-    """states of the teacher and of the student, (N, H) each -> kl (N,), a chunk of logits at a time.
+    """states of the learner and of the frozen model, (N, H) each -> kl (N,), a chunk of logits at a time.
 
     kl         (1 - f) sum p (log p - log q)  +  f sum q (log q - log p),  f = forward_share
-    gradient   by logits_t: ((1 - f) p (log p - log q - sum p (log p - log q))  +  f (p - q)) / temperature; none for
-               the heads, which are frozen
+               p of the learner, q of the frozen model
+    gradient   by the learner's logits: ((1 - f) p (log p - log q - sum p (log p - log q))  +  f (p - q)) / temperature;
+               none for the heads, which are frozen
     """
 
     @staticmethod
-    def forward(ctx, states_t, weight_t, bias_t, states_s, weight_s, bias_s, forward_share, temperature, head_chunk,
-                impl):
-        assert not weight_t.requires_grad, "the head must be frozen"
-        saved = states_t, weight_t, bias_t, states_s, weight_s, bias_s
+    def forward(ctx, states, weight, bias, frozen_states, frozen_weight, frozen_bias, forward_share, temperature,
+                head_chunk, impl):
+        assert not weight.requires_grad, "the head must be frozen"
+        saved = states, weight, bias, frozen_states, frozen_weight, frozen_bias
         ctx.save_for_backward(*saved)
         ctx.forward_share, ctx.temperature, ctx.head_chunk = forward_share, temperature, head_chunk
         options = dict(teacher_temperature=temperature, student_temperature=temperature, impl=impl)
         kl = []
-        for _, t, s in _logits_of_both(*saved, head_chunk):
-            any_ids = torch.zeros(len(t), dtype=torch.long, device=t.device)
-            parts = [(share, pair) for share, pair in ((1 - forward_share, (t, s)), (forward_share, (s, t))) if share]
+        for _, logits, frozen_logits in _logits_of_both(*saved, head_chunk):
+            any_ids = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+            reverse, forward = (logits, frozen_logits), (frozen_logits, logits)
+            parts = [(share, pair) for share, pair in ((1 - forward_share, reverse), (forward_share, forward)) if share]
             kl.append(sum(share * token_stats(*pair, any_ids, **options).kl for share, pair in parts))
         return torch.cat(kl)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_kl):
-        states_t, weight_t, *_ = ctx.saved_tensors
-        grad_states = torch.empty_like(states_t)
-        for c, t, s in _logits_of_both(*ctx.saved_tensors, ctx.head_chunk):
-            log_p = centred(t, ctx.temperature).log_softmax(1)
-            log_q = centred(s, ctx.temperature).log_softmax(1)
+        states, weight, *_ = ctx.saved_tensors
+        grad_states = torch.empty_like(states)
+        for c, logits, frozen_logits in _logits_of_both(*ctx.saved_tensors, ctx.head_chunk):
+            log_p = centred(logits, ctx.temperature).log_softmax(1)
+            log_q = centred(frozen_logits, ctx.temperature).log_softmax(1)
             p = log_p.exp()
             difference = torch.where(p > 0, log_p - log_q, 0)
             kl = (p * difference).sum(1, keepdim=True)
@@ -163,16 +168,16 @@ class _HeadKL(torch.autograd.Function):
             if ctx.forward_share:
                 grad = torch.lerp(grad, p - log_q.exp(), ctx.forward_share)
             grad = grad * (grad_kl[c] / ctx.temperature)[:, None]
-            grad_states[c] = grad[:, : len(weight_t)].to(weight_t.dtype) @ weight_t
+            grad_states[c] = grad[:, : len(weight)].to(weight.dtype) @ weight
         return grad_states, *[None] * 9
 
 
-def _logits_of_both(states_t, weight_t, bias_t, states_s, weight_s, bias_s, head_chunk):
-    """(slice, the teacher's logits, the student's) of one chunk after the other, in two buffers."""
-    head_t, head_s = (weight_t, bias_t), (weight_s, bias_s)
-    buffer_t = logits_buffer(head_t, min(head_chunk, len(states_t)))
-    buffer_s = logits_buffer(head_s, min(head_chunk, len(states_t)))
-    for c in chunk_slices(len(states_t), head_chunk):
-        logits_t = compute_logits(states_t[c], head_t, buffer_t)
-        logits_s = compute_logits(states_s[c], head_s, buffer_s)
-        yield c, logits_t, logits_s.to(logits_t.device)
+def _logits_of_both(states, weight, bias, frozen_states, frozen_weight, frozen_bias, head_chunk):
+    """(slice, the learner's logits, the frozen model's) of one chunk after the other, in two buffers."""
+    head, frozen_head = (weight, bias), (frozen_weight, frozen_bias)
+    buffer = logits_buffer(head, min(head_chunk, len(states)))
+    frozen_buffer = logits_buffer(frozen_head, min(head_chunk, len(states)))
+    for c in chunk_slices(len(states), head_chunk):
+        logits = compute_logits(states[c], head, buffer)
+        frozen_logits = compute_logits(frozen_states[c], frozen_head, frozen_buffer)
+        yield c, logits, frozen_logits.to(logits.device)

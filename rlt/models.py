@@ -304,14 +304,22 @@ def _generation_eos(base, tokenizer):
         i for i in listed(lambda: AutoConfig.from_pretrained(base).get_text_config()) if i in others)
 
 
-def check_same_tokenizer(teacher, student):
-    """Raise UserError unless both tokenizers give every id the same meaning: the reward compares token by token."""
-    ours, theirs = ({i: token for token, i in t.get_vocab().items()} for t in (teacher, student))
+def check_same_tokenizer(model, other, other_name):
+    """Raise UserError unless both tokenizers give every id the same meaning: two models are compared token by token.
+
+    model, other: tokenizers of --model, whose prompts both models read, and of the other model. A line says where the
+    other one was made for prompts of another kind.
+    """
+    ours, theirs = ({i: token for token, i in t.get_vocab().items()} for t in (model, other))
     for i in sorted(ours.keys() | theirs.keys()):
         if ours.get(i) != theirs.get(i):
             raise UserError(
                 f"teacher and student tokenize differently (id {i} is {ours.get(i)!r} in one, {theirs.get(i)!r} in the "
                 "other), and the reward compares token by token. Pass a --student of the same family.")
+    kinds = [(t.chat_template, t.init_kwargs.get("rlt_system")) for t in (model, other)]
+    if kinds[0] != kinds[1] and RANK == 0:
+        print(f"warning: {other_name} has another chat template or other system texts than --model, whose prompts both "
+              "read: it meets prompts that it may not have been trained on.", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -32,7 +32,8 @@ from rlt.report import check_installed, open_report
 
 ROOT = Path(__file__).resolve().parent.parent
 # what a resumed run, and every rank, must find unchanged
-HASHES = ("base_hash", "adapter_hash", "student_hash", "student_adapter_hash", "rows_hash")
+HASHES = ("base_hash", "adapter_hash", "student_hash", "student_adapter_hash", "teacher_hash", "teacher_adapter_hash",
+          "rows_hash")
 RESUME_OVERRIDABLE = {"resume", "show_rows", "steps", "lr_steps", "save_every", "keep_checkpoints", "max_bad_steps",
                       "device", "dry_run", "offload_student", "micro_batch_tokens", "gradient_checkpointing", "out",
                       "quiet", "report"}

@@ -385,15 +385,26 @@ def test_what_is_known_of_a_model_without_its_weights(base, tmp_path, tokenizer,
 # -- tokenizers
 
 
+def test_a_model_that_reads_another_ones_prompts_is_named(tokenizer, capsys):
+    for change in (None, {"chat_template": tokenizer.chat_template + "{# another #}"},
+                   {"init_kwargs": tokenizer.init_kwargs | {"rlt_system": {"student": "Solve."}}}):
+        other = copy.deepcopy(tokenizer)
+        for name, value in (change or {}).items():
+            setattr(other, name, value)
+        models.check_same_tokenizer(tokenizer, other, "org/student")
+        warned = "warning: org/student has another chat template or other system texts" in capsys.readouterr().out
+        assert warned is bool(change)
+
+
 def test_tokenizers_that_differ_are_refused_at_the_first_id(tokenizer, toy, tmp_path):
-    models.check_same_tokenizer(tokenizer, copy.deepcopy(tokenizer))
+    models.check_same_tokenizer(tokenizer, copy.deepcopy(tokenizer), "student")
     text = (toy / "runs/toy/tokenizer.json").read_text().replace('"swap"', '"swop"')
     (tmp_path / "tokenizer.json").write_text(text)
     for name in ("tokenizer_config.json", "config.json"):
         shutil.copy(toy / "runs/toy" / name, tmp_path)
     i = tokenizer.get_vocab()["swap"]
     with pytest.raises(UserError, match=f"id {i} is 'swap' in one, 'swop' in the other.* of the same family"):
-        models.check_same_tokenizer(tokenizer, models.load_tokenizer(str(tmp_path)))
+        models.check_same_tokenizer(tokenizer, models.load_tokenizer(str(tmp_path)), "student")
 
 
 def test_a_bare_adapter_has_the_tokenizer_of_its_base(base, tmp_path, tokenizer):

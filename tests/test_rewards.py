@@ -85,6 +85,7 @@ def test_the_first_of_equal_extremes_is_the_position():
         ([2, 0], [1, 1], "row 1 has an empty solution"),
         ([1, 1], [0, 2], "row 0 has an empty thought"),
         ([1, 2], [1, 1], "solution has 2 tokens, but its lengths add up to 3"),
+        ([], [], "solution has no rows"),
     ],
 )
 def test_impossible_lengths_name_the_row(solution, thought, message):
@@ -453,6 +454,8 @@ def test_wrong_rows_and_settings_stop_before_the_models_run(pair):
     rows = make_rows()
     with pytest.raises(ValueError, match="row 2 has an empty solution"):
         score_explanations(None, None, [*rows[:2], rows[2]._replace(solution=[])])
+    with pytest.raises(ValueError, match="there are no rows to score"):
+        score_explanations(None, None, [])
     with pytest.raises(ValueError, match="kl is 'k3', expected 'exact' or 'sampled'"):
         score_explanations(None, None, rows, kl="k3")
     with pytest.raises(ValueError, match="token ids run from .* expected 0 to 9"):
