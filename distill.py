@@ -9,7 +9,7 @@ Write explanations of every row with a teacher: the data that students are disti
 
 Each line of --out is a row: question, solution, explanation, reward, score, kl, closed, and `messages`, the chat
 (system, user, assistant) that any SFT tool takes. The explanation is the teacher's raw text, between the student's
-tags. Nothing is filtered unless asked for, but explanations that contain tags or special tokens. With --score-file the
+tags. Explanations with tags or special tokens are left out, and nothing else unless asked for. With --score-file the
 teacher writes nothing: it scores explanations that exist already. With --solver the model is a student that answers the
 questions, and what the grader accepts is kept.
 """

@@ -2,7 +2,7 @@
 """
 Supervised fine-tuning on explanations: of a student on what a teacher wrote, or of a teacher before RL (the warm-up).
 
-    laptop, 20 seconds    python sft_student.py
+    laptop, a minute      python sft_student.py
     the warm-up           python sft_student.py --format teacher --data rows.jsonl --model org/name --out runs/warm-up
 
     --format student   question -> thought, solution       rows of distill.py, or question, explanation, solution

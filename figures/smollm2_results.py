@@ -13,13 +13,14 @@ import matplotlib.pyplot as plt
 from plotting import GREY, LABELS, RED, bars, save, steps
 from reward_picture import draw
 from reward_rows import read_scored
-from study_log import LOGS, greedy, interval, read_log
+from study_log import LOGS, greedy, interval, paired_differences, read_log
 
 COMMAND = "python figures/smollm2_study.py --gsm8k train.jsonl"
 BEFORE_AND_AFTER = LOGS / "smollm2_explanations.jsonl"  # of one problem, by the teacher before and after 25 steps of RL
 BY_LAMBDA = LOGS / "smollm2_samples.jsonl"  # of one problem, by teachers with the KL in their reward and without it
 STUDENTS = ("base", "solutions only", "warm-up teacher", "score only", "best of 8", "RLT", "warmed-up student",
             "direct RL", "RL after RLT", "right chains")
+COMPARED = (("RLT", "warm-up teacher"), ("best of 8", "RLT"))  # students; above ...
 NAMES = LABELS | {"best of 8": "best of 8, no RL", "warmed-up student": "the warm-up's own rows, easier problems",
                   "right chains": "right chains"}
 EXPLANATIONS = {"is_right_chain": "right chains", "right_steps": "right steps", "leak": "leak"}  # shares
@@ -29,6 +30,11 @@ def rows_of(arm):
     """The rows of an arm, ordered by seed; [] if it has not been run."""
     rows = [row for row in read_log("smollm2_study.jsonl", COMMAND) if row["arm"] == arm]
     return sorted(rows, key=lambda row: row["seed"])
+
+
+def tested(arm):
+    """The rows of an arm whose students have answered the test questions."""
+    return [row for row in rows_of(arm) if "test greedy" in row["accuracy"]]
 
 
 def students_table():
@@ -46,10 +52,14 @@ def students_table():
     for arm, own in rows.items():
         accuracies = " | ".join(accuracy_of(own, split, seeds) for split in ("test", "val"))
         lines.append(f"| {NAMES.get(arm, arm)} | {accuracies} | {' | '.join(explanations_of(own))} |")
-    if {"RLT", "warm-up teacher"} <= {*rows}:
-        first, second = ({row["seed"]: greedy(row) for row in rows[arm]} for arm in ("RLT", "warm-up teacher"))
-        mean, half = interval([first[seed] - second[seed] for seed in first])
-        lines += ["", f"RLT above the warm-up teacher on the same seed: {mean:+.1f} ± {half:.1f} points of the test."]
+    found = []
+    for arm, other in COMPARED:
+        gains = paired_differences(tested(arm), tested(other), greedy)
+        if len(gains) > 1:
+            mean, half = interval(gains)
+            found.append(f"{NAMES.get(arm, arm)} above {NAMES.get(other, other)}: {mean:+.1f} ± {half:.1f}")
+    if found:
+        lines += ["", f"Points of the test, on the same seeds: {'; '.join(found)}."]
     machines = dict.fromkeys(f"{row['machine']}, torch {row['torch']}, {row['date']}" for row in all_rows)
     lines += ["", f"Measured: {'; '.join(machines)}. `figures/logs/smollm2_study.jsonl` holds the commands of every "
               "arm and the commit they ran at.", ""]
@@ -82,7 +92,7 @@ def explanations_of(rows):
 
 def accuracy():
     figure, axes = plt.subplots(figsize=(6.4, 2.8))
-    rows = {arm: [row for row in rows_of(arm) if "test greedy" in row["accuracy"]] for arm in STUDENTS}
+    rows = {arm: tested(arm) for arm in STUDENTS}
     bars(axes, rows, [greedy], labels=NAMES, highest=50)
     axes.set_xlabel("right answers to 400 test questions, greedy, %\n(mean, 95 % interval, one dot for each seed)")
     axes.set_ylabel("student trained on")
@@ -126,14 +136,18 @@ def curves_table():
 
 
 def rollout_text():
-    """A sentence on rollouts with CUDA graphs and without."""
+    """A sentence on rollouts with CUDA graphs and without, of the runs of which both are known."""
     parts = []
     for graphs, kind in ((True, "with CUDA graphs and MPS"), (False, "without")):
         rows = [row for arm in ("RLT", "score only") for row in rows_of(f"training of {arm}")
-                if row["cuda_graphs"] is graphs]
+                if row.get("cuda_graphs") is graphs]
+        if not rows:
+            continue
         seconds = sorted({f"{row['seconds_a_step']['t_rollout']:.1f}" for row in rows})
         shared, = {row["processes"] for row in rows}
         parts.append(f"{' to '.join([*seconds[:1], *seconds[1:][-1:]])} s {kind}, beside {shared - 1} other processes")
+    if not parts:
+        return ""
     return ("A rollout of the study on SmolLM2, 128 explanations of at most 64 tokens, took on one H100 "
             f"{', and '.join(parts)}.")
 
@@ -142,16 +156,14 @@ def explanations_table():
     """What teachers' explanations of the same training questions are like, seed by seed."""
     arms = [arm for arm in STUDENTS if rows_of(f"explanations of {arm}")]
     found = {arm: {row["seed"]: row["explanations"] for row in rows_of(f"explanations of {arm}")} for arm in arms}
-    seeds = sorted({seed for own in found.values() for seed in own})
     lines = [f"| teacher | seeds | {' | '.join([*EXPLANATIONS.values(), 'score', 'KL', 'reward'])} |",
              "| --- " * (len(EXPLANATIONS) + 5) + "|"]
     for arm, own in found.items():
         cells = [", ".join(f"{100 * own[seed][key]:.0f}" for seed in own) + " %" for key in EXPLANATIONS]
         cells += [", ".join(f"{own[seed][key]:.2f}" for seed in own) for key in ("score", "kl", "reward")]
         lines.append(f"| {NAMES.get(arm, arm)} | {', '.join(map(str, own))} | {' | '.join(cells)} |")
-    gains = [100 * (found["RLT"][seed]["is_right_chain"] - found["warm-up teacher"][seed]["is_right_chain"])
-             for seed in seeds]
-    mean, half = interval(gains)
+    rlt, warm_up = (rows_of(f"explanations of {arm}") for arm in ("RLT", "warm-up teacher"))
+    mean, half = interval(paired_differences(rlt, warm_up, lambda row: 100 * row["explanations"]["is_right_chain"]))
     lines += ["", f"Right chains of RLT, less those of its own warm-up teacher: {mean:+.1f} ± {half:.1f} points.", ""]
     return "\n".join(lines)
 

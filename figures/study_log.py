@@ -44,9 +44,13 @@ def paired_rows(arms, setting="toy"):
 
 def differences(arm, other, measure, setting="toy"):
     """measure(row of arm) - measure(row of the other arm) for each seed that both have."""
-    others = {row["seed"]: row for row in rows_of(other, setting)}
-    return [measure(row) - measure(others[row["seed"]])
-            for row in rows_of(arm, setting) if row["seed"] in others]
+    return paired_differences(rows_of(arm, setting), rows_of(other, setting), measure)
+
+
+def paired_differences(rows, others, measure):
+    """measure(row) of these rows, less that of the others, for each seed that both have."""
+    others = {row["seed"]: row for row in others}
+    return [measure(row) - measure(others[row["seed"]]) for row in rows if row["seed"] in others]
 
 
 def greedy(row):

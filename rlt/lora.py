@@ -24,7 +24,7 @@ DROPOUT = torch.nn.modules.dropout._DropoutNd  # the class of all dropout layers
 def new_lora_config(base, rank=None, alpha=None, targets=None):
     """The peft config of a new adapter, LORA_DEFAULTS where None. Raises UserError for layers that base does not have.
 
-    "all-linear" are the linear layers of the text model but for its head, and but for those that an adapter does not
+    "all-linear" are the linear layers of the text model except its head, and except those that an adapter does not
     fit: routers that are a class of their own, and layers whose weights a state-space kernel reads by itself.
     """
     from peft import LoraConfig
@@ -209,8 +209,8 @@ def without_adapter(model):
 
 
 def update_mode(model):
-    """Eval mode, but for the layers that recompute their activations in the backward pass, which transformers does in
-    train mode only: dropout, router noise and what else training adds would not be the policy that sampled."""
+    """Eval mode, except for the layers that recompute their activations in the backward pass, which transformers does
+    in train mode only: dropout, router noise and what else training adds would not be the policy that sampled."""
     model.eval()
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):

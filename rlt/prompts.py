@@ -18,7 +18,7 @@ A student is trained on texts, tokenized anew. They give the ids that were score
 sampled ids are the tokenizer's own for their text.
 
 The tags are those of Bespoke-Stratos and of the released RLT code (custom_data/); the wording is ours.
-No model is touched here, but in `score_texts`.
+No model is touched here, except in `score_texts`.
 """
 
 import codecs

@@ -95,6 +95,21 @@ def test_an_arm_says_what_its_explanations_are_like():
     assert facts["curve"] == [dict.fromkeys(smollm2_study.CURVE, 1)]
 
 
+def test_a_study_that_was_cut_short_has_its_tables(monkeypatch):
+    """Rows as a study writes them, of arms that do not have all seeds."""
+    shares = {f"{split} greedy": {"mean": share, "questions": 9} for split, share in (("val", 0.1), ("test", 0.2))}
+    rows = [{"arm": arm, "seed": seed, "machine": "CPU", "torch": "2", "date": "today", "accuracy": shares,
+             **commands_of(arm, False).facts}
+            for arm, seeds in (("RLT", (0, 1)), ("warm-up teacher", (1, 2)), ("explanations of RLT", (0, 1)),
+                               ("explanations of warm-up teacher", (0, 1, 2)), ("training of RLT", (0,)))
+            for seed in seeds]
+    monkeypatch.setattr(smollm2_results, "read_log", lambda *_: rows)
+    assert "**20.0** ± 0.0 (2 seeds)" in smollm2_results.students_table()
+    assert "above" not in smollm2_results.students_table(), "they have one seed in common"
+    assert "+0.0 ± 0.0 points" in smollm2_results.explanations_table()
+    assert "1.00 → 1.00" in smollm2_results.curves_table() and smollm2_results.rollout_text() == ""
+
+
 def test_cells_of_the_table():
     """A mean with its interval, the only seed, or nothing; what the explanations are like, as far as it is known."""
     def row(seed, explanations=None, **shares):
