@@ -19,10 +19,12 @@ COMMAND = "python figures/smollm2_study.py --gsm8k train.jsonl"
 BEFORE_AND_AFTER = LOGS / "smollm2_explanations.jsonl"  # of one problem, by the teacher before and after 25 steps of RL
 BY_LAMBDA = LOGS / "smollm2_samples.jsonl"  # of one problem, by teachers with the KL in their reward and without it
 STUDENTS = ("base", "solutions only", "warm-up teacher", "score only", "best of 8", "RLT", "warmed-up student",
-            "direct RL", "RL after RLT", "right chains")
+            "direct RL", "RL after RLT", "on-policy, warm-up teacher", "on-policy, RLT", "right chains")
 COMPARED = (("RLT", "warm-up teacher"), ("best of 8", "RLT"))  # students; above ...
 NAMES = LABELS | {"best of 8": "best of 8, no RL", "warmed-up student": "the warm-up's own rows, easier problems",
-                  "right chains": "right chains"}
+                  "right chains": "right chains",
+                  "on-policy, warm-up teacher": "its own words, corrected by the warm-up teacher",
+                  "on-policy, RLT": "its own words, corrected by RLT"}
 EXPLANATIONS = {"is_right_chain": "right chains", "right_steps": "right steps", "leak": "leak"}  # shares
 
 
@@ -175,6 +177,19 @@ def share_of_right_chains(arm, seed):
             share, count = row["explanations"]["is_right_chain"], row["explanations"]["count"]
             return f"{100 * share:.0f} ± {100 * math.sqrt(share * (1 - share) / count):.0f} %"
     return ""
+
+
+def answers_table():
+    """Students' answers to the test questions and the last result of their own chains, seed by seed, where known."""
+    rows = [row for arm in STUDENTS for row in tested(arm) if "same_answer" in row["accuracy"]["test greedy"]]
+    lines = ["| student trained on | seed | right answers | last result right | answers with it | most frequent answer |",
+             "| --- | --- | --- | --- | --- | --- |"]
+    for row in rows:
+        found = row["accuracy"]["test greedy"]
+        shares = [found[key] for key in ("mean", "right_result", "answer_is_result", "same_answer")]
+        cells = " | ".join(f"{100 * share:.0f} %" for share in shares)
+        lines.append(f"| {NAMES.get(row['arm'], row['arm'])} | {row['seed']} | {cells} |")
+    return "\n".join([*lines, ""])
 
 
 def multiarith_table():

@@ -13,6 +13,7 @@ be chosen by the `val` numbers only.
 """
 
 import argparse
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -38,6 +39,8 @@ BEST_OF_8 = ("--samples", 8, "--keep", "best")
 CURVE = ("step", "reward", "score", "kl", "closed", "leak", "length", "entropy", "kl_ref")
 ON_POLICY_CURVE = ("step", "kl", "nll", "closed", "length")
 SOLVED = ("step", "reward", "solved", "zero_groups", "length")  # of RL on correctness
+RESULT = re.compile(r"= *(-?\d+)")  # of a step
+THOUGHT_END = "<|end_of_thought|>"
 MEASURES = {"is_right_chain": "is_right_chain", "right_steps": "right_steps", "leak": "leaks"}  # data/word_problems.py
 
 
@@ -177,9 +180,22 @@ class WordProblemJob(Job):
             self.run("evaluate.py", "--task", "gsm8k", "--model", student, "--data", self.rows_of(split), "--limit",
                      limit, *BITS, *ANSWER, "--batch-size", 200, *self.if_quick("--limit", 4), "--out", out)
             result = self.report(f"{out}/{student.replace('/', '_')}/eval_gsm8k.json")
+            samples = self.read(f"{out}/{student.replace('/', '_')}/eval_gsm8k_samples.jsonl")
             found[f"{split} greedy"] = {**result["exact_match"], "questions": result["questions"],
-                                        "length": result["length"]}
+                                        "length": result["length"], **answers_and_chains(samples)}
         return found
+
+
+def answers_and_chains(samples):
+    """Shares of an evaluation's samples: the last result of the chain is right; the answer is that result; the answer
+    is the most frequent one of all."""
+    results = [RESULT.findall(sample["output"].partition(THOUGHT_END)[0])[-1:] for sample in samples]
+    answers = [sample["answer"] for sample in samples]
+    return {
+        "right_result": statistics.fmean(last == [row["gold"]] for last, row in zip(results, samples, strict=True)),
+        "answer_is_result": statistics.fmean(last == [answer] for last, answer in zip(results, answers, strict=True)),
+        "same_answer": answers.count(statistics.mode(answers)) / len(answers),
+    }
 
 
 EXPLANATIONS = {  # arm: function of its job that writes what its student learns from

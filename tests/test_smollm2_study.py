@@ -27,7 +27,8 @@ class Recorder(smollm2_study.WordProblemJob):
     def read(self, path):
         row = dict.fromkeys((*smollm2_study.CURVE, *smollm2_study.SOLVED, *smollm2_study.ON_POLICY_CURVE,
                              "t_rollout", "t_score", "t_update"), 1.0)
-        return [{**row, "question": "How many?", "explanation": "1+2=3", "start": 1, "steps": [2], "answer": "3"}]
+        return [{**row, "question": "How many?", "explanation": "1+2=3", "start": 1, "steps": [2], "answer": "3",
+                 "output": "1+2=3", "gold": "3"}]
 
     def report(self, path):
         return {"exact_match": {}, "questions": 1, "length": 1}
@@ -93,6 +94,17 @@ def test_an_arm_says_what_its_explanations_are_like():
     assert facts["explanations"] == {"reward": 1, "score": 1, "kl": 1, "closed": 1, "length": 1, "count": 1,
                                      "is_right_chain": 1, "right_steps": 1, "leak": 0}
     assert facts["curve"] == [dict.fromkeys(smollm2_study.CURVE, 1)]
+
+
+def test_answers_are_compared_with_the_last_result_of_their_chain():
+    def sample(chain, answer, gold):
+        return {"output": f"<|begin_of_thought|>{chain}<|end_of_thought|>\\boxed{{{answer}}}=9", "answer": answer,
+                "gold": gold}
+
+    samples = [sample("1+2=3\n3-5= -2", "-2", "-2"), sample("1+2=3", "10", "3"), sample("1+2=4", "10", "3"),
+               sample("no result", "10", "10")]
+    assert smollm2_study.answers_and_chains(samples) == {
+        "right_result": 0.5, "answer_is_result": 0.25, "same_answer": 0.75}
 
 
 def test_a_study_that_was_cut_short_has_its_tables(monkeypatch):
