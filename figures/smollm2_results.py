@@ -182,7 +182,7 @@ def share_of_right_chains(arm, seed):
 def answers_table():
     """Students' answers to the test questions and the last result of their own chains, seed by seed, where known."""
     rows = [row for arm in STUDENTS for row in tested(arm) if "same_answer" in row["accuracy"]["test greedy"]]
-    lines = ["| student trained on | seed | right answers | last result right | answers with it | most frequent answer |",
+    lines = ["| student trained on | seed | right answers | last result right | answers it | most frequent answer |",
              "| --- | --- | --- | --- | --- | --- |"]
     for row in rows:
         found = row["accuracy"]["test greedy"]

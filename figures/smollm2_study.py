@@ -6,10 +6,10 @@ A study of the method on a real language model: SmolLM2-135M-Instruct on English
     python figures/smollm2_study.py --gsm8k train.jsonl --quick          a few steps of every arm, to see that it runs
 
 Fifteen of these processes can share one GPU, if NVIDIA's MPS runs their kernels side by side: three seeds take an H100
-about fifteen minutes, an estimate from half of it. On a CPU core a step of RL takes ten minutes. Each seed has a folder
-of its own (runs/study/smollm2-seed0). A finished arm is a line in figures/logs/smollm2_study.jsonl and is not run
-again; a killed one continues where it stopped. Every student gets the same questions and the same steps; settings may
-be chosen by the `val` numbers only.
+about fifteen minutes, an estimate from half of it. On a CPU core with amx_bf16 in its flags a student of SFT takes
+twenty minutes. Each seed has a folder of its own (runs/study/smollm2-seed0). A finished arm is a line in
+figures/logs/smollm2_study.jsonl and is not run again; a killed one continues where it stopped. Every student gets the
+same questions and the same steps; settings may be chosen by the `val` numbers only.
 """
 
 import argparse
@@ -29,8 +29,8 @@ WARM_UP = ("--steps", 46, "--batch-size", 8, "--lr", 1e-3, "--warmup-steps", 3, 
            "--save-every", 20)
 RL = ("--prompts-per-step", 16, "--group-size", 8, "--steps", 40, "--lr", 3e-4, "--eval-rows", 0, "--save-every", 20)
 ON_POLICY = ("--prompts-per-step", 32, "--steps", 40, "--lr", 3e-4, "--eval-rows", 0, "--save-every", 20,
-             "--forward-share", 0.5,  # both KLs, since the reverse alone failed on some seeds of the toy
-             "--micro-batch-tokens", 4096)  # 1,280 thoughts, as many as the rows of SFT; two of these fit into 24 GB
+             "--forward-share", 0.5)  # as many thoughts as SFT has rows; both KLs: some seeds of the toy need them
+SMALL_BATCHES = ("--micro-batch-tokens", 4096)  # of students that write by themselves: two fit into 24 GB
 STUDENT = ("--steps", 80, "--batch-size", 16, "--lr", 1e-3, "--val-rows", 32, "--save-every", 40)
 QUESTIONS = 672  # 640 to learn from, twice, and 32 to validate
 QUESTIONS_OF = {"val": 100, "test": 400}
@@ -142,7 +142,7 @@ class WordProblemJob(Job):
     def rl(self, model):
         """A student by RL on correctness, from this one."""
         student = self.run("rl_student.py", "--task", "gsm8k", "--model", model, "--data", self.rows_of("train"), *BITS,
-                           *RL, *ANSWER, *self.if_quick("--steps", 2, "--group-size", 2),
+                           *RL, *ANSWER, *SMALL_BATCHES, *self.if_quick("--steps", 2, "--group-size", 2),
                            out=f"runs/{self.name}")
         metrics = self.read(f"{student}/metrics.jsonl")
         self.facts["curve"] = [{key: entry[key] for key in SOLVED} for entry in metrics]
@@ -151,7 +151,7 @@ class WordProblemJob(Job):
     def on_policy(self, teacher):
         """The warmed-up student on its own words, corrected by this teacher."""
         student = self.run("on_policy_student.py", "--model", self.warm_up("student"), "--teacher", teacher, "--data",
-                           self.rows_of("train"), *BITS, "--teacher-bits", 16, *ON_POLICY, *LENGTH,
+                           self.rows_of("train"), *BITS, "--teacher-bits", 16, *ON_POLICY, *LENGTH, *SMALL_BATCHES,
                            *self.if_quick("--steps", 2, "--prompts-per-step", 8), out=f"runs/{self.name}")
         metrics = self.read(f"{student}/metrics.jsonl")
         self.facts["curve"] = [{key: entry[key] for key in ON_POLICY_CURVE} for entry in metrics]
