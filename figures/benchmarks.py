@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Figures and tables of the benchmarks: bench/scoring.py, bench/step.py, bench/faults.py, bench/zoo.py."""
+"""Figures and tables of the benchmarks: bench/scoring.py, bench/step.py, bench/small_step.py, bench/gpu.py, bench/faults.py,
+bench/zoo.py."""
 
 import statistics
 from collections import Counter

@@ -36,7 +36,7 @@ QUESTIONS = 672  # 640 to learn from, twice, and 32 to validate
 QUESTIONS_OF = {"val": 100, "test": 400}
 ANSWER = ("--max-new-tokens", 128)
 BEST_OF_8 = ("--samples", 8, "--keep", "best")
-CURVE = ("step", "reward", "score", "kl", "closed", "leak", "length", "entropy", "kl_ref")
+CURVE = ("step", "reward", "score", "kl", "closed", "length", "entropy", "kl_ref")  # leak is blind to bent equations
 ON_POLICY_CURVE = ("step", "kl", "nll", "closed", "length")
 SOLVED = ("step", "reward", "solved", "zero_groups", "length")  # of RL on correctness
 RESULT = re.compile(r"= *(-?\d+)")  # of a step
