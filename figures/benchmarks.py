@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Figures and tables of the benchmarks: bench/scoring.py, bench/step.py, bench/small_step.py, bench/gpu.py, bench/faults.py,
-bench/zoo.py."""
+"""Figures and tables of the benchmarks: bench/scoring.py, step.py, small_step.py, gpu.py, faults.py and zoo.py."""
 
 import statistics
 from collections import Counter
