@@ -355,8 +355,7 @@ def segment_stats(values, lengths, *, impl="auto"):
 
     argmin and argmax are the first position of the extreme in its own sequence: the argmax of a thought's KL is its
     hardest leap, the argmin of a solution's log-probs its least understood token. An empty sequence, or none at all,
-    raises ValueError.
-    On a GPU nothing is sent to the host.
+    raises ValueError. On a GPU nothing is sent to the host.
     """
     lengths = _lengths("values", values, lengths)
     if implementation(impl, values.device.type) == "torch":

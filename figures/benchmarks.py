@@ -101,12 +101,13 @@ def small_step_table():
                    for part in ("rollout", "score", "update", "step")]
         ratios = [before / after for before, after in medians]
         lines.append(f"| {processor} | {title}: {fast}, not {slow} | {' | '.join(f'{x:.1f}' for x in ratios)} |")
-    gaps = " and ".join(f"{statistics.fmean(row['gap'] for row in ways[way]):.1e} nats a token with {way} bits"
-                        for way in (fast, slow))
-    one = ways[fast][0]
+    by_bits = {bits: [row for row in rows if row["way"] == bits] for bits in (16, 32)}
+    gaps = " and ".join(f"{statistics.fmean(row['gap'] for row in own):.1e} nats a token with {bits} bits"
+                        for bits, own in by_bits.items())
+    one, rounds = rows[0], len(by_bits[16])
     return "\n".join([*lines, "", "How many times as fast a step of RLT is with SmolLM2-135M as teacher and student, "
-                      f"{one['questions'] * one['group_size']} explanations, medians of three rounds in turn. Sampler "
-                      f"and trainer are apart by {gaps}.", ""])
+                      f"{one['questions'] * one['group_size']} explanations, medians of {rounds} rounds in turn. "
+                      f"Sampler and trainer are apart by {gaps}.", ""])
 
 
 def speed(row):

@@ -319,7 +319,8 @@ def check_same_tokenizer(model, other, other_name):
     kinds = [(t.chat_template, t.init_kwargs.get("rlt_system")) for t in (model, other)]
     if kinds[0] != kinds[1] and RANK == 0:
         print(f"warning: {other_name} has another chat template or other system texts than --model, whose prompts both "
-              "read: it meets prompts that it may not have been trained on.", flush=True)
+              "read: it meets prompts that it may not have been trained on. Pass one with the same, or train it on "
+              "rows in this format first.", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------
