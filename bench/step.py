@@ -36,7 +36,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from rlt import decode_graph, models  # noqa: E402
+from rlt import decode_steps, models  # noqa: E402
 from rlt.dry_run import ModelFootprint, phases  # noqa: E402
 from rlt.errors import UserError  # noqa: E402
 from rlt.grpo import grpo_loss  # noqa: E402
@@ -165,9 +165,9 @@ def decode(teacher, size, batch, context, matmul, graph=True):
         return record(self, *arguments)
 
     can_batch(teacher, EndlessTokenizer(size).pad_token_id)  # measured once for a model, by generate as it is
-    record, can_capture = _LogprobRecorder.__call__, decode_graph.can_capture
+    record, can_capture = _LogprobRecorder.__call__, decode_steps.can_capture
     with (mock.patch("rlt.rollout._read_prompts_once", prompts_read),
-          mock.patch("rlt.decode_graph.can_capture", lambda *model: graph and can_capture(*model)),
+          mock.patch("rlt.decode_steps.can_capture", lambda *model: graph and can_capture(*model)),
           mock.patch.object(_LogprobRecorder, "__call__", timed)):
         peak = peak_bytes(run, teacher)
         if not CUDA:  # again, without counting bytes

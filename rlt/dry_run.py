@@ -257,7 +257,7 @@ def expected_hours(machine, *, parameters=7.6e9, layers=28, hidden=3584, heads=2
 
     The defaults are Qwen2.5-7B and the paper's recipe. bits: of the policy's base, 16 or 4. completions: of the whole
     run. group: of one question. prompt, limit: tokens. batch: rows of one call of generate. graph: whether a decode
-    step of transformers is a CUDA graph (rlt.decode_graph).
+    step of transformers is a CUDA graph (rlt.decode_steps).
 
     longest    of n rows: scale * sum of u^k / k for k up to n, u = 1 - exp(-limit / scale), the expected maximum
     rollout    transformers: for each batch, longest * (seconds of a decode step)

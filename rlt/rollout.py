@@ -97,7 +97,7 @@ def generate(model, tokenizer, prompts, *, max_new_tokens, temperature, seed):
     Of the log-softmax only one step's (B, V) is ever held. On a CUDA GPU the decode steps are a graph, where the model
     allows it.
     """
-    from rlt.decode_graph import FEWEST_STEPS, DecodeSteps, can_capture
+    from rlt.decode_steps import FEWEST_STEPS, DecodeSteps, can_capture
 
     from transformers import LogitsProcessorList
 

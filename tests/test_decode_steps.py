@@ -1,14 +1,14 @@
 """
 Decode steps that could be a CUDA graph: a cache whose addresses stay gives the logits that the model gives.
 
-    python -m pytest tests/test_decode_graph.py
+    python -m pytest tests/test_decode_steps.py
 """
 
 import re
 import weakref
 from unittest import mock
 
-from rlt import decode_graph, models, rollout
+from rlt import decode_steps, models, rollout
 from rlt.chat_template import turn_ends, vocabulary_size
 
 import pytest
@@ -32,15 +32,15 @@ def steps_of(model, tokenizer, prompts, steps):
     device = next(model.parameters()).device
     with torch.no_grad():
         cache = rollout._read_prompts_once(model, prompts, tokenizer.pad_token_id, even_if_different=True)
-    return ids.to(device), decode_graph.DecodeSteps(model, cache, mask.to(device), steps=steps, capture=False)
+    return ids.to(device), decode_steps.DecodeSteps(model, cache, mask.to(device), steps=steps, capture=False)
 
 
 @pytest.mark.parametrize("block", [1, 5, 256])
 @pytest.mark.parametrize("make", PLAIN.values(), ids=PLAIN)
 def test_logits_are_those_of_the_whole_sequence(make, block, tiny_model, tokenizer, monkeypatch):
     """Behind padding, over the edges of several blocks, one more than the cache was made for at first."""
-    monkeypatch.setattr(decode_graph, "BLOCK", block)
-    monkeypatch.setattr(decode_graph, "ALIGNED", 1)
+    monkeypatch.setattr(decode_steps, "BLOCK", block)
+    monkeypatch.setattr(decode_steps, "ALIGNED", 1)
     model = make(tiny_model)
     follow = torch.randint(2, 40, (len(PROMPTS), 17), generator=torch.Generator().manual_seed(3))
     ids, decode = steps_of(model, tokenizer, PROMPTS, 17)
@@ -64,16 +64,16 @@ def test_heads_that_share_keys_attend_without_copies_of_them(heads, shared, monk
     module.num_key_value_groups = heads // shared
     want, _ = sdpa_attention_forward(module, query, key, value, bias, scaling=0.3)
     monkeypatch.setattr(sdpa_attention, "repeat_kv", None)
-    got, _ = decode_graph._attend(module, query, key, value, bias, scaling=0.3)
+    got, _ = decode_steps._attend(module, query, key, value, bias, scaling=0.3)
     assert torch.allclose(got, want, atol=1e-6) and got.shape == (3, 1, heads, 5)
 
 
 def test_attention_with_more_to_it_is_that_of_transformers(monkeypatch):
     seen = []
-    monkeypatch.setattr(decode_graph, "sdpa_attention_forward", lambda *_, **options: seen.append(options))
+    monkeypatch.setattr(decode_steps, "sdpa_attention_forward", lambda *_, **options: seen.append(options))
     tensors = torch.zeros(3, 1, 2, 1, 4)
-    decode_graph._attend(None, *tensors, None, scaling=0.3, position_bias=1)
-    decode_graph._attend(None, *torch.zeros(3, 1, 2, 2, 4), None, scaling=0.3)
+    decode_steps._attend(None, *tensors, None, scaling=0.3, position_bias=1)
+    decode_steps._attend(None, *torch.zeros(3, 1, 2, 2, 4), None, scaling=0.3)
     assert seen == [{"scaling": 0.3, "position_bias": 1}, {"scaling": 0.3}]
 
 
@@ -102,7 +102,7 @@ def test_the_prompts_cache_is_freed_once_it_is_copied(tiny_model, tokenizer):
         cache = rollout._read_prompts_once(model, PROMPTS, 0, even_if_different=True)
         keys = [weakref.ref(layer.keys) for layer in cache.layers]
         ids, mask = rollout._left_padded(PROMPTS, 0)
-        decode = decode_graph.DecodeSteps(model, cache, mask, steps=4, capture=False)
+        decode = decode_steps.DecodeSteps(model, cache, mask, steps=4, capture=False)
         decode(ids[:, -1:])
     assert not any(reference() is not None for reference in keys)
 
@@ -123,14 +123,14 @@ def test_a_models_attention_is_replaced_during_a_step_alone(tiny_model, tokenize
 @pytest.mark.parametrize("first, suits", [(13, False), (17, True)])
 def test_in_16_bits_most_logits_decide(first, suits, tiny_model):
     """Of the steps after columns 9 to 20: in bfloat16 rounding alone may change some by more than their size."""
-    model, step = tiny_model(64).bfloat16(), decode_graph.DecodeSteps._step
+    model, step = tiny_model(64).bfloat16(), decode_steps.DecodeSteps._step
 
     def wrong(self):
         logits = step(self)
         return logits.flip(-1) if self.read >= first else logits
 
-    with mock.patch.object(decode_graph.DecodeSteps, "_step", wrong):
-        assert decode_graph.can_capture(model, 0) is suits
+    with mock.patch.object(decode_steps.DecodeSteps, "_step", wrong):
+        assert decode_steps.can_capture(model, 0) is suits
 
 
 def test_what_a_model_keeps_decides(tiny_model):
@@ -143,10 +143,10 @@ def test_what_a_model_keeps_decides(tiny_model):
     (lambda logits: logits.no_such_thing, "AttributeError: .*no_such_thing"),
 ], ids=["other logits", "an error"])
 def test_a_model_that_a_graph_does_not_suit_is_sampled_without(fault, reason, tiny_model, capsys):
-    model, step = tiny_model(64), decode_graph.DecodeSteps._step
-    with mock.patch.object(decode_graph.DecodeSteps, "_step", lambda self: fault(step(self))):
-        assert not decode_graph.can_capture(model, 0)
-    assert not decode_graph.can_capture(model, 0), "measured once"
+    model, step = tiny_model(64), decode_steps.DecodeSteps._step
+    with mock.patch.object(decode_steps.DecodeSteps, "_step", lambda self: fault(step(self))):
+        assert not decode_steps.can_capture(model, 0)
+    assert not decode_steps.can_capture(model, 0), "measured once"
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1
     assert re.search(f"without CUDA graphs, which is slower: {reason}", printed)
@@ -154,18 +154,18 @@ def test_a_model_that_a_graph_does_not_suit_is_sampled_without(fault, reason, ti
 
 def test_a_model_is_measured_once(tiny_model, capsys):
     model = tiny_model(64)
-    assert decode_graph.can_capture(model, 0)
-    with mock.patch.object(decode_graph.DecodeSteps, "_step", side_effect=AssertionError):
-        assert decode_graph.can_capture(model, 0)
+    assert decode_steps.can_capture(model, 0)
+    with mock.patch.object(decode_steps.DecodeSteps, "_step", side_effect=AssertionError):
+        assert decode_steps.can_capture(model, 0)
     assert capsys.readouterr().out == ""
 
 
 def test_a_full_memory_is_no_answer(tiny_model):
     model = tiny_model(64)
-    with mock.patch.object(decode_graph.DecodeSteps, "_step", side_effect=torch.OutOfMemoryError):
+    with mock.patch.object(decode_steps.DecodeSteps, "_step", side_effect=torch.OutOfMemoryError):
         with pytest.raises(torch.OutOfMemoryError):
-            decode_graph.can_capture(model, 0)
-    assert model not in decode_graph._CAN_CAPTURE
+            decode_steps.can_capture(model, 0)
+    assert model not in decode_steps._CAN_CAPTURE
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def counted_replays(monkeypatch):
 @pytest.mark.parametrize("make", PLAIN.values(), ids=PLAIN)
 def test_on_a_gpu_steps_are_replayed(make, block, tiny_model, tokenizer, monkeypatch):
     """And log-probs are those of the definition."""
-    monkeypatch.setattr(decode_graph, "BLOCK", block)
+    monkeypatch.setattr(decode_steps, "BLOCK", block)
     model, replays = make(tiny_model), counted_replays(monkeypatch)
     drawn = draw(model.to("cuda"), tokenizer, PROMPTS * 30, max_new_tokens=40, temperature=1.5)
     assert len(replays) > 25 and max(len(c.ids) for c in drawn) == 40
@@ -218,7 +218,7 @@ def test_on_a_gpu_architectures_are_captured(name, dtype, monkeypatch, capsys):
     import zoo
 
     replays = counted_replays(monkeypatch)
-    assert decode_graph.can_capture(zoo.build(name, dtype).to("cuda").eval(), 0), capsys.readouterr().out
+    assert decode_steps.can_capture(zoo.build(name, dtype).to("cuda").eval(), 0), capsys.readouterr().out
     assert len(replays) > 8
 
 
@@ -237,7 +237,7 @@ def test_on_a_gpu_an_adapter_samples_as_it_was_last_trained(toy, tokenizer, bits
             p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).to(p))
     after = draw(model, tokenizer, **options)
     assert len(replays) > 40 and [c.ids for c in after] != [c.ids for c in before]
-    with mock.patch("rlt.decode_graph.can_capture", lambda *_: False):
+    with mock.patch("rlt.decode_steps.can_capture", lambda *_: False):
         plain, count = draw(model, tokenizer, **options), len(replays)
     assert len(replays) == count
     pairs = zip(after, plain, strict=True)
