@@ -4,6 +4,7 @@ A step of train_rlt.py with a small model, done in two ways in turn:
 
     python bench/small_step.py --compare prompts --data rows.jsonl    a prompt read once for the explanations that share
                                                                       it, or once for each of them
+    python bench/small_step.py --compare sampler --data rows.jsonl    decode steps of our own, or transformers' generate
     python bench/small_step.py --compare bits --data rows.jsonl       16 bits or 32
 
 Times sampling, scoring and the gradient, with the model as teacher and as student, --rounds times each way. Both ways
@@ -23,7 +24,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from rlt import models, rollout  # noqa: E402
+from rlt import decode_steps, models, rollout  # noqa: E402
 from rlt.chat_template import vocabulary_size  # noqa: E402
 from rlt.logprobs import completion_logprobs  # noqa: E402
 from rlt.lora import update_mode  # noqa: E402
@@ -36,7 +37,7 @@ from measure import DEVICE, LOGS, Log, bfloat16_instructions, machine, seconds  
 import rewards  # noqa: E402
 
 BITS = 16 if DEVICE.type == "cuda" else 32
-WAYS = {"prompts": ("once", "each"), "bits": (16, 32)}
+WAYS = {"prompts": ("once", "each"), "sampler": ("steps", "generate"), "bits": (16, 32)}
 
 
 @contextlib.contextmanager
@@ -44,8 +45,14 @@ def prompts_read_for_each():
     """As if no two sequences had the same prompt."""
     pack = rewards.pack_sequences
     with mock.patch.object(rewards, "pack_sequences", lambda sequences, _: pack(sequences, [0] * len(sequences))), \
-            mock.patch.object(rollout, "_read_prompts_once", lambda *_, **__: None):
+            mock.patch.object(rollout, "_different", lambda prompts: (prompts, range(len(prompts)))):
         yield
+
+
+INSIDE = {  # the other ways
+    "each": prompts_read_for_each,
+    "generate": lambda: mock.patch.object(decode_steps, "suits", lambda *_: False),
+}
 
 
 class Step:
@@ -104,12 +111,12 @@ def main():
     for i in range(args.rounds):
         logprobs = {}
         for way in measured if i % 2 == 0 else reversed(measured):
-            with prompts_read_for_each() if way == "each" else contextlib.nullcontext():
+            with INSIDE.get(way, contextlib.nullcontext)():
                 entry, logprobs[way] = measure(steps[way], completions)
             measured[way].append(entry)
             log(part=args.compare, way=way, round=i, **entry)
         difference = (logprobs[ways[0]] - logprobs[ways[1]]).abs().max().item()
-        if args.compare == "prompts":
+        if args.compare != "bits":
             assert difference < (0.1 if BITS == 16 else 1e-3), f"log-probs differ by {difference} nats"
 
     print(f"\nseconds   {ways[0]:>8}  {ways[1]:>8}     ratio")

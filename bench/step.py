@@ -141,7 +141,8 @@ def rows_of(size, length):
 
 
 def decode(teacher, size, batch, context, matmul, graph=True):
-    """The median step in which `batch` rows at this context get a token each. graph: as a CUDA graph, on a GPU."""
+    """The median step in which `batch` rows at this context get a token each. graph: by DecodeSteps, which is a CUDA
+    graph on a GPU, or by transformers' generate."""
     from transformers import DynamicCache
 
     config, times = size.config, []
@@ -165,16 +166,16 @@ def decode(teacher, size, batch, context, matmul, graph=True):
         return record(self, *arguments)
 
     can_batch(teacher, EndlessTokenizer(size).pad_token_id)  # measured once for a model, by generate as it is
-    record, can_capture = _LogprobRecorder.__call__, decode_steps.can_capture
+    record, suits = _LogprobRecorder.__call__, decode_steps.suits
     with (mock.patch("rlt.rollout._read_prompts_once", prompts_read),
-          mock.patch("rlt.decode_steps.can_capture", lambda *model: graph and can_capture(*model)),
+          mock.patch("rlt.decode_steps.suits", lambda *model: graph and suits(*model)),
           mock.patch.object(_LogprobRecorder, "__call__", timed)):
         peak = peak_bytes(run, teacher)
         if not CUDA:  # again, without counting bytes
             run()
     step = statistics.median(end - start for start, end in zip(times[1:], times[2:], strict=False))
     return dict(seconds=step, tokens_per_s=batch / step, of_matmul=batch / step * flops(config, [1], [1]) / matmul,
-                peak_gb=peak / 1e9, graph=graph and CUDA and can_capture(teacher, EndlessTokenizer(size).pad_token_id))
+                peak_gb=peak / 1e9, graph=graph and CUDA and suits(teacher, EndlessTokenizer(size).pad_token_id))
 
 
 def median_step(engine, prompts):

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: MIT
 """
-Decode steps on a CUDA GPU without Python between the kernels.
+Decode steps: each gives all rows of a batch one token.
 
-A step gives each row of a batch one token. It is two thousand small kernels: Python takes 80 to 150 ms to launch them,
-an H100 a fraction of it to run them. A CUDA graph launches them all at once. It reads and writes the same addresses
-at every replay, so the cache has room for some more tokens than it holds, and is extended a block at a time.
+transformers' generate copies its cache at every step, and each key once for each head that reads it: on a CPU that is
+half of its time. Here the cache has room for some more tokens than it holds, is extended a block at a time, and heads
+read the keys that they share.
+
+So a step reads and writes the same addresses every time, and on a CUDA GPU it is a CUDA graph: a step is two thousand
+small kernels, which Python takes 80 to 150 ms to launch and an H100 a fraction of it to run. A graph launches them all
+at once.
 """
 
 import contextlib
@@ -23,18 +27,19 @@ from rewards import KNOWN_OPTIONS, causal_lm, decoder, equal_but_for_rounding
 BLOCK = 256  # columns that a cache is extended by at most; attention reads those that are not used yet, too
 ALIGNED = 16  # columns of a cache are a multiple of it, for fused attention
 FEWEST_STEPS = 8  # a graph takes as long to make as two steps
-_CAN_CAPTURE = weakref.WeakKeyDictionary()  # model: whether its decode steps can be a graph
+_SUITS = weakref.WeakKeyDictionary()  # model: whether `suits`
 
 
 class DecodeSteps:
     """The decode steps of one batch: call it with the last token of each row, once for each token to sample.
 
     cache: DynamicCache of all tokens but the last, (B, heads, T - 1, D) each layer; it is used up. mask (B, T): 1 for
-    tokens, 0 for padding on the left. steps: how many there will be at most. capture: whether a step becomes a graph.
+    tokens, 0 for padding on the left. steps: how many there will be at most. capture: whether a step on a CUDA GPU
+    becomes a graph.
     """
 
     def __init__(self, model, cache, mask, *, steps, capture=True):
-        self.model, self.capture = causal_lm(model), capture
+        self.model, self.capture = causal_lm(model), capture and mask.is_cuda
         self.read, self.last = mask.shape[1] - 1, mask.shape[1] - 1 + steps  # columns read, and in the end
         device = mask.device
         self.ids = mask.new_zeros((len(mask), 1), dtype=torch.long)
@@ -156,27 +161,27 @@ AttentionInterface.register("decode", _attend)
 AttentionMaskInterface.register("decode", sdpa_mask)
 
 
-def can_capture(model, pad_id):
-    """Whether the decode steps of a model can be a graph, and give the logits that the model gives. Measured once per
-    model; why it is not so is printed."""
+def suits(model, pad_id):
+    """Whether DecodeSteps gives the logits that a model gives, on a GPU as a graph. Measured once per model; why not is
+    printed."""
     key = causal_lm(model)
-    if key not in _CAN_CAPTURE:
+    if key not in _SUITS:
         try:
             reason = _difference(key, pad_id)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever a model of someone else does: it can be sampled without a graph
+        except Exception as error:  # whatever a model of someone else does: transformers can sample from it
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        _CAN_CAPTURE[key] = reason is None
+        _SUITS[key] = reason is None
         if reason:
-            print(f"{type(key).__name__} is sampled without CUDA graphs, which is slower: {reason}")
-    return _CAN_CAPTURE[key]
+            print(f"{type(key).__name__} is sampled by transformers' generate, which is slower: {reason}")
+    return _SUITS[key]
 
 
 @torch.no_grad()
 def _difference(model, pad_id):
-    """None, or in words how the logits of a graph's steps differ from the model's own, for two rows with padding."""
-    show_activity("capturing a CUDA graph")
+    """None, or in words how the logits of the steps differ from the model's own, for two rows with padding."""
+    show_activity("trying the decode steps")
     steps, vocab = FEWEST_STEPS + 4, len(model.get_input_embeddings().weight)
     ids = torch.arange(2 * (9 + steps), device=model.device).view(2, -1) % vocab
     mask = torch.ones_like(ids)
@@ -189,7 +194,7 @@ def _difference(model, pad_id):
     decode = DecodeSteps(model, cache, mask[:, :9], steps=steps, capture=False)
     with _no_waiting():
         found = [decode(ids[:, 8:9]).float().clone()]
-    decode.capture = model.device.type == "cuda"
+    decode.capture = model.device.type == "cuda"  # only now: a capture that fails leaves torch's allocator unusable
     found += [decode(ids[:, at : at + 1]).float().clone() for at in range(9, 8 + steps)]
     ours, theirs = ((x - x.mean(2, keepdim=True)).flatten(0, 1) for x in (torch.stack(found, 1), own))
     if equal_but_for_rounding(ours, theirs, 1e-2, 0.1, model.get_output_embeddings().weight.dtype):

@@ -35,8 +35,8 @@ class Completion(NamedTuple):
 def check_finite(name, completions):
     """Raise UserError where a log-prob of these completions is NaN or infinite. name: of the model.
 
-    A GPU could not go on after sampling from a NaN: where nothing else has looked at the model, begin with one greedy
-    token.
+    transformers' generate could not go on after sampling from a NaN on a GPU: where nothing else has looked at the
+    model, begin with one greedy token.
     """
     if not all(math.isfinite(logprob) for completion in completions for logprob in completion.logprobs):
         raise UserError(f"{name} {NOT_FINITE}")
@@ -91,13 +91,13 @@ class TransformersEngine:
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts, *, max_new_tokens, temperature, seed):
-    """One completion for each prompt (lists of ids), by transformers. temperature 0 is greedy.
+    """One completion for each prompt (lists of ids), from a model of transformers. temperature 0 is greedy.
 
     All prompts are sampled at the same time, until the last has ended. Draws depend on `seed` and the prompts alone.
-    Of the log-softmax only one step's (B, V) is ever held. On a CUDA GPU the decode steps are a graph, where the model
-    allows it.
+    Of the log-softmax only one step's (B, V) is ever held. By rlt.decode_steps where they suit the model, else by
+    transformers' generate.
     """
-    from rlt.decode_steps import FEWEST_STEPS, DecodeSteps, can_capture
+    from rlt.decode_steps import FEWEST_STEPS, DecodeSteps, suits
 
     from transformers import LogitsProcessorList
 
@@ -109,12 +109,12 @@ def generate(model, tokenizer, prompts, *, max_new_tokens, temperature, seed):
     ids, mask = _left_padded(prompts, tokenizer.pad_token_id)
     device = next(model.parameters()).device
     with eval_mode(model):  # gradient checkpointing would switch the cache off
-        capture = (device.type == "cuda" and max_new_tokens >= FEWEST_STEPS and keeps_only_keys_and_values(model)
-                   and can_capture(model, tokenizer.pad_token_id))
-        cache = _read_prompts_once(model, prompts, tokenizer.pad_token_id, even_if_different=capture)
+        own_steps = (max_new_tokens >= FEWEST_STEPS and keeps_only_keys_and_values(model)
+                     and suits(model, tokenizer.pad_token_id))
+        cache = _read_prompts_once(model, prompts, tokenizer.pad_token_id, even_if_different=own_steps)
         torch.manual_seed(seed)
         try:
-            if capture and cache is not None:
+            if own_steps and cache is not None:
                 steps = DecodeSteps(model, cache, mask.to(device), steps=max_new_tokens)
                 sequences = sample(steps, recorder, ids.to(device), max_new_tokens, ends, greedy=temperature == 0)
             else:
@@ -128,7 +128,10 @@ def generate(model, tokenizer, prompts, *, max_new_tokens, temperature, seed):
             raise UserError(f"{type(model).__name__} {NOT_FINITE}") from None
     sampled = sequences[:, ids.shape[1] :].tolist()
     logprobs = recorder.logprobs(sequences).tolist()
-    return [_cut_at_end(*pair, ends) for pair in zip(sampled, logprobs, strict=True)]
+    completions = [_cut_at_end(*pair, ends) for pair in zip(sampled, logprobs, strict=True)]
+    if temperature > 0:  # what is greedy is looked at by those who have the model's name
+        check_finite(type(model).__name__, completions)
+    return completions
 
 
 def sample(decode, recorder, sequences, max_new_tokens, ends, *, greedy):
@@ -140,12 +143,23 @@ def sample(decode, recorder, sequences, max_new_tokens, ends, *, greedy):
     ended = torch.zeros_like(sequences[:, :1], dtype=torch.bool)
     for _ in range(max_new_tokens):
         scores = recorder(sequences, decode(sequences[:, -1:]))
-        drawn = scores.argmax(-1, keepdim=True) if greedy else torch.multinomial(scores.softmax(-1), 1)
+        drawn = scores.argmax(-1, keepdim=True) if greedy else draw(scores)
         sequences = torch.cat([sequences, drawn], 1)
         ended |= torch.isin(drawn, stops)
         if ended.all():
             break
     return sequences
+
+
+def draw(logprobs):
+    """An id of each row: (B, V) -> (B, 1). Where a row is NaN, its last.
+
+    By one random number of each row. torch.multinomial takes one of each column: with 49,152 on a CPU that is as long
+    as a forward pass of a model of 135M.
+    """
+    cumulated = logprobs.exp().cumsum(-1, dtype=torch.float64)  # in 32 bits rounding would change what is rare
+    at = torch.rand(len(logprobs), 1, dtype=torch.float64, device=logprobs.device) * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, at, right=True).clamp(max=logprobs.shape[1] - 1)
 
 
 def keeps_only_keys_and_values(model):
@@ -162,17 +176,23 @@ def _read_prompts_once(model, prompts, pad_id, even_if_different=False):
     unless even_if_different, or where the model keeps more than keys and values of all tokens."""
     from transformers import DynamicCache
 
-    numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    all_differ = len(numbers) == len(prompts) and not even_if_different
-    if all_differ or not keeps_only_keys_and_values(model) or min(map(len, numbers)) < 2:
+    different, of_prompt = _different(prompts)
+    all_differ = len(different) == len(prompts) and not even_if_different
+    if all_differ or not keeps_only_keys_and_values(model) or min(map(len, different)) < 2:
         return None
     lm = causal_lm(model)
     cache = DynamicCache(config=lm.config)
-    ids, mask = (x[:, :-1].to(lm.device) for x in _left_padded([*numbers], pad_id))
+    ids, mask = (x[:, :-1].to(lm.device) for x in _left_padded(different, pad_id))
     decoder(lm)(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
                 past_key_values=cache, use_cache=True)
-    cache.batch_select_indices(torch.tensor([numbers[tuple(prompt)] for prompt in prompts], device=lm.device))
+    cache.batch_select_indices(torch.tensor(of_prompt, device=lm.device))
     return cache
+
+
+def _different(prompts):
+    """The prompts, each once, and for each prompt its place among them."""
+    places = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    return [*places], [places[tuple(prompt)] for prompt in prompts]
 
 
 def _generation_config(max_new_tokens, temperature, ends, pad_id):

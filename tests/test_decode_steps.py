@@ -1,5 +1,5 @@
 """
-Decode steps that could be a CUDA graph: a cache whose addresses stay gives the logits that the model gives.
+Decode steps: a cache whose addresses stay gives the logits that the model gives, on a GPU in a CUDA graph.
 
     python -m pytest tests/test_decode_steps.py
 """
@@ -10,6 +10,7 @@ from unittest import mock
 
 from rlt import decode_steps, models, rollout
 from rlt.chat_template import turn_ends, vocabulary_size
+from rlt.errors import UserError
 
 import pytest
 import torch
@@ -78,10 +79,12 @@ def test_attention_with_more_to_it_is_that_of_transformers(monkeypatch):
 
 
 @pytest.mark.parametrize("temperature", [0, 0.7, 1.0])
-def test_what_is_drawn_is_what_generate_draws(temperature, tiny_model, tokenizer):
-    """The same seed, prompts and ends: the same ids and log-probs, and it stops when the last row has ended."""
+def test_what_is_drawn_is_what_generate_draws(temperature, tiny_model, tokenizer, monkeypatch):
+    """The same seed, prompts, ends and draws: the same ids and log-probs, and it stops when the last row has ended."""
     model, prompts, ends = tiny_model(64), PROMPTS * 8, turn_ends(tokenizer)
-    theirs = draw(model, tokenizer, prompts, temperature=temperature, max_new_tokens=40)
+    with mock.patch.object(decode_steps, "suits", lambda *_: False):
+        theirs = draw(model, tokenizer, prompts, temperature=temperature, max_new_tokens=40)
+    monkeypatch.setattr(rollout, "draw", lambda logprobs: torch.multinomial(logprobs.softmax(-1), 1))
     recorder = rollout._LogprobRecorder(temperature or 1.0, vocabulary_size(tokenizer), 40)
     ids, decode = steps_of(model, tokenizer, prompts, 40)
     torch.manual_seed(5)
@@ -93,6 +96,33 @@ def test_what_is_drawn_is_what_generate_draws(temperature, tiny_model, tokenizer
     assert torch.allclose(sampled_logprobs(ours), sampled_logprobs(theirs), atol=1e-5)
     assert len(sampled[0]) == max(len(c.ids) for c in ours)
     assert {c.finished for c in ours} == ({True, False} if temperature else {c.finished for c in theirs})
+
+
+@pytest.mark.parametrize("number, drawn", [(0, 0), (0.4999, 0), (0.5, 2), (0.7499, 2), (0.75, 3), (1 - 2**-53, 3)])
+def test_a_number_draws_the_id_in_whose_share_it_falls(number, drawn, monkeypatch):
+    """Of shares 1/2, 0, 1/4, 1/4, 0: by hand."""
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.full(shape, number, **options))
+    shares = torch.tensor([[0.5, 0, 0.25, 0.25, 0]])
+    assert rollout.draw(shares.log()).tolist() == [[drawn]]
+
+
+def test_rare_ids_keep_their_share(monkeypatch):
+    """Of 50,000 ids the last has one in 1e8, less than a float32 near 1 can tell."""
+    shares = torch.full((50_000,), (1 - 1e-8) / 49_999, dtype=torch.float64)
+    shares[-1] = 1e-8
+    for number, is_last in ((1 - 1.1e-8, False), (1 - 0.9e-8, True)):
+        monkeypatch.setattr(torch, "rand", lambda *shape, u=number, **options: torch.full(shape, u, **options))
+        assert (rollout.draw(shares.log()[None]).item() == 49_999) is is_last
+
+
+def test_rows_that_are_not_finite_are_named(tiny_model, tokenizer):
+    """And not drawn from in silence."""
+    model = tiny_model(64)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    decode_steps._SUITS[model] = True
+    with pytest.raises(UserError, match="NaN or infinite"):
+        draw(model, tokenizer)
 
 
 def test_the_prompts_cache_is_freed_once_it_is_copied(tiny_model, tokenizer):
@@ -130,7 +160,7 @@ def test_in_16_bits_most_logits_decide(first, suits, tiny_model):
         return logits.flip(-1) if self.read >= first else logits
 
     with mock.patch.object(decode_steps.DecodeSteps, "_step", wrong):
-        assert decode_steps.can_capture(model, 0) is suits
+        assert decode_steps.suits(model, 0) is suits
 
 
 def test_what_a_model_keeps_decides(tiny_model):
@@ -145,18 +175,18 @@ def test_what_a_model_keeps_decides(tiny_model):
 def test_a_model_that_a_graph_does_not_suit_is_sampled_without(fault, reason, tiny_model, capsys):
     model, step = tiny_model(64), decode_steps.DecodeSteps._step
     with mock.patch.object(decode_steps.DecodeSteps, "_step", lambda self: fault(step(self))):
-        assert not decode_steps.can_capture(model, 0)
-    assert not decode_steps.can_capture(model, 0), "measured once"
+        assert not decode_steps.suits(model, 0)
+    assert not decode_steps.suits(model, 0), "measured once"
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1
-    assert re.search(f"without CUDA graphs, which is slower: {reason}", printed)
+    assert re.search(f"by transformers' generate, which is slower: {reason}", printed)
 
 
 def test_a_model_is_measured_once(tiny_model, capsys):
     model = tiny_model(64)
-    assert decode_steps.can_capture(model, 0)
+    assert decode_steps.suits(model, 0)
     with mock.patch.object(decode_steps.DecodeSteps, "_step", side_effect=AssertionError):
-        assert decode_steps.can_capture(model, 0)
+        assert decode_steps.suits(model, 0)
     assert capsys.readouterr().out == ""
 
 
@@ -164,8 +194,8 @@ def test_a_full_memory_is_no_answer(tiny_model):
     model = tiny_model(64)
     with mock.patch.object(decode_steps.DecodeSteps, "_step", side_effect=torch.OutOfMemoryError):
         with pytest.raises(torch.OutOfMemoryError):
-            decode_steps.can_capture(model, 0)
-    assert model not in decode_steps._CAN_CAPTURE
+            decode_steps.suits(model, 0)
+    assert model not in decode_steps._SUITS
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -202,7 +232,7 @@ def test_on_a_gpu_a_step_that_waits_is_never_captured(name, tiny_model, tokenize
 
     model, replays = zoo.build(name).to("cuda").eval(), counted_replays(monkeypatch)
     rollout.generate(model, zoo.tokenizer(), [[2, 8, 10], [2, 8]], max_new_tokens=20, temperature=1.0, seed=0)
-    assert "without CUDA graphs" in capsys.readouterr().out and not replays
+    assert "by transformers' generate" in capsys.readouterr().out and not replays
     torch.cuda.empty_cache()
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     draw(tiny_model(64).to("cuda"), tokenizer, max_new_tokens=20)
@@ -218,7 +248,7 @@ def test_on_a_gpu_architectures_are_captured(name, dtype, monkeypatch, capsys):
     import zoo
 
     replays = counted_replays(monkeypatch)
-    assert decode_steps.can_capture(zoo.build(name, dtype).to("cuda").eval(), 0), capsys.readouterr().out
+    assert decode_steps.suits(zoo.build(name, dtype).to("cuda").eval(), 0), capsys.readouterr().out
     assert len(replays) > 8
 
 
@@ -237,7 +267,7 @@ def test_on_a_gpu_an_adapter_samples_as_it_was_last_trained(toy, tokenizer, bits
             p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).to(p))
     after = draw(model, tokenizer, **options)
     assert len(replays) > 40 and [c.ids for c in after] != [c.ids for c in before]
-    with mock.patch("rlt.decode_steps.can_capture", lambda *_: False):
+    with mock.patch("rlt.decode_steps.suits", lambda *_: False):
         plain, count = draw(model, tokenizer, **options), len(replays)
     assert len(replays) == count
     pairs = zip(after, plain, strict=True)

@@ -52,7 +52,7 @@ def test_no_answer_and_a_wrong_one_are_told_apart(toy, tmp_path, monkeypatch):
 
 
 def test_groups_with_signal_are_learned_from_and_the_rest_dropped(toy, tmp_path, lenient):
-    scope, entries = train(toy, tmp_path / "run", "--steps", 1)
+    scope, entries = train(toy, tmp_path / "run", "--steps", 1, "--prompts-per-step", 6)
     G = 4
     rewards = scope["rewards"].view(-1, G)
     mixed = (rewards != rewards[:, :1]).any(1)

@@ -6,8 +6,9 @@ Sampling: what is drawn, and the log-probs of it, are those of the distribution 
 
 import copy
 import sys
+from unittest import mock
 
-from rlt import models, rollout
+from rlt import decode_steps, models, rollout
 from rlt.errors import UserError
 from rlt.logprobs import completion_logprobs
 from rlt.prompts import Prompts
@@ -24,6 +25,17 @@ PROMPTS = [[2, 8, 10, 9, 11, 3, 4], [2, 8, 3], [2, 8, 10, 9, 11, 20, 31, 21, 33,
 @pytest.fixture(scope="module")
 def tokenizer(toy):
     return models.load_tokenizer(str(toy / "runs/toy"))
+
+
+@pytest.fixture(params=["own steps", "generate"])
+def sampler(request, monkeypatch):
+    """Both of rollout.generate's ways, however few the steps are."""
+    monkeypatch.setattr(decode_steps, "FEWEST_STEPS", 1)
+    monkeypatch.setattr(rollout, "sample", mock.Mock(wraps=rollout.sample))
+    if request.param == "generate":
+        monkeypatch.setattr(decode_steps, "suits", lambda *_: False)
+    yield
+    assert rollout.sample.called == (request.param == "own steps")
 
 
 def draw(model, tokenizer, prompts=PROMPTS, **changes):
@@ -82,6 +94,7 @@ def test_the_sampler_and_the_trainer_agree(make, temperature, tiny_model, tokeni
         assert {c.finished for c in sampled} == {True, False}, "or the test is blind to lengths"
 
 
+@pytest.mark.usefixtures("sampler")
 @pytest.mark.parametrize("temperature", [0.8, 1.0])
 def test_sampling_is_the_plain_softmax(tiny_model, tokenizer, temperature):
     """No top-k, no top-p: tokens far down the tail are drawn, as often as they should."""
@@ -91,6 +104,7 @@ def test_sampling_is_the_plain_softmax(tiny_model, tokenizer, temperature):
     assert_drawn_from(logits / temperature, drawn)
 
 
+@pytest.mark.usefixtures("sampler")
 def test_the_second_token_is_the_plain_softmax_after_the_first(tiny_model, tokenizer):
     """What a penalty for repetition would change."""
     model = tiny_model(64, initializer_range=0.1)
@@ -102,6 +116,7 @@ def test_the_second_token_is_the_plain_softmax_after_the_first(tiny_model, token
     assert_drawn_from(logits, seconds)
 
 
+@pytest.mark.usefixtures("sampler")
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_columns_without_a_word_are_never_drawn(tiny_model, tokenizer, temperature):
     """Even where their logits are the largest by far."""
@@ -120,6 +135,7 @@ SETTINGS = dict(top_k=1, top_p=0.1, repetition_penalty=3.0, do_sample=True, min_
                 no_repeat_ngram_size=1, suppress_tokens=[5, 6, 7], temperature=0.01, min_p=0.5)
 
 
+@pytest.mark.usefixtures("sampler")
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_a_checkpoints_own_sampling_settings_are_not_used(tokenizer, tmp_path, tiny_model, temperature):
     tiny_model(64).save_pretrained(tmp_path)
@@ -131,6 +147,7 @@ def test_a_checkpoints_own_sampling_settings_are_not_used(tokenizer, tmp_path, t
     torch.testing.assert_close(sampled_logprobs(a), sampled_logprobs(b))
 
 
+@pytest.mark.usefixtures("sampler")
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_log_probs_do_not_depend_on_padding(tiny_model, tokenizer, temperature):
     """Sampled behind padding on the left, recomputed in a packed row, and alone: the same."""
@@ -146,6 +163,7 @@ def test_log_probs_do_not_depend_on_padding(tiny_model, tokenizer, temperature):
     assert torch.allclose(sampled_logprobs(sampled), alone, atol=1e-5)
 
 
+@pytest.mark.usefixtures("sampler")
 def test_greedy_rows_do_not_depend_on_their_neighbours(tiny_model, tokenizer):
     model = tiny_model(64)
     together = draw(model, tokenizer, temperature=0)

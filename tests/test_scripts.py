@@ -230,7 +230,8 @@ def test_a_resumed_student_draws_the_dropout_of_an_unbroken_run(workshop, tmp_pa
 
 @pytest.mark.parametrize("loss", mostly_slow(["grpo", "dapo"], plain=["dapo"]))
 def test_nothing_depends_on_the_micro_batch(workshop, tmp_path, loss):
-    flags = ["--loss", loss, "--steps", 1]
+    # of seed 0 the rewards of a group are so alike that dividing by their spread magnifies their rounding
+    flags = ["--loss", loss, "--steps", 1, "--seed", 1]
     [big], _ = train(workshop, tmp_path / "big", *flags)
     [small], _ = train(workshop, tmp_path / "small", *flags, "--micro-batch-tokens", 60)
     # the loss is a sum of ratios times advantages that cancels to nearly 0: its rounding is theirs

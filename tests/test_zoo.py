@@ -193,7 +193,7 @@ def test_decode_steps_with_fixed_addresses(name):
     """Of all models that keep keys and values alone; BLOOM makes its distances from a mask of two dimensions."""
     model = zoo.build(name).eval()
     if rollout.keeps_only_keys_and_values(model):
-        assert decode_steps.can_capture(model, 0) is (name != "BLOOM")
+        assert decode_steps.suits(model, 0) is (name != "BLOOM")
 
 
 # -- sampling where rows of a batch change each other
