@@ -148,11 +148,11 @@ class WordProblemJob(Job):
         self.facts["curve"] = [{key: entry[key] for key in SOLVED} for entry in metrics]
         return student
 
-    def on_policy(self, teacher):
+    def on_policy(self, teacher, *flags):
         """The warmed-up student on its own words, corrected by this teacher."""
         student = self.run("on_policy_student.py", "--model", self.warm_up("student"), "--teacher", teacher, "--data",
                            self.rows_of("train"), *BITS, "--teacher-bits", 16, *ON_POLICY, *LENGTH, *SMALL_BATCHES,
-                           *self.if_quick("--steps", 2, "--prompts-per-step", 8), out=f"runs/{self.name}")
+                           *flags, *self.if_quick("--steps", 2, "--prompts-per-step", 8), out=f"runs/{self.name}")
         metrics = self.read(f"{student}/metrics.jsonl")
         self.facts["curve"] = [{key: entry[key] for key in ON_POLICY_CURVE} for entry in metrics]
         return student
@@ -213,6 +213,7 @@ ARMS = {  # functions of a WordProblemJob that return its student, or None where
        for arm in ("RLT", "best of 8", "warm-up teacher", "right chains")},
     "on-policy, warm-up teacher": lambda job: job.on_policy(job.warm_up("teacher")),
     "on-policy, RLT": lambda job: job.on_policy(job.teacher_of("RLT")),
+    "on-policy, RLT, KL alone": lambda job: job.on_policy(job.teacher_of("RLT"), "--solution-weight", 0),
     **{f"explanations of {arm}": lambda job, arm=arm: job.watch(job.explanations_of(arm))
        for arm in ("RLT", "best of 8", "warm-up teacher", "score only")},
     "base": lambda job: job.base(),
