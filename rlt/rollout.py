@@ -108,10 +108,11 @@ def generate(model, tokenizer, prompts, *, max_new_tokens, temperature, seed):
     recorder = _LogprobRecorder(temperature or 1.0, vocabulary_size(tokenizer), max_new_tokens)
     ids, mask = _left_padded(prompts, tokenizer.pad_token_id)
     device = next(model.parameters()).device
+    own_steps = cache = None
     with eval_mode(model):  # gradient checkpointing would switch the cache off
-        own_steps = (max_new_tokens >= FEWEST_STEPS and keeps_only_keys_and_values(model)
-                     and suits(model, tokenizer.pad_token_id))
-        cache = _read_prompts_once(model, prompts, tokenizer.pad_token_id, even_if_different=own_steps)
+        if keeps_only_keys_and_values(model):
+            own_steps = max_new_tokens >= FEWEST_STEPS and suits(model, tokenizer.pad_token_id)
+            cache = _read_prompts_once(model, prompts, tokenizer.pad_token_id, even_if_different=own_steps)
         torch.manual_seed(seed)
         try:
             if own_steps and cache is not None:
@@ -172,13 +173,13 @@ def keeps_only_keys_and_values(model):
 
 
 def _read_prompts_once(model, prompts, pad_id, even_if_different=False):
-    """The cache of all prompts but their last tokens, for which equal ones are read once. None where no two are equal,
-    unless even_if_different, or where the model keeps more than keys and values of all tokens."""
+    """The cache of all prompts but their last tokens, for which equal ones are read once. None where a prompt has one
+    token, or no two are equal, unless even_if_different. For models that keep only keys and values."""
     from transformers import DynamicCache
 
     different, of_prompt = _different(prompts)
     all_differ = len(different) == len(prompts) and not even_if_different
-    if all_differ or not keeps_only_keys_and_values(model) or min(map(len, different)) < 2:
+    if all_differ or min(map(len, different)) < 2:
         return None
     lm = causal_lm(model)
     cache = DynamicCache(config=lm.config)
