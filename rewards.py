@@ -183,7 +183,8 @@ def _token_logprobs_torch(logits, token_ids, temperature):
 
 def _token_stats_torch(teacher, student, token_ids, teacher_temperature, student_temperature):
     # With t and s centred and Z = sum exp,  kl = sum p (t - s) - log Z_t + log Z_s.  The difference is taken
-    # before the sum, the ratio before the logarithm: nearly equal models lose no digits to cancellation.
+    # before the sum, the ratio before the logarithm: equal models have exactly 0, nearly equal ones a rounding of
+    # about 1e-7 nats, not of the logits' own size.
     t, s = centred(teacher, teacher_temperature), centred(student, student_temperature)
     width = max(t.shape[1], s.shape[1])
     t, s = (F.pad(z, (0, width - z.shape[1]), value=-torch.inf) for z in (t, s))
@@ -392,8 +393,11 @@ def rlt_reward(solution_logprobs, solution_lengths, token_kl, thought_lengths, *
 
     solution_logprobs: the student's, in nats; token_kl: in nats; the lengths of both (B,) live on the host.
     lam and alpha default to the paper's. An empty thought or solution raises ValueError naming the row; so do no rows
-    at all.
+    at all, and lengths of solutions and thoughts that are not as many.
     """
+    if len(solution_lengths) != len(thought_lengths):
+        raise ValueError(f"{len(solution_lengths)} solutions and {len(thought_lengths)} thoughts, expected one of each "
+                         "for a row")
     s = segment_stats(solution_logprobs, _lengths("solution", solution_logprobs, solution_lengths), impl=impl)
     k = segment_stats(token_kl, _lengths("thought", token_kl, thought_lengths), impl=impl)
     score = s.mean + alpha * s.min
@@ -511,8 +515,14 @@ def row_lengths(rows):
 
 
 def output_head(model, vocab=None):
-    """weight (V, H) and bias (V,) or None of the layer that makes logits, cut to the first `vocab` rows."""
+    """weight (V, H) and bias (V,) or None of the layer that makes logits, cut to the first `vocab` rows.
+
+    Raises ValueError where it has fewer.
+    """
     head = causal_lm(model).get_output_embeddings()
+    if vocab is not None and vocab > len(head.weight):
+        raise ValueError(f"vocab is {vocab}, but the head of {type(causal_lm(model)).__name__} has {len(head.weight)} "
+                         "rows: resize the model (resize_token_embeddings), or pass a smaller vocab")
     return head.weight[:vocab], head.bias if head.bias is None else head.bias[:vocab]
 
 
@@ -534,10 +544,12 @@ def hidden_states(model, sequences, *spans):
 
     sequences: B lists of ids. A span is a pair of starts (B,) and lengths (B,): one part of every sequence. All
     sequences are packed into one row and none attends to another; models that can't do that read them one by one.
-    What comes before the first span is the prompt: where several sequences have the same, it is read once.
+    What comes before the first span is the prompt: where several sequences have the same, it is read once. Raises
+    ValueError for an id that the model does not have.
     """
     packed = check_model(model)
     model = causal_lm(model)
+    _check_ids((i for s in sequences for i in s), len(model.get_input_embeddings().weight))
     lengths = torch.tensor([len(s) for s in sequences])
     begins = lengths.cumsum(0) - lengths
     at = [ranges(CPU, begins + start - 1, length) for start, length in spans]  # the state at t - 1 predicts token t
@@ -652,11 +664,16 @@ def head_logprobs(states, head, ids, temperature, buffer, impl):
 def flat_ids(lists, head):
     """Lists of ids as one tensor on the head's device. Raises ValueError for an id that the head does not have."""
     weight, _ = head
-    ids = torch.tensor([i for ids in lists for i in ids], dtype=torch.long)
-    if len(ids) and not 0 <= ids.min() <= ids.max() < len(weight):
-        raise ValueError(f"token ids run from {ids.min()} to {ids.max()}, expected 0 to {len(weight) - 1}: "
-                         "the tokenizer has more of them than vocab or the head")
-    return to_device(weight.device, ids)
+    return to_device(weight.device, _check_ids((i for ids in lists for i in ids), len(weight)))
+
+
+def _check_ids(ids, count):
+    """Ids as a tensor on the host. Raises ValueError where one is not below `count`."""
+    ids = torch.tensor(list(ids), dtype=torch.long)
+    if len(ids) and not 0 <= ids.min() <= ids.max() < count:
+        raise ValueError(f"token ids run from {ids.min()} to {ids.max()}, expected 0 to {count - 1}: "
+                         "the tokenizer has more of them than vocab or the model")
+    return ids
 
 
 def micro_batches(lengths, tokens, prompts=None):

@@ -102,7 +102,7 @@ class ChatTemplate:
     def __init__(self, tokenizer):
         self.tokenizer, name = tokenizer, _name(tokenizer)
         if tokenizer.chat_template is None:
-            raise UserError(f"{name} has no chat template: expected an instruct model's tokenizer.")
+            raise UserError(f"{name} has no chat template: pass an instruct model, or give the tokenizer one.")
         conversation = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": QUESTION}]
         self.folds_system = self.starts_as_finished = False
         self.folds_system = not self._has_system_turn(conversation)

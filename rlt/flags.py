@@ -18,6 +18,8 @@ from rlt.distributed import RANK
 from rlt.errors import FLAGS, UserError, flag_of, print_user_errors
 from rlt.report import REPORTS
 
+print_user_errors()  # before a script imports torch, which takes seconds: Ctrl-C may come in them
+
 RENAMED = {  # old flag: what it is now. Config files of old runs are read with these, too
     "max_sampler_gap": "max_logprob_diff",
     "final_lr": "final_lr_fraction",
@@ -88,8 +90,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(doc):
-    """A script's parser: its docstring, examples and all, is the start of --help. User errors become one line."""
-    print_user_errors()
+    """A script's parser: its docstring, examples and all, is the start of --help."""
     if not sys.stderr.isatty():  # no progress bars in files, of other packages and in scripts that this one starts
         os.environ.setdefault("TQDM_DISABLE", "1")
     if RANK:

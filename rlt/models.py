@@ -79,8 +79,8 @@ def resolve(name):
         return str(path.resolve())
     if name.count("/") <= 1 and not name.startswith((".", "/", "runs/")):
         return _downloaded_adapter(name) or name
-    raise UserError(f"{name} does not exist: expected a run folder, a model folder, a GGUF file, a hub id (org/name), "
-                    "smollm2 or toy.")
+    raise UserError(f"{name} {'is a file' if path.is_file() else 'does not exist'}: expected a run folder, a model "
+                    "folder, a GGUF file, a hub id (org/name), smollm2 or toy.")
 
 
 @functools.cache
@@ -180,9 +180,9 @@ def model_and_adapter_config(name):
 
 
 def is_toy(name):
-    """Whether a model is the toy, or trained from one: its vocabulary has fewer than 1,000 tokens, as no language
-    model's has."""
-    return model_and_adapter_config(name)["config"].get_text_config().vocab_size < 1000
+    """Whether a model is the toy, or trained from one: its vocabulary has fewer tokens than there are bytes, as no
+    language model's has."""
+    return model_and_adapter_config(name)["config"].get_text_config().vocab_size < 256
 
 
 def context_length(*names):
@@ -261,7 +261,8 @@ def load_tokenizer(name):
     """The tokenizer of a model, its tokenizer.json as it is, with a padding token. An adapter may have its base's.
 
     It gets the attribute `generation_eos`, the ids that the model's generation_config ends a turn with: with the chat
-    template's own, these are its `prompts.turn_ends`.
+    template's own, these are its `prompts.turn_ends`. Raises UserError where there is none, or it has more ids than the
+    model.
     """
     from transformers import PreTrainedTokenizerFast
     from transformers.utils.hub import cached_file
@@ -277,6 +278,12 @@ def load_tokenizer(name):
     with user_errors(f"{name} has no tokenizer that can be read, expected tokenizer.json in a model's or run folder"):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer.generation_eos = _generation_eos(base, tokenizer)
+    known = getattr(model_and_adapter_config(base)["config"].get_text_config(), "vocab_size", None)
+    if known and vocabulary_size(tokenizer) > known:
+        last = vocabulary_size(tokenizer) - 1
+        raise UserError(f"the tokenizer of {name} has ids up to {last} ({tokenizer.convert_ids_to_tokens(last)!r}), "
+                        f"its model knows {known}: resize it by model.resize_token_embeddings({last + 1}), and save "
+                        "both.")
     if tokenizer.eos_token_id is None and not tokenizer.generation_eos:
         raise UserError(f"the tokenizer of {name} has no end-of-sequence token: expected an instruct model's.")
     if tokenizer.eos_token_id is None:

@@ -749,6 +749,14 @@ def test_what_ends_in_one_line(error, code, said, capsys, monkeypatch):
     assert len(stderr.splitlines()) == 1 and stderr.startswith("train_rlt.py: ") and said in stderr
 
 
+def test_ctrl_c_is_one_line_before_torch_is_loaded(tmp_path):
+    """Importing it takes seconds. A finder in its place sends the signal."""
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    done = subprocess.run([sys.executable, ROOT / "train_rlt.py"], env=os.environ | {"PYTHONPATH": str(tmp_path)},
+                          capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "train_rlt.py: interrupted.\n")
+
+
 @pytest.mark.parametrize("script", ["train_rlt.py", "distill.py", "evaluate.py", "data/toy.py"])
 def test_errors_advise_the_flags_that_the_script_has(script):
     """Where memory is full, and after Ctrl-C."""
@@ -776,6 +784,14 @@ def broken_model(folder, what):
         damage(folder / what[8:], "cut")
     elif what.startswith("not JSON in "):
         (folder / what[12:]).write_text("{")
+    elif what == "more ids than rows":  # a padding token was added, and the model not resized
+        tokens = json.loads((folder / "tokenizer.json").read_text())
+        last = max(token["id"] for token in tokens["added_tokens"])
+        last = max(last, *tokens["model"]["vocab"].values())
+        tokens["added_tokens"].append(tokens["added_tokens"][0] | {"id": last + 1, "content": "[PAD]"})
+        (folder / "tokenizer.json").write_text(json.dumps(tokens))
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"vocab_size": last + 1}))
     elif what == "template":
         (folder / "chat_template.jinja").write_text("{% for message in messages %}{{ message")
     elif what == "another rank":
@@ -788,7 +804,8 @@ def broken_model(folder, what):
 
 @pytest.mark.parametrize("what", ["empty folder", "no config.json", "no model.safetensors", "no tokenizer.json",
                                   "half of model.safetensors", "half of config.json", "half of tokenizer.json",
-                                  "not JSON in config.json", "not JSON in tokenizer_config.json", "template"])
+                                  "not JSON in config.json", "not JSON in tokenizer_config.json", "template",
+                                  "more ids than rows"])
 def test_a_model_that_cannot_be_read_is_one_line(workshop, tmp_path, what):
     model = tmp_path / "model"
     shutil.copytree(workshop / "runs/toy", model)

@@ -356,6 +356,9 @@ def test_names(tmp_path, monkeypatch):
     for wrong in ("runs/typo", "./typo", "/no/such", "a/b/c"):
         with pytest.raises(UserError, match=f"{wrong} does not exist: expected a run folder, .* or toy"):
             models.resolve(wrong)
+    (tmp_path / "rows.jsonl").touch()
+    with pytest.raises(UserError, match="rows.jsonl is a file: expected a run folder"):
+        models.resolve("./rows.jsonl")
 
 
 def test_devices():

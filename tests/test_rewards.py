@@ -93,6 +93,12 @@ def test_impossible_lengths_name_the_row(solution, thought, message):
         rlt_reward(torch.zeros(2), solution, torch.zeros(2), thought)
 
 
+def test_solutions_and_thoughts_are_as_many():
+    """One solution would be broadcast over all thoughts."""
+    with pytest.raises(ValueError, match="1 solutions and 2 thoughts, expected one of each"):
+        rlt_reward(torch.zeros(2), [2], torch.zeros(2), [1, 1])
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Logits to a number a token
 
@@ -460,6 +466,18 @@ def test_wrong_rows_and_settings_stop_before_the_models_run(pair):
         score_explanations(None, None, rows, kl="k3")
     with pytest.raises(ValueError, match="token ids run from .* expected 0 to 9"):
         score_explanations(*pair, rows, vocab=10)
+    with pytest.raises(ValueError, match=f"vocab is {V + 1}, but the head of Qwen2ForCausalLM has {V} rows"):
+        score_explanations(*pair, rows, vocab=V + 1)
+
+
+@pytest.mark.parametrize("field", ["teacher_prompt", "thought", "teacher_end", "student_prompt", "bridge", "solution"])
+@pytest.mark.parametrize("wrong", [-1, V, 10**6])
+def test_ids_that_a_model_lacks_are_named_wherever_they_are(pair, field, wrong):
+    """On a GPU they would end the process."""
+    row = make_rows()[0]
+    row = row._replace(**{field: [*getattr(row, field), wrong]})
+    with pytest.raises(ValueError, match=f"token ids run from .*{wrong}.*, expected 0 to {V - 1}"):
+        score_explanations(*pair, [row])
 
 
 def test_float64_models_are_scored_in_float64_and_reported_in_float32(pair):
