@@ -99,16 +99,17 @@ def gradable(task, rows, *, seed=0, seconds=5.0, workers=2):
 
 
 def task_of(rows):
-    """The task that grades rows by their columns, or None. Rows with text for an answer count as gsm8k, whose grader
-    reads any number, boxed or not."""
-    for task in ("countdown", "gpqa", "gsm8k"):
+    """The task that grades most of these rows by their columns, or None. Rows with text for an answer count as gsm8k,
+    whose grader reads any number, boxed or not."""
+
+    def has_gold(task, row):
         try:
-            for row in rows:
-                gold_answer(task, with_choices(row))
-            return task
+            return gold_answer(task, with_choices(row)) is not None
         except UserError:
-            continue
-    return None
+            return False
+
+    tasks = ("countdown", "gpqa", "gsm8k")
+    return next((task for task in tasks if sum(has_gold(task, row) for row in rows) > len(rows) / 2), None)
 
 
 def with_choices(row, seed=0):

@@ -105,6 +105,7 @@ def _row(raw, named, require_solution):
     row |= {ours: _number_as_text(raw[name]) for ours, name in named.items()}
     if named.get("explanation") == "answer" and "solution" not in named and "####" in str(raw["answer"]):  # GSM8K
         row["explanation"], _, row["solution"] = _solution_of(raw["answer"]).rpartition("\n")
+    row["solution"] = _number_as_text(row["solution"])
     _check_texts(row, raw, columns, named, require_solution)
     return row
 
@@ -175,7 +176,7 @@ def _by_schema(columns):
     if names >= {"question", "solution"}:
         return {"question": columns["question"], "solution": columns["solution"]}
     if names >= {"question", "correct answer"}:  # GPQA: rlt/grading.py adds the choices
-        return {"question": columns["question"], "solution": _number_as_text(columns["correct answer"])}
+        return {"question": columns["question"], "solution": columns["correct answer"]}
     if names >= {"body", "question", "answer"}:  # SVAMP
         question = f"{_text(columns, 'body').strip()} {_text(columns, 'question').strip()}"
         return {"question": BOXED + question, "solution": _solution_of(columns["answer"])}
@@ -326,14 +327,16 @@ def leaks(explanation, solution):
     """Whether the explanation gives the solution away instead of arriving at it: `leak` in logs, tables and figures.
 
     It does where one of these stands before its middle, or with next to nothing around it:
-      - the solution, word for word
+      - the solution, word for word, if it has more than two characters: "5" or "A" may stand in any text
       - a statement of the answer: "the answer is 144", "\\boxed{144}", "#### 144". The answer is what the solution's
         last box holds, or a solution of few words itself. A box may have it in another notation
-    And where it is a boxed solution's answer alone, with at most three words before it: "144", "It is 144."
+    And where it is a boxed solution's answer alone, with at most three words before it: "144", "It is 144." Made for
+    English, and other languages with blanks between words only as far as the solution itself stands there.
     """
     text = f" {' '.join(explanation.split())} "
     wanted = f" {' '.join(solution.split())} "
-    found = [(text.find(wanted), len(wanted.split()))] if wanted in text else []
+    stands = wanted in text and len(wanted.strip()) > 2
+    found = [(text.find(wanted), len(wanted.split()))] if stands else []
     in_box = " ".join((answer_of("math500", solution) or "").split())
     answer = in_box or (wanted.strip() if len(wanted.split()) <= 5 else "")
     if answer and (statement := _statement(answer).search(text)):

@@ -54,7 +54,7 @@ def _rows(source):
         return _json_lines(source, _text(path))
     if kind == ".json":
         return _json(source, _text(path))
-    return _numbered(source, _csv(_text(path, newline=""), "\t" if kind == ".tsv" else ","))
+    return _numbered(source, _csv(source, _text(path, newline=""), "\t" if kind == ".tsv" else ","))
 
 
 def _numbered(source, rows):
@@ -104,26 +104,40 @@ def _json(source, file):
     return _numbered(source, table)
 
 
-def _csv(file, delimiter):
+def _csv(source, file, delimiter):
     csv.field_size_limit(2**31 - 1)
     with file:
-        reader, header = csv.reader(file, delimiter=delimiter, strict=True), None
+        reader, header, line = csv.reader(file, delimiter=delimiter, strict=True), [], 0
         while True:
             try:
                 values = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
+                if str(error) == "unexpected end of data":  # no row: all that is left of the file
+                    raise UserError(f"{source} line {line + 1} opens a quote that is never closed: close it.") from None
                 yield UserError(f"is not CSV ({error})")
                 continue
-            if header is None:
+            finally:
+                line = reader.line_num
+            if not header:  # the first line that is not empty
                 header = values
+                _check_header(source, header, delimiter)
             elif values and len(values) != len(header):
                 yield UserError(f"has {len(values)} values for {len(header)} columns")
             elif any(map(BROKEN.search, values)):
                 yield UserError("is not UTF-8: save the file as UTF-8")
             elif values:
                 yield dict(zip(header, values, strict=True))
+
+
+def _check_header(source, header, delimiter):
+    """Raise UserError unless the columns are each named once, and are apart."""
+    if twice := [name for name in header if header.count(name) > 1]:
+        raise UserError(f'{source} has the column "{twice[0]}" more than once: rename or drop one.')
+    other = next((mark for mark in ";\t,|" if len(header) == 1 and mark != delimiter and mark in header[0]), None)
+    if other:
+        raise UserError(f"{source} has one column, {header[0]!r}: separate columns by {delimiter!r}, not {other!r}.")
 
 
 def _parquet(path):

@@ -733,3 +733,4 @@ def test_a_row_of_question_and_solution_alone_is_graded_by_its_solution(solution
 def test_the_task_of_rows_that_nobody_named(row, task):
     assert task_of([row | {"where": "row", "question": "Q"}] * 3) == task
     assert task_of([row | {"where": "row", "question": "Q"}, {"where": "row", "question": "Q"}]) is None
+    assert task_of([row | {"where": "row", "question": "Q"}] * 2 + [{"where": "row", "question": "Q"}]) == task

@@ -31,7 +31,7 @@ def load(tmp_path, *rows, **options):
         ({"question": "q", "answr": "a"}, 'has no "question" and "solution"; columns found: question, answr'),
         ({"question": "q", "solution": "  "}, "has an empty solution"),
         ({"question": "", "solution": "s"}, "has an empty question"),
-        ({"question": "q", "solution": 3}, "has solution of type int, expected text"),
+        ({"question": "q", "solution": [3]}, "has solution of type list, expected text"),
         ({"question": ["q"], "solution": "s"}, "has question of type list, expected text"),
         ({"question": "q", "solution": None}, "has an empty solution"),
         ('{"question": "q", "solution": NaN}', "has an empty solution"),
@@ -393,6 +393,10 @@ TEXT = "We have $12^2 = 144$.\n\nSo it is \\boxed{144}."
         ("\\boxed{\\dfrac12} " + LONG, "\\boxed{\\frac{1}{2}}", True),  # the same in another notation
         ("\\boxed{ 1,024.0 } " + LONG, "It is \\boxed{1024}.", True),
         ("\\boxed{145} " + LONG, TEXT, False),
+        ("There are 5 apples in each bag. " + LONG, "5", False),  # it may be the question's
+        ("The answer is 5. " + LONG, "5", True),
+        ("A train leaves. " + LONG, "A", False),
+        ("The answer is A. " + LONG, "A", True),
     ],
 )
 def test_a_statement_of_the_boxed_answer_is_a_leak(explanation, solution, leak):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 from rlt.errors import UserError
 from rlt.rows import load_rows
@@ -92,7 +93,6 @@ def test_bytes_that_are_no_utf_8_are_that_rows(tmp_path):
         ("question,solution\nq,s\nonly one\nq,s\n", "row 1 has 1 values for 2 columns", 2),
         ("question,solution\nq,s\nq,s,more\nq,s\n", "row 1 has 3 values for 2 columns", 2),
         ('question,solution\nq,"s"x\nq,s\n', "row 0 is not CSV", 1),
-        ('question,solution\nq,s\nq,"never closed\nq,s\n', "row 1 is not CSV", 1),  # not rows that swallow others
     ],
 )
 def test_bad_rows_of_csv(tmp_path, text, bad, kept):
@@ -100,6 +100,25 @@ def test_bad_rows_of_csv(tmp_path, text, bad, kept):
     path.write_text(text)
     assert bad in complaint(path)
     assert len(load_rows(path, skip_bad=True)) == kept
+
+
+@pytest.mark.parametrize(("text", "reason"), [
+    ('question,solution\nq,s\nq,"never closed\nq,s\n', "line 3 opens a quote that is never closed: close it"),
+    ('question,solution\nq,"two\nlines"\nq,"never closed\nq,s\n', "line 4 opens a quote"),
+    ("question,solution,solution\nq,s,t\n", 'has the column "solution" more than once'),
+    ("question;solution\nq;s\n", "has one column, 'question;solution': separate columns by ',', not ';'"),
+])
+def test_what_would_lose_rows_of_csv_in_silence_is_refused(tmp_path, text, reason):
+    """Also where bad rows are left out: what the file says of all others is not known."""
+    (tmp_path / "rows.csv").write_text(text)
+    for skip in (False, True):
+        with pytest.raises(UserError, match=re.escape(reason)):
+            load_rows(tmp_path / "rows.csv", skip_bad=skip)
+
+
+def test_empty_lines_before_the_header_are_none(tmp_path):
+    (tmp_path / "rows.csv").write_text("\n\nquestion,solution\nq,7\n")
+    assert [row["solution"] for row in load_rows(tmp_path / "rows.csv")] == ["7"]
 
 
 def test_csv_holds_long_texts_and_lists(tmp_path):
