@@ -11,7 +11,7 @@ Each line of --out is a row: question, solution, explanation, reward, score, kl,
 (system, user, assistant) that any SFT tool takes. The explanation is the teacher's raw text, between the student's
 tags. Explanations with tags or special tokens are left out, and nothing else unless asked for. With --score-file the
 teacher writes nothing: it scores explanations that exist already. With --solver the model is a student that answers the
-questions, and what the grader accepts is kept.
+questions, and what the grader accepts is kept; empty answers never are.
 """
 
 import json
@@ -25,6 +25,7 @@ from rlt.console import print_next, print_progress, progress_bar
 from rlt.defaults import settle
 from rlt.distributed import all_gather_object, init_distributed
 from rlt.dry_run import ModelFootprint, dry_run
+from rlt.errors import UserError
 from rlt.files import read_jsonl, write_atomically
 from rlt.grading import GOLD, TASKS, answer_of, gradable, grade_all
 from rlt.inspection import ROWS, token_numbers
@@ -199,6 +200,8 @@ def solve(rows, batch):
 def keep(line):
     if args.drop_unclosed and not line["closed"] or not args.keep_wrong and not line.get("right", True):
         return False
+    if not line["messages"][-1]["content"].strip():  # of --solver
+        return False
     return not line.get("foreign_tags")  # a student that is trained on it would learn to forge a solution block
 
 
@@ -242,6 +245,11 @@ def write_partitions(lines, k):
 
 
 lines = read_jsonl(output.path)
+if not lines:
+    reasons = ["those that the grader found wrong"] * (args.solver and not args.keep_wrong)
+    reasons += ["unclosed ones"] * args.drop_unclosed + ["those with tags or special tokens"]
+    raise UserError(f"{output.path} has no rows. Left out were {', '.join(reasons)}: pass a better --model, "
+                    "or one that has learned the format, more --max-new-tokens, or other rows.")
 if args.partition:
     write_partitions(lines, args.partition)
 shown = [key for key in ("reward", "score", "kl", "right", "closed", "leak", "length") if lines and key in lines[0]]

@@ -116,6 +116,11 @@ for row, (ids, start) in map_rows(rows, lambda row: prompts.sft_row(row, args.fo
 if cut:
     print(f"{cut} of {len(rows)} rows are longer than {max_tokens} tokens and were cut; "
           f"{len(rows) - len(examples)} of them have no supervised tokens left and are dropped")
+if not examples:
+    raise UserError(f"no row has supervised tokens within {max_tokens} tokens: raise --max-tokens, or pass a "
+                    "--model that reads more.")
+if empty := sum(not x.row.get("messages") and not x.row["explanation"].strip() for x in examples):
+    print(f"{empty} of {len(examples)} rows have an empty explanation: they teach to answer without a thought")
 held_out = args.val_rows if args.eval_every else 0
 if len(examples) <= held_out:
     raise UserError(f"{len(examples)} rows, --val-rows takes {held_out} of them: give more rows, or lower it.")

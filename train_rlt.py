@@ -218,7 +218,7 @@ def summarize(batch, explanations, scored, rewards):
         "zero_groups": (groups == groups[:, :1]).all(1).float().mean().item(),
         **{key: getattr(scored.reward, key).mean().item() for key in ("score", "kl", "score_min", "kl_max")},
         "closed": sum(e.closed for e in explanations) / B,
-        "empty": sum(not e.thought for e in explanations) / B,
+        "empty": sum(not e.text.strip() for e in explanations) / B,
         "foreign_tags": sum(e.foreign_tags for e in explanations) / B,
         "boundary_token_split": sum(bool(e.leftover.strip()) for e in explanations) / B,
         "leak": sum(leaks(e.text, row["solution"]) for e, row in zip(explanations, batch, strict=True)) / B,

@@ -62,8 +62,8 @@ class Explanation(NamedTuple):
 
     @property
     def complete(self):
-        """Closed, and with a thought: the reward of any other has the penalty."""
-        return bool(self.closed and self.thought)
+        """Closed, and with a text: the reward of any other has the penalty."""
+        return bool(self.closed and self.text.strip())
 
 
 class Prompts:
@@ -190,13 +190,16 @@ class Prompts:
         text = row.get(column)
         if text is not None and not isinstance(text, str):
             raise UserError(f"has {column} of type {type(text).__name__}, expected text: fix it")
+        if text is None and column in row:
+            raise UserError(f"has an empty {column}: give it one")
         if text is None:
-            raise UserError(f'has no "{column}" (columns found: {", ".join(row)}): give the rows one')
+            found = ", ".join(name for name in row if name != "where")
+            raise UserError(f'has no "{column}" (columns found: {found}): give the rows one')
         return self._without(self._special_or_tag, text, column)
 
-    def _without(self, pattern, text, column):
+    def _without(self, pattern, text, column, remedy="take it out"):
         if found := pattern.search(text):
-            raise UserError(f'has "{found[0]}" in its {column}, which a model would take for its own tag: take it out')
+            raise UserError(f'has "{found[0]}" in its {column}, which a model would take for its own tag: {remedy}')
         return text
 
     # what a model wrote
@@ -295,12 +298,15 @@ class Prompts:
         if view == "student" and "messages" in row:
             messages = row["messages"]
             for message in messages:
-                self._without(self._special, message["content"], "messages")
+                self._without(self._special, message["content"], "messages",
+                              'take it out, or, where it marks a thought, call the column "conversations"')
         else:
             text = self._text(row, "explanation").strip("\n") + "\n\n"
             messages = self.chat_messages({name: self._text(row, name) for name in ("question", "solution")}, text)
         if view == "student":
             *before, answer = messages
+            if not answer["content"].strip():
+                raise UserError("has messages that end with an empty assistant turn: give it a text")
             prompt = self.encode(self.template.prompt(before))
             supervised, = self._encode_in_turn("", answer["content"])
         else:

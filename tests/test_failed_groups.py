@@ -212,7 +212,7 @@ def test_what_is_revealed_of_a_real_text(qwen_tokenizer):
     assert text.startswith("<|begin_of_thought|>\n\nTwo and two.\n\nSo it is four (4") and "end_of_thought" not in text
     half = prompts.revealed_chain(row, 0.5)
     assert half == whole[: len(half)] and len(prompts.student_prompt(row)) < start + len(half) < start + len(whole)
-    for text, complaint in (("\n \n", "has an empty explanation"), (None, 'has no "explanation"'),
+    for text, complaint in (("\n \n", "has an empty explanation"), (None, "has an empty explanation"),
                             ("a <|end_of_thought|>", "in its explanation, which a model would take for its own tag")):
         with pytest.raises(UserError, match=complaint):
             prompts.revealed_chain(row | {"explanation": text}, 0.5)

@@ -209,6 +209,21 @@ def test_special_tokens_and_tags_in_a_row_are_refused(prompts, text, capsys):
             assert "1 of 2 rows left out, the first: here has" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("text", "complete"), [("", False), ("\n\n", False), (" ", False), ("So.", True)])
+def test_an_explanation_of_blanks_is_none(prompts, text, complete):
+    """Or a teacher would learn to write one, and none would have the penalty."""
+    explanation = prompts.split_completion(sampled(prompts, text), finished=True)
+    assert explanation.closed and explanation.complete is complete
+    explanation = prompts.split_completion(*prompts.encode_explanation({**ROW, "explanation": text}))
+    assert explanation.closed and explanation.complete is complete
+
+
+def test_an_empty_answer_is_nothing_to_learn(prompts):
+    *before, answer = prompts.chat_messages(ROW, "Think.\n\n")
+    with pytest.raises(UserError, match="messages that end with an empty assistant turn"):
+        prompts.sft_row({**ROW, "messages": [*before, {**answer, "content": "\n"}]}, "student")
+
+
 def test_messages_may_have_our_tags_and_no_special_tokens(prompts):
     messages = prompts.chat_messages(ROW, "Think.\n\n")
     for n in range(3):

@@ -807,6 +807,30 @@ def test_partitions_by_rank(workshop, tmp_path):
             assert ordered == sorted(ordered), "no reward of a part is above one of the next"
 
 
+@pytest.mark.parametrize(("right", "flags", "reasons"), [
+    (False, (), "those that the grader found wrong, those with tags or special tokens"),
+    (True, ("--drop-unclosed", "--max-new-tokens", 1), "unclosed ones, those with tags or special tokens")])
+def test_a_file_without_rows_is_no_success(workshop, tmp_path, monkeypatch, right, flags, reasons):
+    monkeypatch.setattr("rlt.grading.grade_all", lambda task, outputs, rows: [right] * len(outputs))
+    model = ("--model", "toy-teacher") if right else ("--model", "toy", "--solver")
+    ending = ended(workshop, "distill.py", *model, "--limit", 4, "--max-new-tokens", 4, *flags,
+                   "--out", tmp_path / "none.jsonl")
+    assert ending.code == 2 and f"has no rows. Left out were {reasons}: pass" in ending.stderr, ending
+    assert "Next:" not in ending.stdout
+
+
+def test_empty_explanations_are_counted(workshop, tmp_path, capsys):
+    """A CSV file can't tell them from missing ones."""
+    rows = [row | {"explanation": row["explanation"] * (n % 2)}
+            for n, row in enumerate(read_jsonl(workshop / "runs/toy/train.jsonl")[:8])]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--data", tmp_path / "rows.jsonl", "--steps", 1, "--val-rows", 2, "--out", tmp_path / "run")
+    call(workshop, "sft_student.py", *flags)
+    assert "4 of 8 rows have an empty explanation" in capsys.readouterr().out
+    cut = ended(workshop, "sft_student.py", *flags[:-1], tmp_path / "cut", "--max-tokens", 2)
+    assert cut.code == 2 and "no row has supervised tokens within 2 tokens: raise --max-tokens" in cut.stderr
+
+
 def test_a_solver_keeps_what_the_grader_accepts(workshop, tmp_path, monkeypatch):
     monkeypatch.setattr("rlt.grading.grade_all",
                         lambda task, outputs, rows: [i % 3 == 0 for i in range(len(outputs))])
