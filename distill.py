@@ -252,7 +252,7 @@ if not lines:
                     "or one that has learned the format, more --max-new-tokens, or other rows.")
 if args.partition:
     write_partitions(lines, args.partition)
-shown = [key for key in ("reward", "score", "kl", "right", "closed", "leak", "length") if lines and key in lines[0]]
+shown = [key for key in ("reward", "score", "kl", "right", "closed", "leak", "length") if key in lines[0]]
 means = " | ".join(f"{key} {sum(line[key] for line in lines) / len(lines):.4g}" for key in shown)
 if output.dropped:
     print(f"{output.dropped} explanations have a reward that is NaN or infinite: they are left out")

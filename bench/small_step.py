@@ -49,7 +49,7 @@ def prompts_read_for_each():
         yield
 
 
-INSIDE = {  # the other ways
+INSIDE = {  # a way: what makes the difference while it runs
     "each": prompts_read_for_each,
     "generate": lambda: mock.patch.object(decode_steps, "suits", lambda *_: False),
 }

@@ -35,6 +35,7 @@ TABLES = {  # what a page calls the block: the function that writes it
     "smollm2 training": smollm2_results.curves_table,
     "smollm2 explanations": smollm2_results.explanations_table,
     "smollm2 answers": smollm2_results.answers_table,
+    "smollm2 RL": smollm2_results.rl_table,
     "smollm2 public": smollm2_results.multiarith_table,
     "bench text": benchmarks.scoring_table,
     "small step": benchmarks.small_step_table,

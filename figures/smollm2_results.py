@@ -21,7 +21,7 @@ BY_LAMBDA = LOGS / "smollm2_samples.jsonl"  # of one problem, by teachers with t
 STUDENTS = ("base", "solutions only", "warm-up teacher", "score only", "best of 8", "RLT", "warmed-up student",
             "direct RL", "RL after RLT", "on-policy, warm-up teacher",
             "on-policy, RLT", "on-policy, RLT, KL alone", "right chains")
-COMPARED = (("RLT", "warm-up teacher"), ("best of 8", "RLT"))  # students; above ...
+COMPARED = (("RLT", "warm-up teacher"), ("best of 8", "RLT"), ("RL after RLT", "RLT"))  # students; above ...
 NAMES = LABELS | {"best of 8": "best of 8, no RL", "warmed-up student": "the warm-up's own rows, easier problems",
                   "right chains": "right chains",
                   "on-policy, warm-up teacher": "its own words, corrected by the warm-up teacher",
@@ -191,6 +191,22 @@ def answers_table():
         shares = [found[key] for key in ("mean", "right_result", "answer_is_result", "same_answer")]
         cells = " | ".join(f"{100 * share:.0f} %" for share in shares)
         lines.append(f"| {NAMES.get(row['arm'], row['arm'])} | {row['seed']} | {cells} |")
+    return "\n".join([*lines, ""])
+
+
+def rl_table():
+    """RL on correctness: first and last five steps, and how many groups had nothing to learn from."""
+    lines = ["| student | seed | steps | right answers, T = 1 | groups all right or all wrong | tokens in an answer |",
+             "| --- | --- | --- | --- | --- | --- |"]
+    for arm in ("direct RL", "RL after RLT"):
+        for row in rows_of(arm) or rows_of(f"training of {arm}"):
+            values = {key: [statistics.fmean(entry[key] for entry in part)
+                            for part in (row["curve"][:5], row["curve"][-5:])]
+                      for key in ("solved", "zero_groups", "length")}
+            cells = [" → ".join(f"{100 * value:.0f}" for value in values[key]) + " %"
+                     for key in ("solved", "zero_groups")]
+            cells.append(" → ".join(f"{value:.0f}" for value in values["length"]))
+            lines.append(f"| {NAMES.get(arm, arm)} | {row['seed']} | {len(row['curve'])} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 

@@ -2,9 +2,8 @@
 """
 Decode steps: each gives all rows of a batch one token.
 
-transformers' generate copies its cache at every step, and each key once for each head that reads it: on a CPU that is
-half of its time. Here the cache has room for some more tokens than it holds, is extended a block at a time, and heads
-read the keys that they share.
+transformers' generate copies its cache at every step, and a key once for each head that reads it. Here the cache has
+room for some more tokens than it holds, is extended a block at a time, and heads read the keys that they share.
 
 So a step reads and writes the same addresses every time, and on a CUDA GPU it is a CUDA graph: a step is two thousand
 small kernels, which Python takes 80 to 150 ms to launch and an H100 a fraction of it to run. A graph launches them all

@@ -155,8 +155,8 @@ def sample(decode, recorder, sequences, max_new_tokens, ends, *, greedy):
 def draw(logprobs):
     """An id of each row: (B, V) -> (B, 1). Where a row is NaN, its last.
 
-    By one random number of each row. torch.multinomial takes one of each column: with 49,152 on a CPU that is as long
-    as a forward pass of a model of 135M.
+    By one random number of each row. torch.multinomial takes one of each column, which on a CPU can take as long as the
+    step of a small model.
     """
     cumulated = logprobs.exp().cumsum(-1, dtype=torch.float64)  # in 32 bits rounding would change what is rare
     at = torch.rand(len(logprobs), 1, dtype=torch.float64, device=logprobs.device) * cumulated[:, -1:]
