@@ -87,11 +87,16 @@ def scoring_table():
     return "\n".join([*lines, ""])
 
 
-WAYS = {"prompts": ("shared prompts", "each", "once"), "bits": ("bits of the weights", 32, 16)}  # slower, faster
+WAYS = {  # what is compared, its slower way, its faster way
+    "prompts": ("shared prompts", "each", "once"),
+    "sampler": ("decode steps", "generate", "steps"),
+    "bits": ("bits of the weights", 32, 16),
+}
+WORDS = {"generate": "transformers' generate", "steps": "our own"}
 
 
 def small_step_table():
-    """What the parts of a step with a small model gain by each of two measures."""
+    """What the parts of a step with a small model gain by each of three measures."""
     rows = read_log("small_step.jsonl", "python bench/small_step.py --compare bits --data rows.jsonl")
     lines = ["| processor | | rollout | score | update | step |", "| --- | --- | --- | --- | --- | --- |"]
     for kind, (title, slow, fast) in WAYS.items():
@@ -100,14 +105,16 @@ def small_step_table():
         medians = [[statistics.median(row[f"t_{part}"] for row in ways[way]) for way in (slow, fast)]
                    for part in ("rollout", "score", "update", "step")]
         ratios = [before / after for before, after in medians]
-        lines.append(f"| {processor} | {title}: {fast}, not {slow} | {' | '.join(f'{x:.1f}' for x in ratios)} |")
+        ways = f"{WORDS.get(fast, fast)}, not {WORDS.get(slow, slow)}"
+        lines.append(f"| {processor} | {title}: {ways} | {' | '.join(f'{x:.1f}' for x in ratios)} |")
     by_bits = {bits: [row for row in rows if row["way"] == bits] for bits in (16, 32)}
     gaps = " and ".join(f"{statistics.fmean(row['gap'] for row in own):.1e} nats a token with {bits} bits"
                         for bits, own in by_bits.items())
     one, rounds = rows[0], len(by_bits[16])
     return "\n".join([*lines, "", "How many times as fast a step of RLT is with SmolLM2-135M as teacher and student, "
                       f"{one['questions'] * one['group_size']} explanations, medians of {rounds} rounds in turn. "
-                      f"Sampler and trainer are apart by {gaps}.", ""])
+                      f"Sampler and trainer are apart by {gaps}. Where prompts and bits are compared, transformers' "
+                      "generate samples.", ""])
 
 
 def speed(row):
