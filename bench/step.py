@@ -163,13 +163,13 @@ def decode(teacher, size, batch, context, matmul, graph=True):
 
     def timed(self, *arguments):
         times.append(time.perf_counter())  # every step before it is done: that all rows have ended was asked
-        return record(self, *arguments)
+        return log_softmax(self, *arguments)
 
     can_batch(teacher, EndlessTokenizer(size).pad_token_id)  # measured once for a model, by generate as it is
-    record, suits = _LogprobRecorder.__call__, decode_steps.suits
+    log_softmax, suits = _LogprobRecorder.log_softmax, decode_steps.suits
     with (mock.patch("rlt.rollout._read_prompts_once", prompts_read),
           mock.patch("rlt.decode_steps.suits", lambda *model: graph and suits(*model)),
-          mock.patch.object(_LogprobRecorder, "__call__", timed)):
+          mock.patch.object(_LogprobRecorder, "log_softmax", timed)):
         peak = peak_bytes(run, teacher)
         if not CUDA:  # again, without counting bytes
             run()

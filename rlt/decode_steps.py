@@ -68,6 +68,13 @@ class DecodeSteps:
             self._capture()
         return logits
 
+    def keep(self, rows):
+        """Go on with some rows (N,) of the batch alone."""
+        self.graph = self.logits = None
+        for layer in self.cache.layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        self.ids, self.positions, self.bias = self.ids[rows], self.positions[rows], self.bias[rows]
+
     def _capture(self):
         """Make the next step a graph. Nothing is computed."""
         stream = torch.cuda.current_stream()

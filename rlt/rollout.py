@@ -117,39 +117,47 @@ def generate(model, tokenizer, prompts, *, max_new_tokens, temperature, seed):
         try:
             if own_steps and cache is not None:
                 steps = DecodeSteps(model, cache, mask.to(device), steps=max_new_tokens)
-                sequences = sample(steps, recorder, ids.to(device), max_new_tokens, ends, greedy=temperature == 0)
+                sampled, logprobs = sample(steps, recorder.log_softmax, ids[:, -1:].to(device), max_new_tokens, ends,
+                                           greedy=temperature == 0)
             else:
                 sequences = model.generate(
                     input_ids=ids.to(device), attention_mask=mask.to(device), past_key_values=cache,
                     generation_config=_generation_config(max_new_tokens, temperature, ends, tokenizer.pad_token_id),
                     logits_processor=LogitsProcessorList([recorder]))
+                sampled, logprobs = sequences[:, ids.shape[1] :], recorder.logprobs(sequences)
         except RuntimeError as error:
             if "probability tensor contains" not in str(error):
                 raise
             raise UserError(f"{type(model).__name__} {NOT_FINITE}") from None
-    sampled = sequences[:, ids.shape[1] :].tolist()
-    logprobs = recorder.logprobs(sequences).tolist()
-    completions = [_cut_at_end(*pair, ends) for pair in zip(sampled, logprobs, strict=True)]
+    completions = [_cut_at_end(*pair, ends) for pair in zip(sampled.tolist(), logprobs.tolist(), strict=True)]
     if temperature > 0:  # what is greedy is looked at by those who have the model's name
         check_finite(type(model).__name__, completions)
     return completions
 
 
-def sample(decode, recorder, sequences, max_new_tokens, ends, *, greedy):
-    """Sequences (B, T) with up to max_new_tokens more, until each has one of `ends`. decode: DecodeSteps.
+def sample(decode, log_softmax, last, max_new_tokens, ends, *, greedy):
+    """Ids and their log-probs, (B, T) each, until every row has one of `ends`; what follows it means nothing.
 
-    What transformers' generate does, without its checks between the steps.
+    decode: DecodeSteps. log_softmax(logits): what is drawn from. last (B, 1): the last ids of the prompts. Rows that
+    have ended are dropped once they are half of those that are left.
     """
-    stops = torch.tensor([*ends], device=sequences.device)
-    ended = torch.zeros_like(sequences[:, :1], dtype=torch.bool)
-    for _ in range(max_new_tokens):
-        scores = recorder(sequences, decode(sequences[:, -1:]))
-        drawn = scores.argmax(-1, keepdim=True) if greedy else draw(scores)
-        sequences = torch.cat([sequences, drawn], 1)
-        ended |= torch.isin(drawn, stops)
-        if ended.all():
+    stops, rows = torch.tensor([*ends], device=last.device), torch.arange(len(last), device=last.device)
+    ids = last.new_zeros(len(last), max_new_tokens)
+    logprobs = torch.zeros_like(ids, dtype=torch.float32)
+    ended = torch.zeros_like(rows, dtype=torch.bool)  # of the rows that are left
+    for at in range(max_new_tokens):
+        scores = log_softmax(decode(last))
+        last = scores.argmax(-1, keepdim=True) if greedy else draw(scores)
+        ids[rows, at], logprobs[rows, at] = last[:, 0], scores.gather(1, last)[:, 0]
+        ended |= torch.isin(last[:, 0], stops)
+        left = len(rows) - int(ended.sum())
+        if left == 0:
             break
-    return sequences
+        if 2 * left <= len(rows):
+            going_on = (~ended).nonzero()[:, 0]
+            decode.keep(going_on)
+            rows, last, ended = rows[going_on], last[going_on], ended[going_on]
+    return ids[:, : at + 1], logprobs[:, : at + 1]
 
 
 def draw(logprobs):
@@ -263,19 +271,24 @@ class _LogprobRecorder:
 
     def __init__(self, temperature, vocab, max_new_tokens):
         self.temperature, self.vocab, self.max_new_tokens = temperature, vocab, max_new_tokens
-        self.log_softmax, self.drawn = None, []
+        self.latest, self.drawn, self.steps = None, [], 0
 
     def __call__(self, ids, logits):
-        if self.log_softmax is not None:
+        if self.latest is not None:
             self._record(ids)
-        show_activity(f"sampling token {len(self.drawn) + 1} of at most {self.max_new_tokens}")
+        self.latest = self.log_softmax(logits)
+        return self.latest
+
+    def log_softmax(self, logits):
+        """What is drawn from: (B, V) -> (B, V)."""
+        self.steps += 1
+        show_activity(f"sampling token {self.steps} of at most {self.max_new_tokens}")
         logits = logits.float()
         logits[:, self.vocab :] = float("-inf")
-        self.log_softmax = torch.log_softmax(logits / self.temperature, -1)
-        return self.log_softmax
+        return torch.log_softmax(logits / self.temperature, -1)
 
     def _record(self, ids):
-        self.drawn.append(self.log_softmax.gather(1, ids[:, -1:])[:, 0])
+        self.drawn.append(self.latest.gather(1, ids[:, -1:])[:, 0])
 
     def logprobs(self, sequences):
         """(B, T) of all ids drawn. sequences (B, prompt + T): what generate returned."""

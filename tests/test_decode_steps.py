@@ -9,13 +9,12 @@ import weakref
 from unittest import mock
 
 from rlt import decode_steps, models, rollout
-from rlt.chat_template import turn_ends, vocabulary_size
 from rlt.errors import UserError
 
 import pytest
 import torch
 from conftest import ROOT
-from test_rollout import ARCHITECTURES, PROMPTS, draw, own_logprobs, sampled_logprobs
+from test_rollout import ARCHITECTURES, EOS, PROMPTS, draw, own_logprobs, sampled_logprobs
 from transformers.integrations import sdpa_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -80,22 +79,31 @@ def test_attention_with_more_to_it_is_that_of_transformers(monkeypatch):
 
 @pytest.mark.parametrize("temperature", [0, 0.7, 1.0])
 def test_what_is_drawn_is_what_generate_draws(temperature, tiny_model, tokenizer, monkeypatch):
-    """The same seed, prompts, ends and draws: the same ids and log-probs, and it stops when the last row has ended."""
-    model, prompts, ends = tiny_model(64), PROMPTS * 8, turn_ends(tokenizer)
+    """The same prompts, ends and draws: the same ids and log-probs, also where rows that have ended are dropped, and it
+    stops when the last one has. A draw is made of a step's noise, one number for each id (Gumbel's trick)."""
+    model = tiny_model(64, initializer_range=0.3)
+    prompts = [[2, *(8 + (i * n) % 50 for n in range(1, 4 + i % 5))] for i in range(32)]
+    noise = torch.rand(41, 64, generator=torch.Generator().manual_seed(1)).log().neg().log().neg()
+    noise[:, EOS] += 1.5
+
+    def drawn_from(logprobs):
+        steps.append(len(logprobs))
+        return (logprobs + noise[len(steps)]).argmax(-1, keepdim=True)
+
+    steps = []
+    monkeypatch.setattr(torch, "multinomial", lambda shares, num_samples: drawn_from(shares.log()))
     with mock.patch.object(decode_steps, "suits", lambda *_: False):
         theirs = draw(model, tokenizer, prompts, temperature=temperature, max_new_tokens=40)
-    monkeypatch.setattr(rollout, "draw", lambda logprobs: torch.multinomial(logprobs.softmax(-1), 1))
-    recorder = rollout._LogprobRecorder(temperature or 1.0, vocabulary_size(tokenizer), 40)
-    ids, decode = steps_of(model, tokenizer, prompts, 40)
-    torch.manual_seed(5)
-    with torch.no_grad():
-        sequences = rollout.sample(decode, recorder, ids, 40, ends, greedy=temperature == 0)
-    sampled, logprobs = sequences[:, ids.shape[1] :].tolist(), recorder.logprobs(sequences).tolist()
-    ours = [rollout._cut_at_end(*pair, ends) for pair in zip(sampled, logprobs, strict=True)]
+    monkeypatch.setattr(rollout, "draw", drawn_from)
+    steps.clear()
+    ours = draw(model, tokenizer, prompts, temperature=temperature, max_new_tokens=40)
     assert [c.ids for c in ours] == [c.ids for c in theirs]
     assert torch.allclose(sampled_logprobs(ours), sampled_logprobs(theirs), atol=1e-5)
-    assert len(sampled[0]) == max(len(c.ids) for c in ours)
-    assert {c.finished for c in ours} == ({True, False} if temperature else {c.finished for c in theirs})
+    if temperature:
+        lengths = [len(c.ids) for c in ours]
+        assert len(steps) == max(lengths) and {c.finished for c in ours} == {True, False}
+        assert steps[0] == 32 and any(b <= a / 2 for a, b in zip(steps, steps[1:], strict=False)), "or none are dropped"
+        assert all(rows >= sum(length > at for length in lengths) for at, rows in enumerate(steps))
 
 
 @pytest.mark.parametrize("number, drawn", [(0, 0), (0.4999, 0), (0.5, 2), (0.7499, 2), (0.75, 3), (1 - 2**-53, 3)])
