@@ -56,12 +56,7 @@ def word_problems():
 class WordProblemJob(Job):
     """One arm on one seed. Every teacher and student starts from runs/smollm2 in the job's folder."""
 
-    def __init__(self, seed, arm, setting="smollm2", quick=False):
-        super().__init__(ARMS, setting, seed, arm, quick)
-
-    def is_complete(self, script, out):
-        made = {"data/smollm2.py": "config.json", "data/word_problems.py": "train.jsonl"}.get(script, "final")
-        return super().is_complete(script, out) or (self.folder / out / made).exists()
+    made = {"data/smollm2.py": "config.json", "data/word_problems.py": "train.jsonl"}
 
     def rows_of(self, split):
         """The file of a split of the word problems."""
@@ -83,20 +78,14 @@ class WordProblemJob(Job):
                              *BITS, *WARM_UP, *self.if_quick("--steps", 2), out=out)
         return model
 
-    def other(self, arm):
-        return type(self)(self.seed, arm, self.setting, self.quick)
-
     def teacher_of(self, arm, *flags):
         """The RLT of another arm on the same seed, trained with its flags if it does not exist; its curve is a fact."""
         return self.take(arm, lambda other: other.train_teacher(*flags))
 
-    def take(self, arm, make):
-        """As Job.take; the other job's facts become this one's, too."""
-        other = self.other(arm)
-        made = make(other)
-        self.commands += other.commands
+    def adopt(self, other):
+        """The other job's facts become this one's, too."""
+        super().adopt(other)
         self.facts |= other.facts
-        return made
 
     def train_teacher(self, *flags):
         """RLT from the warm-up teacher."""
@@ -248,7 +237,7 @@ def main():
     real = not args.quick and not args.model  # what is no measurement of SmolLM2 stays out of the committed log
     log = ROOT / ("figures/logs/smollm2_study.jsonl" if real else "runs/study/smollm2-try.jsonl")
     setting = args.model.resolve().name if args.model else "smollm2"
-    jobs = [WordProblemJob(seed, arm, setting, args.quick) for arm in args.arms for seed in args.seeds]
+    jobs = [WordProblemJob(ARMS, setting, seed, arm, args.quick) for arm in args.arms for seed in args.seeds]
     for job in jobs:
         replace_file(job.folder / GSM8K, args.gsm8k.read_text())
         if args.multiarith:

@@ -22,21 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TOY_FLAGS = {  # setting: flags of data/toy.py
-    "toy": [],
-    "rooms": ["--rooms", "--steps", 4000],  # base and warm-up teacher know both tasks, RL sees one
-    # three clocks; the share of full chains among the explanations of long problems that the base is pretrained on
-    **{f"base {share}": ["--clocks", 3, "--hints", "--careful-base", share] for share in (0.08, 0.005, 0.0)},
-}
-BEST_OF_10 = ("--samples", 10, "--keep", "best")  # as many sampled tokens as RL and the explanations after it
 RESUMABLE = ("train_rlt.py", "rl_student.py", "on_policy_student.py", "sft_student.py", "distill.py")
-TEACHER_CURVE = ("step", "reward", "score", "kl", "closed", "leak", "length", "entropy", "kl_ref", "eval_reward")
-ON_POLICY_CURVE = ("step", "kl", "nll", "closed", "length", "eval_kl", "eval_nll")
-STUDENT_CURVE = ("step", "reward", "solved", "zero_groups", "usable_groups", "hinted", "hinted_solved", "length",
-                 "guided_log_ratio", "eval_solved")
-COMPLETIONS_PER_STEP = 16 * 16  # of train_rlt.py, by its defaults
-
-
 def read_rows(path):
     """The objects of a JSON Lines file. A last line without its newline is still being written, and left out."""
     return [json.loads(line) for line in Path(path).read_text().split("\n")[:-1]]
@@ -67,20 +53,26 @@ def only_one(path):
 
 
 class Job:
-    """One arm on one seed of one setting.
+    """One arm on one seed of one setting. A study has a class of its own, with the steps of its arms.
 
     recipes: {arm: function of a Job -> its student, or None where the arm only measures}. quick: few steps and rows.
     """
+
+    made = {}  # script: the file in its --out that is there once it has ended, where that is not final/
 
     def __init__(self, recipes, setting, seed, arm, quick=False):
         self.recipes, self.setting, self.seed, self.arm, self.quick = recipes, setting, seed, arm, quick
         self.folder = ROOT / "runs/study" / f"{'quick-' * quick}{setting.replace(' ', '-')}-seed{seed}"
         self.name = file_name(arm)
         self.commands, self.facts = [], {}  # what the log will say of the arm
-        task = "rooms-" if setting == "rooms" else ""
-        self.rows = f"runs/toy/{task}train.jsonl"
-        self.data = ["--data", self.rows] if task else []
-        self.tests = {split: f"runs/toy/{task}{split}.jsonl" for split in ("val", "test")}
+
+    def base(self):
+        """Make the base model and the rows, if they do not exist."""
+        raise NotImplementedError
+
+    def accuracy(self, student):
+        """{split and decoding: exact match} of a student."""
+        raise NotImplementedError
 
     def run(self, script, *flags, out=None, seed=True):
         """Run one command in the folder, unless `out` is complete, and note it as a user would type it."""
@@ -102,7 +94,7 @@ class Job:
         return out
 
     def is_complete(self, script, out):
-        marks = [f"{out}/final", f"{out}.complete"] + [f"{out}/config.json"] * (script == "data/toy.py")
+        marks = f"{out}/{self.made.get(script, 'final')}", f"{out}.complete"
         return any((self.folder / mark).exists() for mark in marks)
 
     def if_quick(self, *flags):
@@ -118,146 +110,24 @@ class Job:
         replace_file(self.folder / path, "".join(json.dumps(row) + "\n" for row in rows))
         return path
 
-    # -- models and explanations
-
-    def base(self, out="runs/toy", flags=()):
-        """The toy of this setting: base model and rows."""
-        return self.run("data/toy.py", *TOY_FLAGS[self.setting], *flags, *self.if_quick("--steps", 20), out=out)
-
-    def warm_up_teacher(self, careful=None):
-        """SFT of the teacher on the toy's rows, or on rows with this share of full chains (three clocks)."""
-        if careful is None:
-            data, steps = ["--data", "runs/toy/both-train.jsonl"] if self.setting == "rooms" else [], []
-            out = "runs/toy-teacher"
-        else:
-            rows = self.write(f"rows-{careful}.jsonl", rows_with(careful))
-            data, steps = ["--data", rows], ["--steps", 300]
-            out = f"runs/toy-teacher-{careful}"
-        return self.sft_teacher(*data, *steps, out=out)
-
-    def sft_teacher(self, *flags, out):
-        """SFT of the teacher. flags: of sft_student.py."""
-        return self.run("sft_student.py", "--format", "teacher", *flags, *self.if_quick("--steps", 2), out=out)
-
-    def warm_up_on_chains(self):
-        """SFT of the teacher on the full right chain of every row."""
-        rows = [{**row, "explanation": row["chain"]} for row in self.read(self.rows)]
-        data = self.write("runs/chains.jsonl", rows)
-        return self.sft_teacher("--data", data, out="runs/chains-teacher")
-
-    def train_teacher(self, warm_up, *flags, part=""):
-        """RLT from this warm-up teacher. part: the end of the folder's name where one arm trains several times; its
-        curve goes on."""
-        out = f"runs/{self.name}{part}"
-        self.run("train_rlt.py", "--model", warm_up, *flags, *self.if_quick("--steps", 2), out=out)
-        metrics = self.read(f"{out}/metrics.jsonl")
-        curve = self.facts.setdefault("curve", [])
-        curve += [{key: entry[key] for key in TEACHER_CURVE} | {"step": len(curve) + i}
-                  for i, entry in enumerate(metrics)]
-        self.facts["sampled_tokens"] = round(sum(entry["length"] for entry in curve) * COMPLETIONS_PER_STEP)
-        self.facts["seconds_a_step"] = mean_of(metrics, ("t_rollout", "t_score", "t_update"))
-        return out
-
-    def warm_up_on_best(self):
-        """SFT of the teacher on the best of ten of the warm-up teacher's explanations: no RL."""
-        data = self.explain(self.warm_up_teacher(), *BEST_OF_10, out="best-of-10")
-        return self.sft_teacher("--data", data, out="runs/best-teacher")
-
-    def explain(self, teacher, *flags, out=None):
-        """The teacher's explanations of the training questions; all teachers' are scored alike: exact KL, lambda 3."""
-        data = f"runs/{out or self.name}.jsonl"
-        self.run("distill.py", "--model", teacher, *self.data, *flags, *self.if_quick("--limit", 240), out=data)
-        rows = self.read(data)
-        self.facts["explanations"] = {
-            **mean_of(rows, ("reward", "score", "kl", "length", "closed")),
-            # exact; the leak of the training log is rlt.rows.leaks, by the place of the solution in the text
-            "leak": statistics.fmean(toy().leaks(row["question"], row["explanation"]) for row in rows),
-            "full_chain": share_of_full_chains(rows),
-            "count": len(rows),
-        }
-        return data
-
-    def solve(self, student, *flags):
-        """The student's own answers to the training questions: traditional distillation."""
-        data = f"runs/{self.name}.jsonl"
-        few = self.if_quick("--limit", 240, "--keep-wrong")
-        self.run("distill.py", "--solver", "--model", student, *flags, *few, out=data)
-        rows = self.read(data)
-        self.facts["traces"] = {**mean_of(rows, ("right", "length")), "count": len(rows),
-                                "full_chain": share_of_full_chains(rows)}
-        return data
-
-    def replace_explanations(self, explanation):
-        """The training rows with explanation(row) for an explanation."""
-        rows = self.read(self.rows)
-        return self.write(f"runs/{self.name}.jsonl", [{**row, "explanation": explanation(row)} for row in rows])
-
-    def sft(self, data, *flags, part=""):
-        """A student of these explanations. part: the end of the folder's name where one arm makes several."""
-        few = self.if_quick("--steps", 2, "--skip-bad-rows")  # a base of 20 steps also writes tags, which are refused
-        return self.run("sft_student.py", "--data", data, *flags, *few, out=f"runs/student-{self.name}{part}")
-
-    def rl(self, *flags):
-        """A student by RL on correctness."""
-        student = self.run("rl_student.py", *self.data, *flags, *self.if_quick("--steps", 2), out=f"runs/{self.name}")
-        metrics = self.read(f"{student}/metrics.jsonl")
-        self.facts["curve"] = [{key: entry[key] for key in STUDENT_CURVE} for entry in metrics]
-        self.facts["sampled_tokens"] = sum(entry["sampled_tokens"] for entry in metrics)
-        return student
-
-    def on_policy(self, teacher, *flags):
-        """A student on its own words, corrected by this teacher."""
-        student = self.run("on_policy_student.py", "--teacher", teacher, *self.data, *flags,
-                           *self.if_quick("--steps", 2), out=f"runs/{self.name}")
-        metrics = self.read(f"{student}/metrics.jsonl")
-        self.facts["curve"] = [{key: entry[key] for key in ON_POLICY_CURVE} for entry in metrics]
-        self.facts["sampled_tokens"] = sum(entry["sampled_tokens"] for entry in metrics)
-        self.facts["seconds_a_step"] = mean_of(metrics, ("t_rollout", "t_update"))
-        return student
-
     def other(self, arm):
         """The job of another arm on the same seed."""
         return type(self)(self.recipes, self.setting, self.seed, arm, self.quick)
-
-    def teacher_of(self, arm, *flags, careful=None):
-        """The RLT of another arm on the same seed, trained with its flags if it does not exist. careful: see
-        warm_up_teacher."""
-        return self.take(arm, lambda other: other.train_teacher(other.warm_up_teacher(careful), *flags))
 
     def student_of(self, arm):
         """The student of another arm on the same seed, made if it does not exist."""
         return self.take(arm, self.recipes[arm])
 
     def take(self, arm, make):
-        """What make(job) returns for the job of another arm on the same seed, whose commands become this one's."""
+        """What make(job) returns for the job of another arm on the same seed."""
         other = self.other(arm)
         made = make(other)
-        self.commands += other.commands
+        self.adopt(other)
         return made
 
-    def explanations_of(self, arm):
-        """The file that the student of another arm was trained on."""
-        self.student_of(arm)
-        return f"runs/{file_name(arm)}.jsonl"
-
-    # -- measurements
-
-    def evaluate(self, models, data, *flags, out):
-        """{model: its evaluation}, by one command."""
-        self.run("evaluate.py", "--task", "toy", "--model", *models, "--data", data, *flags,
-                 *self.if_quick("--limit", 40), "--out", out)
-        name = "eval_toy_hinted.json" if "--hinted" in flags else "eval_toy.json"
-        return {model: self.report(f"{out}/{model.replace('/', '_')}/{name}") for model in models}
-
-    def accuracy(self, student):
-        """{split and decoding: exact match} of a student."""
-        found = {}
-        for split, decoding, temperature in (("val", "greedy", 0), ("test", "greedy", 0), ("test", "sampled", 1)):
-            result = self.evaluate([student], self.tests[split], "--temperature", temperature,
-                                   out=f"runs/eval/{split}-{decoding}")[student]
-            found[f"{split} {decoding}"] = {**result["exact_match"], "questions": result["questions"],
-                                            "length": result["length"]}
-        return found
+    def adopt(self, other):
+        """The commands of another job become this one's."""
+        self.commands += other.commands
 
 
 def replace_file(path, text):
@@ -266,25 +136,6 @@ def replace_file(path, text):
     new = path.with_name(f"{path.name}.{os.getpid()}")
     new.write_text(text)
     new.replace(path)
-
-
-def toy():
-    """data/toy.py, which the scripts find by its path, as a module."""
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
-    from data import toy as module
-
-    return module
-
-
-@functools.cache
-def rows_with(careful):
-    """The training rows with three clocks, with this share of full chains among the explanations."""
-    return toy().make_rows(3, careful, False)["train"]
-
-
-def share_of_full_chains(rows):
-    return statistics.fmean(toy().is_full_chain(row["question"], row["explanation"]) for row in rows)
 
 
 @functools.cache

@@ -14,16 +14,8 @@ import argparse
 import functools
 import sys
 
-from study_steps import (
-    BEST_OF_10,
-    ROOT,
-    TOY_FLAGS,
-    Job,
-    mean_of,
-    prepare_for_forks,
-    share_of_full_chains,
-    work_off,
-)
+from study_steps import ROOT, mean_of, prepare_for_forks, work_off
+from toy_steps import BEST_OF_10, TOY_FLAGS, ToyJob, share_of_full_chains
 
 BOTH_KLS = ("--forward-share", 0.5)
 CORRECTNESS = ("--rewards", 0, 0, 1)  # 1 for a correct answer, nothing for the format
@@ -33,7 +25,7 @@ WARM_UP_SHARES = (0.1, 0.02, 0.0)  # of full chains among the warm-up rows: colu
 
 
 # ---------------------------------------------------------------------------------------------------------
-# arms: functions of a Job that return its student, or None where they only measure
+# arms: functions of a ToyJob that return its student, or None where they only measure
 
 
 def warm_up(job, *flags):
@@ -346,7 +338,7 @@ def main():
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401  # loaded once, for all the children
 
     log = ROOT / ("runs/study/quick.jsonl" if args.quick else "figures/logs/toy_study.jsonl")
-    jobs = [Job(ARMS, setting, seed, arm, args.quick) for setting, seed, arm in plan()
+    jobs = [ToyJob(ARMS, setting, seed, arm, args.quick) for setting, seed, arm in plan()
             if setting in args.settings and seed in args.seeds and arm in args.arms and not (args.quick and seed)]
     sys.exit(1 if work_off(jobs, log) else 0)
 

@@ -29,6 +29,7 @@ import study_steps  # noqa: E402
 import study_tables  # noqa: E402
 import toy_map  # noqa: E402
 import toy_results  # noqa: E402
+import toy_steps  # noqa: E402
 import toy_study  # noqa: E402
 
 TO_CARRY = shutil.ignore_patterns("*.png", "__pycache__", ".*", "runs")
@@ -257,7 +258,7 @@ def test_usable_groups_are_counted_by_correct_answers():
 # the study's commands
 
 
-class Recorder(study_steps.Job):
+class Recorder(toy_steps.ToyJob):
     """Notes the commands of an arm; what they would have written is made up."""
 
     def run(self, script, *flags, out=None, seed=True):

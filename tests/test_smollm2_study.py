@@ -35,7 +35,7 @@ class Recorder(smollm2_study.WordProblemJob):
 
 
 def commands_of(arm, quick):
-    job = Recorder(0, arm, quick=quick)
+    job = Recorder(smollm2_study.ARMS, "smollm2", 0, arm, quick)
     student = smollm2_study.ARMS[arm](job)
     if not arm.startswith(("explanations", "training", "MultiArith")):
         assert set(job.accuracy(student)) == {"val greedy", "test greedy"}
