@@ -420,7 +420,7 @@ def score_explanations(teacher, student, rows, *, lam=3.0, alpha=0.01, kl="exact
                         sampled token, the k1 estimate, as in the released code
     temperature         divides all logits of both models
     vocab               len(tokenizer), or where its ids have gaps one more than the highest: the head's columns
-                        beyond it are never computed
+                        beyond it, or beyond what both models have, are never computed
     head_chunk          tokens whose logits exist at a time
     micro_batch_tokens  tokens of one forward pass; a longer row is a pass of its own
 
@@ -439,7 +439,7 @@ def score_explanations(teacher, student, rows, *, lam=3.0, alpha=0.01, kl="exact
                          "token: there is nothing to score, drop the row")
     check_model(teacher)
     check_model(student)
-    head_t, head_s = output_head(teacher, vocab), output_head(student, vocab)
+    head_t, head_s = output_heads((teacher, student), vocab)
     device = head_t[0].device
 
     # results, packed in the order of the rows; micro-batches fill them in another order
@@ -515,15 +515,16 @@ def row_lengths(rows):
 
 
 def output_head(model, vocab=None):
-    """weight (V, H) and bias (V,) or None of the layer that makes logits, cut to the first `vocab` rows.
-
-    Raises ValueError where it has fewer.
-    """
+    """weight (V, H) and bias (V,) or None of the layer that makes logits, cut to the first `vocab` rows."""
     head = causal_lm(model).get_output_embeddings()
-    if vocab is not None and vocab > len(head.weight):
-        raise ValueError(f"vocab is {vocab}, but the head of {type(causal_lm(model)).__name__} has {len(head.weight)} "
-                         "rows: resize the model (resize_token_embeddings), or pass a smaller vocab")
     return head.weight[:vocab], head.bias if head.bias is None else head.bias[:vocab]
+
+
+def output_heads(models, vocab):
+    """The output_head of each model; with a vocab all have as many rows: where one has fewer, as many as that one."""
+    if vocab is not None:
+        vocab = min(vocab, *(len(output_head(model)[0]) for model in models))
+    return [output_head(model, vocab) for model in models]
 
 
 def causal_lm(model):

@@ -7,6 +7,7 @@ not always the tokenizer's eos. Nothing here goes by a model's name.
 """
 
 import functools
+import math
 import re
 
 from rlt.errors import UserError
@@ -17,10 +18,18 @@ TAGGED = f"{THOUGHT[0]}\n\nthe thought\n\n{THOUGHT[1]}\n\n{SOLUTION[0]}\n\nthe s
 MARKUP = re.compile(r"<{1,2}[^<>\s]+>{1,2}|\[/?[A-Z_]+\]")  # <|im_start|>, <s>, <<SYS>>, [INST]
 
 
-@functools.lru_cache(maxsize=8)
 def vocabulary_size(tokenizer):
-    """One more than the highest id: the columns of a model's head that are computed. Ids may have gaps."""
-    return 1 + max(tokenizer.get_vocab().values())
+    """One more than the highest id: the columns of a model's head that are computed. Ids may have gaps.
+
+    Where models have fewer rows (`tokenizer.model_rows`, see `models.load_tokenizer`) it is those: Gemma 3's smallest
+    have no row for the token of an image.
+    """
+    return min(1 + _highest_id(tokenizer), getattr(tokenizer, "model_rows", math.inf))
+
+
+@functools.lru_cache(maxsize=8)
+def _highest_id(tokenizer):
+    return max(tokenizer.get_vocab().values())
 
 
 def turn_ends(tokenizer):
@@ -66,9 +75,14 @@ def _added_tokens(tokenizer, text):
 def tokenize(tokenizer, text, **options):
     """The tokenizer's own encoding of a text, without special tokens of its own. Raises UserError where it has none."""
     try:
-        return tokenizer(text, add_special_tokens=False, **options)
+        encoded = tokenizer(text, add_special_tokens=False, **options)
     except Exception as error:  # tokenizers has no class of its own for a word without a token
         raise UserError(f"can't be tokenized ({error}): use words that the model has") from None
+    if max(encoded["input_ids"], default=0) >= getattr(tokenizer, "model_rows", math.inf):
+        token = tokenizer.convert_ids_to_tokens(max(encoded["input_ids"]))
+        raise UserError(f"can't be tokenized: the model has no row for {token!r}. Resize it (resize_token_embeddings), "
+                        "and save it with its tokenizer")
+    return encoded
 
 
 def render(tokenizer, messages, add_generation_prompt=False):

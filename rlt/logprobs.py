@@ -21,6 +21,7 @@ from rewards import (
     logits_buffer,
     micro_batches,
     output_head,
+    output_heads,
     token_stats,
 )
 
@@ -62,7 +63,7 @@ def completion_logprobs_and_kl(learner, frozen, rows, *, forward_share=0.0, temp
     forward_share: f in  (1 - f) KL(learner || frozen) + f KL(frozen || learner).
     """
     n = KLRow(*torch.tensor([[len(ids) for ids in row] for row in rows]).unbind(1))  # lengths, on the host
-    head, frozen_head = output_head(learner, vocab), output_head(frozen, vocab)
+    head, frozen_head = output_heads((learner, frozen), vocab)
     states_thought, states_completion = hidden_states(
         learner, [row.prompt + row.thought + row.end for row in rows], (n.prompt, n.thought),
         (n.prompt, n.thought + n.end))

@@ -21,7 +21,7 @@ import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from rlt.chat_template import vocabulary_size
+from rlt.chat_template import turn_ends, vocabulary_size
 from rlt.checkpoints import damaged_file
 from rlt.console import STEP_OF_ANOTHER
 from rlt.distributed import RANK, WORLD
@@ -261,8 +261,8 @@ def load_tokenizer(name):
     """The tokenizer of a model, its tokenizer.json as it is, with a padding token. An adapter may have its base's.
 
     It gets the attribute `generation_eos`, the ids that the model's generation_config ends a turn with: with the chat
-    template's own, these are its `prompts.turn_ends`. Raises UserError where there is none, or it has more ids than the
-    model.
+    template's own, these are its `prompts.turn_ends`. And `model_rows`, the count of ids that the model has: there may
+    be tokens beyond them that are never used. Raises UserError where no token ends a turn, or the model has not got it.
     """
     from transformers import PreTrainedTokenizerFast
     from transformers.utils.hub import cached_file
@@ -278,17 +278,16 @@ def load_tokenizer(name):
     with user_errors(f"{name} has no tokenizer that can be read, expected tokenizer.json in a model's or run folder"):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer.generation_eos = _generation_eos(base, tokenizer)
-    known = getattr(model_and_adapter_config(base)["config"].get_text_config(), "vocab_size", None)
-    if known and vocabulary_size(tokenizer) > known:
-        last = vocabulary_size(tokenizer) - 1
-        raise UserError(f"the tokenizer of {name} has ids up to {last} ({tokenizer.convert_ids_to_tokens(last)!r}), "
-                        f"its model knows {known}: resize it by model.resize_token_embeddings({last + 1}), and save "
-                        "both.")
+    tokenizer.model_rows = getattr(model_and_adapter_config(base)["config"].get_text_config(), "vocab_size", math.inf)
     if tokenizer.eos_token_id is None and not tokenizer.generation_eos:
         raise UserError(f"the tokenizer of {name} has no end-of-sequence token: expected an instruct model's.")
     if tokenizer.eos_token_id is None:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(tokenizer.generation_eos[0])
-    if tokenizer.pad_token_id is None:
+    for i in (tokenizer.eos_token_id, *turn_ends(tokenizer)[:1]):
+        if i >= tokenizer.model_rows:
+            raise UserError(f"{name} has no row for {tokenizer.convert_ids_to_tokens(i)!r}, which ends a turn: resize "
+                            "it (resize_token_embeddings), and save it with its tokenizer.")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= tokenizer.model_rows:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: every mask here comes from lengths
     return tokenizer
 
@@ -315,7 +314,7 @@ def check_same_tokenizer(model, other, other_name):
     """Raise UserError unless both tokenizers give every id the same meaning: two models are compared token by token.
 
     model, other: tokenizers of --model, whose prompts both models read, and of the other model. A line says where the
-    other one was made for prompts of another kind.
+    other one was made for prompts of another kind. From here on the first has the ids that both models have.
     """
     ours, theirs = ({i: token for token, i in t.get_vocab().items()} for t in (model, other))
     for i in sorted(ours.keys() | theirs.keys()):
@@ -323,6 +322,7 @@ def check_same_tokenizer(model, other, other_name):
             raise UserError(
                 f"teacher and student tokenize differently (id {i} is {ours.get(i)!r} in one, {theirs.get(i)!r} in the "
                 "other), and the reward compares token by token. Pass a --student of the same family.")
+    model.model_rows = min(model.model_rows, other.model_rows)
     kinds = [(t.chat_template, t.init_kwargs.get("rlt_system")) for t in (model, other)]
     if kinds[0] != kinds[1] and RANK == 0:
         print(f"warning: {other_name} has another chat template or other system texts than --model, whose prompts both "

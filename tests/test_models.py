@@ -6,6 +6,7 @@ import math
 import shutil
 
 from rlt import models, rollout, saving
+from rlt.chat_template import tokenize, vocabulary_size
 from rlt.errors import UserError
 from rlt.logprobs import completion_logprobs
 from rlt.lora import update_mode
@@ -414,6 +415,30 @@ def test_a_bare_adapter_has_the_tokenizer_of_its_base(base, tmp_path, tokenizer)
     somebody_elses(base, tmp_path)
     assert not (tmp_path / "tokenizer.json").exists()
     assert models.load_tokenizer(str(tmp_path)).get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_token_that_the_model_has_no_row_for_is_never_used(base, tokenizer, tmp_path):
+    """A padding token was added without a resize, or an image's, as in Gemma 3's smallest models."""
+    rows = len(models.load_model(base, bits=32, device=CPU).get_input_embeddings().weight)
+    for name, resized in (("teacher", True), ("student", False)):
+        models.load_model(base, bits=32, device=CPU).save_pretrained(tmp_path / name)
+        more = copy.deepcopy(tokenizer)
+        more.add_tokens([f"word {i}" for i in range(rows - vocabulary_size(more))])
+        more.add_special_tokens({"pad_token": "[PAD]"})
+        more.save_pretrained(tmp_path / name)
+        if resized:
+            model = models.load_model(str(tmp_path / name), bits=32, device=CPU)
+            model.resize_token_embeddings(rows + 1)
+            model.save_pretrained(tmp_path / name)
+    teacher, student = (models.load_tokenizer(str(tmp_path / name)) for name in ("teacher", "student"))
+    assert (vocabulary_size(teacher), vocabulary_size(student)) == (rows + 1, rows)
+    assert teacher.pad_token == "[PAD]" and student.pad_token == student.eos_token
+    models.check_same_tokenizer(teacher, student, "student")
+    assert vocabulary_size(teacher) == rows, "what one samples both can read"
+    assert tokenize(teacher, "")["input_ids"] == []
+    student.add_tokens(["new"])
+    with pytest.raises(UserError, match="the model has no row for 'new'"):
+        tokenize(student, "new")
 
 
 def test_a_models_own_ends_come_with_its_tokenizer(base, tmp_path):
