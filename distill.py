@@ -247,7 +247,9 @@ def write_partitions(lines, k):
 lines = read_jsonl(output.path)
 if not lines:
     reasons = ["those that the grader found wrong"] * (args.solver and not args.keep_wrong)
-    reasons += ["unclosed ones"] * args.drop_unclosed + ["those with tags or special tokens"]
+    reasons += ["empty answers"] * args.solver + ["unclosed ones"] * args.drop_unclosed
+    reasons += [f"{output.dropped} with a reward that is NaN or infinite"] * bool(output.dropped)
+    reasons += ["those with tags or special tokens"]
     raise UserError(f"{output.path} has no rows. Left out were {', '.join(reasons)}: pass a better --model, "
                     "or one that has learned the format, more --max-new-tokens, or other rows.")
 if args.partition:

@@ -120,7 +120,7 @@ if not examples:
     raise UserError(f"no row has supervised tokens within {max_tokens} tokens: raise --max-tokens, or pass a "
                     "--model that reads more.")
 if empty := sum(not x.row.get("messages") and not x.row["explanation"].strip() for x in examples):
-    print(f"{empty} of {len(examples)} rows have an empty explanation: they teach to answer without a thought")
+    print(f"{empty} of {len(examples)} rows have an empty explanation: they teach that there is nothing to explain")
 held_out = args.val_rows if args.eval_every else 0
 if len(examples) <= held_out:
     raise UserError(f"{len(examples)} rows, --val-rows takes {held_out} of them: give more rows, or lower it.")

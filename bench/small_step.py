@@ -114,7 +114,7 @@ def main():
             with INSIDE.get(way, contextlib.nullcontext)():
                 entry, logprobs[way] = measure(steps[way], completions)
             measured[way].append(entry)
-            log(part=args.compare, way=way, round=i, **entry)
+            log(part=args.compare, way=way, round=i, sampler="generate" if way == "generate" else "steps", **entry)
         difference = (logprobs[ways[0]] - logprobs[ways[1]]).abs().max().item()
         if args.compare != "bits":
             assert difference < (0.1 if BITS == 16 else 1e-3), f"log-probs differ by {difference} nats"

@@ -199,7 +199,7 @@ def rl_table():
     lines = ["| student | seed | steps | right answers, T = 1 | groups all right or all wrong | tokens in an answer |",
              "| --- | --- | --- | --- | --- | --- |"]
     for arm in ("direct RL", "RL after RLT"):
-        for row in rows_of(f"training of {arm}") + rows_of(arm):
+        for row in rows_of(arm) or rows_of(f"training of {arm}"):
             values = {key: [statistics.fmean(entry[key] for entry in part)
                             for part in (row["curve"][:5], row["curve"][-5:])]
                       for key in ("solved", "zero_groups", "length")}

@@ -23,6 +23,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESUMABLE = ("train_rlt.py", "rl_student.py", "on_policy_student.py", "sft_student.py", "distill.py")
+
+
 def read_rows(path):
     """The objects of a JSON Lines file. A last line without its newline is still being written, and left out."""
     return [json.loads(line) for line in Path(path).read_text().split("\n")[:-1]]

@@ -5,9 +5,9 @@ Decode steps: each gives all rows of a batch one token.
 transformers' generate copies its cache at every step, and a key once for each head that reads it. Here the cache has
 room for some more tokens than it holds, is extended a block at a time, and heads read the keys that they share.
 
-So a step reads and writes the same addresses every time, and on a CUDA GPU it is a CUDA graph: a step is two thousand
-small kernels, which Python takes 80 to 150 ms to launch and an H100 a fraction of it to run. A graph launches them all
-at once.
+Since the cache has room, a step reads and writes the same addresses every time, and on a CUDA GPU it is a CUDA graph: a
+step is two thousand small kernels, which Python takes 80 to 150 ms to launch and an H100 a fraction of it to run. A
+graph launches them all at once.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from rewards import KNOWN_OPTIONS, causal_lm, decoder, equal_but_for_rounding
 
 BLOCK = 256  # columns that a cache is extended by at most; attention reads those that are not used yet, too
 ALIGNED = 16  # columns of a cache are a multiple of it, for fused attention
-FEWEST_STEPS = 8  # a graph takes as long to make as two steps
+FEWEST_STEPS = 8  # for fewer neither these steps nor a graph are worth it: it takes as long to make as two steps
 _SUITS = weakref.WeakKeyDictionary()  # model: whether `suits`
 
 
@@ -67,6 +67,11 @@ class DecodeSteps:
         if self.capture and left >= FEWEST_STEPS:
             self._capture()
         return logits
+
+    @property
+    def may_drop(self):
+        """Whether `keep` costs no graph: there is none, or the next step makes another."""
+        return self.graph is None or self.read == self.bias.shape[3]
 
     def keep(self, rows):
         """Go on with some rows (N,) of the batch alone."""

@@ -240,9 +240,10 @@ VLLM_ROWS = 256  # the most that it runs at a time
 MEAN, SCALE = 0.25, 0.255  # of an exponential distribution cut at the limit, as fractions of the limit
 HOURS_ASSUMPTIONS = (
     "Completions are a quarter as long as the limit on average, exponentially distributed, and cut at the limit.",
-    "transformers: each batch waits for its longest row. A decode step is a CUDA graph: it reads the weights and the "
-    "cache at 40 to 90 % of the bandwidth and has 88 kernels a layer of 2 to 17 us. Measured: 15 to 17 us, on an H100 "
-    "that 15 processes shared. A model whose step can't be a graph takes 20 to 35 us a kernel, and copies its cache.",
+    "transformers: each batch waits for its longest row, and reads the cache of all until then. A decode step is a "
+    "CUDA graph: it reads the weights and the cache at 40 to 90 % of the bandwidth and has 88 kernels a layer of 2 to "
+    "17 us. Measured: 15 to 17 us, on an H100 that 15 processes shared. A model whose step can't be a graph takes 20 "
+    "to 35 us a kernel, and copies its cache.",
     "vLLM: up to 256 rows at a time, as many as its pages hold (40 % of the memory, less its weights), at 30 to 70 % "
     "of the bandwidth.",
     "Scoring, reference and update: 25 to 45 % of the GPU's bfloat16 FLOP/s, activations are recomputed.",

@@ -262,7 +262,8 @@ def load_tokenizer(name):
 
     It gets the attribute `generation_eos`, the ids that the model's generation_config ends a turn with: with the chat
     template's own, these are its `prompts.turn_ends`. And `model_rows`, the count of ids that the model has: there may
-    be tokens beyond them that are never used. Raises UserError where no token ends a turn, or the model has not got it.
+    be tokens beyond them that are never used. Raises UserError where no token ends a turn, or the model has no row for
+    it.
     """
     from transformers import PreTrainedTokenizerFast
     from transformers.utils.hub import cached_file

@@ -139,7 +139,7 @@ def sample(decode, log_softmax, last, max_new_tokens, ends, *, greedy):
     """Ids and their log-probs, (B, T) each, until every row has one of `ends`; what follows it means nothing.
 
     decode: DecodeSteps. log_softmax(logits): what is drawn from. last (B, 1): the last ids of the prompts. Rows that
-    have ended are dropped once they are half of those that are left.
+    have ended are dropped once they are half of those that are left, where that costs no CUDA graph.
     """
     stops, rows = torch.tensor([*ends], device=last.device), torch.arange(len(last), device=last.device)
     ids = last.new_zeros(len(last), max_new_tokens)
@@ -153,7 +153,7 @@ def sample(decode, log_softmax, last, max_new_tokens, ends, *, greedy):
         left = len(rows) - int(ended.sum())
         if left == 0:
             break
-        if 2 * left <= len(rows):
+        if 2 * left <= len(rows) and decode.may_drop and at + 1 < max_new_tokens:
             going_on = (~ended).nonzero()[:, 0]
             decode.keep(going_on)
             rows, last, ended = rows[going_on], last[going_on], ended[going_on]

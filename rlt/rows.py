@@ -330,8 +330,8 @@ def leaks(explanation, solution):
       - the solution, word for word, if it has more than two characters: "5" or "A" may stand in any text
       - a statement of the answer: "the answer is 144", "\\boxed{144}", "#### 144". The answer is what the solution's
         last box holds, or a solution of few words itself. A box may have it in another notation
-    And where it is a boxed solution's answer alone, with at most three words before it: "144", "It is 144." Made for
-    English, and other languages with blanks between words only as far as the solution itself stands there.
+    And where it is a boxed solution's answer alone, with at most three words before it: "144", "It is 144."
+    Statements are recognised in English only, the solution itself in any language with blanks between words.
     """
     text = f" {' '.join(explanation.split())} "
     wanted = f" {' '.join(solution.split())} "

@@ -114,8 +114,9 @@ def _csv(source, file, delimiter):
             except StopIteration:
                 return
             except csv.Error as error:
-                if str(error) == "unexpected end of data":  # no row: all that is left of the file
-                    raise UserError(f"{source} line {line + 1} opens a quote that is never closed: close it.") from None
+                if reader.line_num > line + 1:  # no row: all that is between two quotes that don't belong together
+                    raise UserError(f"{source} line {line + 1} opens a quote that is not closed where a value ends "
+                                    f"(read up to line {reader.line_num}): close it.") from None
                 yield UserError(f"is not CSV ({error})")
                 continue
             finally:
@@ -133,7 +134,7 @@ def _csv(source, file, delimiter):
 
 def _check_header(source, header, delimiter):
     """Raise UserError unless the columns are each named once, and are apart."""
-    if twice := [name for name in header if header.count(name) > 1]:
+    if twice := [name for name in header if name.strip() and header.count(name) > 1]:
         raise UserError(f'{source} has the column "{twice[0]}" more than once: rename or drop one.')
     other = next((mark for mark in ";\t,|" if len(header) == 1 and mark != delimiter and mark in header[0]), None)
     if other:

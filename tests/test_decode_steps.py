@@ -80,30 +80,37 @@ def test_attention_with_more_to_it_is_that_of_transformers(monkeypatch):
 @pytest.mark.parametrize("temperature", [0, 0.7, 1.0])
 def test_what_is_drawn_is_what_generate_draws(temperature, tiny_model, tokenizer, monkeypatch):
     """The same prompts, ends and draws: the same ids and log-probs, also where rows that have ended are dropped, and it
-    stops when the last one has. A draw is made of a step's noise, one number for each id (Gumbel's trick)."""
-    model = tiny_model(64, initializer_range=0.3)
+    stops when the last one has. A draw is made of a step's noise, one number for each id (Gumbel's trick); the end
+    becomes more likely from step to step."""
+    model, rows = tiny_model(64, initializer_range=0.3), []  # rows: of each step
     prompts = [[2, *(8 + (i * n) % 50 for n in range(1, 4 + i % 5))] for i in range(32)]
     noise = torch.rand(41, 64, generator=torch.Generator().manual_seed(1)).log().neg().log().neg()
-    noise[:, EOS] += 1.5
+    log_softmax = rollout._LogprobRecorder.log_softmax
+
+    def soon_ended(self, logits):
+        rows.append(len(logits))
+        logits = logits.clone()
+        logits[:, EOS] += 0.1 * len(rows)
+        return log_softmax(self, logits)
 
     def drawn_from(logprobs):
-        steps.append(len(logprobs))
-        return (logprobs + noise[len(steps)]).argmax(-1, keepdim=True)
+        return (logprobs + noise[len(rows)]).argmax(-1, keepdim=True)
 
-    steps = []
+    monkeypatch.setattr(rollout._LogprobRecorder, "log_softmax", soon_ended)
     monkeypatch.setattr(torch, "multinomial", lambda shares, num_samples: drawn_from(shares.log()))
+    monkeypatch.setattr(rollout, "draw", drawn_from)
     with mock.patch.object(decode_steps, "suits", lambda *_: False):
         theirs = draw(model, tokenizer, prompts, temperature=temperature, max_new_tokens=40)
-    monkeypatch.setattr(rollout, "draw", drawn_from)
-    steps.clear()
+    rows.clear()
     ours = draw(model, tokenizer, prompts, temperature=temperature, max_new_tokens=40)
     assert [c.ids for c in ours] == [c.ids for c in theirs]
     assert torch.allclose(sampled_logprobs(ours), sampled_logprobs(theirs), atol=1e-5)
-    if temperature:
-        lengths = [len(c.ids) for c in ours]
-        assert len(steps) == max(lengths) and {c.finished for c in ours} == {True, False}
-        assert steps[0] == 32 and any(b <= a / 2 for a, b in zip(steps, steps[1:], strict=False)), "or none are dropped"
-        assert all(rows >= sum(length > at for length in lengths) for at, rows in enumerate(steps))
+    lengths = [len(c.ids) for c in ours]
+    assert len(rows) == max(lengths) and len({*lengths}) > 8
+    assert rows[0] == 32 and len({*rows}) > 2, "or none are dropped"
+    for step, (before, after) in enumerate(zip(rows, rows[1:], strict=False), 1):
+        left = sum(length > step for length in lengths)
+        assert after == (left if 2 * left <= before else before)
 
 
 @pytest.mark.parametrize("number, drawn", [(0, 0), (0.4999, 0), (0.5, 2), (0.7499, 2), (0.75, 3), (1 - 2**-53, 3)])
@@ -120,7 +127,7 @@ def test_rare_ids_keep_their_share(monkeypatch):
     shares[-1] = 1e-8
     for number, is_last in ((1 - 1.1e-8, False), (1 - 0.9e-8, True)):
         monkeypatch.setattr(torch, "rand", lambda *shape, u=number, **options: torch.full(shape, u, **options))
-        assert (rollout.draw(shares.log()[None]).item() == 49_999) is is_last
+        assert (rollout.draw(shares.log()[None].float()).item() == 49_999) is is_last
 
 
 def test_rows_that_are_not_finite_are_named(tiny_model, tokenizer):

@@ -750,7 +750,7 @@ def test_what_ends_in_one_line(error, code, said, capsys, monkeypatch):
 
 
 def test_ctrl_c_is_one_line_before_torch_is_loaded(tmp_path):
-    """Importing it takes seconds. A finder in its place sends the signal."""
+    """Importing it takes seconds. A module in its place raises what Ctrl-C does."""
     (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
     done = subprocess.run([sys.executable, ROOT / "train_rlt.py"], env=os.environ | {"PYTHONPATH": str(tmp_path)},
                           capture_output=True, text=True, check=False)

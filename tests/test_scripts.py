@@ -808,7 +808,7 @@ def test_partitions_by_rank(workshop, tmp_path):
 
 
 @pytest.mark.parametrize(("right", "flags", "reasons"), [
-    (False, (), "those that the grader found wrong, those with tags or special tokens"),
+    (False, (), "those that the grader found wrong, empty answers, those with tags or special tokens"),
     (True, ("--drop-unclosed", "--max-new-tokens", 1), "unclosed ones, those with tags or special tokens")])
 def test_a_file_without_rows_is_no_success(workshop, tmp_path, monkeypatch, right, flags, reasons):
     monkeypatch.setattr("rlt.grading.grade_all", lambda task, outputs, rows: [right] * len(outputs))

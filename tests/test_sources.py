@@ -103,8 +103,10 @@ def test_bad_rows_of_csv(tmp_path, text, bad, kept):
 
 
 @pytest.mark.parametrize(("text", "reason"), [
-    ('question,solution\nq,s\nq,"never closed\nq,s\n', "line 3 opens a quote that is never closed: close it"),
+    ('question,solution\nq,s\nq,"never closed\nq,s\n',
+     "line 3 opens a quote that is not closed where a value ends (read up to line 4): close it"),
     ('question,solution\nq,"two\nlines"\nq,"never closed\nq,s\n', "line 4 opens a quote"),
+    ('question,solution\nq,"never closed\nq,s\nq,"s"\nq,s\n', "line 2 opens a quote that is not closed"),
     ("question,solution,solution\nq,s,t\n", 'has the column "solution" more than once'),
     ("question;solution\nq;s\n", "has one column, 'question;solution': separate columns by ',', not ';'"),
 ])
@@ -117,7 +119,7 @@ def test_what_would_lose_rows_of_csv_in_silence_is_refused(tmp_path, text, reaso
 
 
 def test_empty_lines_before_the_header_are_none(tmp_path):
-    (tmp_path / "rows.csv").write_text("\n\nquestion,solution\nq,7\n")
+    (tmp_path / "rows.csv").write_text("\n\nquestion,solution,,\nq,7,,\n")
     assert [row["solution"] for row in load_rows(tmp_path / "rows.csv")] == ["7"]
 
 
