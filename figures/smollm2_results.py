@@ -196,9 +196,11 @@ def answers_table():
 
 def rl_table():
     """RL on correctness: first and last five steps, and how many groups had nothing to learn from."""
-    lines = ["| student | seed | steps | right answers, T = 1 | groups all right or all wrong | tokens in an answer |",
-             "| --- | --- | --- | --- | --- | --- |"]
-    for arm in ("direct RL", "RL after RLT"):
+    lines = ["| student | seed | steps | right answers, T = 1 | groups all right or all wrong | tokens in an answer | "
+             "test, greedy, before → after |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    for arm, start in (("direct RL", "warmed-up student"), ("RL after RLT", "RLT")):
+        before = {row["seed"]: greedy(row) for row in tested(start)}
+        before |= {row["seed"]: 100 * row["start"]["mean"] for row in rows_of(arm) if "start" in row}  # made anew
         for row in rows_of(arm) or rows_of(f"training of {arm}"):
             values = {key: [statistics.fmean(entry[key] for entry in part)
                             for part in (row["curve"][:5], row["curve"][-5:])]
@@ -206,6 +208,8 @@ def rl_table():
             cells = [" → ".join(f"{100 * value:.0f}" for value in values[key]) + " %"
                      for key in ("solved", "zero_groups")]
             cells.append(" → ".join(f"{value:.0f}" for value in values["length"]))
+            known = row in tested(arm) and row["seed"] in before
+            cells.append(f"{before[row['seed']]:.1f} → {greedy(row):.1f} %" if known else "")
             lines.append(f"| {NAMES.get(arm, arm)} | {row['seed']} | {len(row['curve'])} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
