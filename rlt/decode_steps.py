@@ -49,14 +49,13 @@ class DecodeSteps:
         self.bias.masked_fill_(mask[:, None, None, :-1] == 0, torch.finfo(dtype).min)
         self.cache = DynamicCache()
         self.cache.layers = [_FixedLayer(layer.keys, layer.values, self.column) for layer in cache.layers]
-        cache.layers.clear()  # so that `_extend` frees each layer's tensors when it has copied them
+        cache.layers.clear()  # so that `make_room` frees each layer's tensors when it has copied them
         self.graph = self.logits = None
 
     def __call__(self, ids):
         """Logits (B, V) after these tokens (B, 1). They are overwritten by the next call."""
         if self.read == self.bias.shape[3]:
-            columns = self.read + min(BLOCK, self.last - self.read)
-            self._extend(-(-columns // ALIGNED) * ALIGNED - self.read)
+            self.make_room()
         self.ids.copy_(ids)
         self.read += 1
         if self.graph:
@@ -91,9 +90,11 @@ class DecodeSteps:
             torch.cuda.set_stream(stream)  # torch leaves that of the capture
             raise
 
-    def _extend(self, columns):
-        """Room for so many tokens more. The addresses change: the graph is no longer of use."""
+    def make_room(self):
+        """Extend the cache by a block, or by what is left. The addresses change: the graph is no longer of use."""
         self.graph = self.logits = None
+        columns = self.read + min(BLOCK, self.last - self.read)
+        columns = -(-columns // ALIGNED) * ALIGNED - self.read
         for layer in self.cache.layers:
             layer.extend(columns)
         lowest = torch.finfo(self.bias.dtype).min

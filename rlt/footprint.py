@@ -13,9 +13,11 @@ import weakref
 from contextlib import contextmanager
 from functools import partial
 
+from rlt.decode_steps import FEWEST_STEPS, DecodeSteps
 from rlt.errors import UserError
 from rlt.lora import LORA_DEFAULTS, compute_in_input_type, excluded_layers
 from rlt.models import user_errors
+from rlt.rollout import keeps_only_keys_and_values
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -89,14 +91,18 @@ class _FusedAttention(torch.autograd.Function):
         return *map(torch.empty_like, (q, k, v)), None
 
 
-def _attention(module, query, key, value, attention_mask, *, gpu, **_):
-    """What torch's attention allocates behind transformers' interface, and the packed attention of rewards.py."""
+def _attention(module, query, key, value, attention_mask, *, gpu, shared_keys=False, **_):
+    """What torch's attention allocates behind transformers' interface, and the packed attention of rewards.py.
+
+    shared_keys: heads read the keys that they share, as in DecodeSteps; else they are repeated for each head where
+    there is a mask, or the kernel asks for it.
+    """
     from transformers.integrations.sdpa_attention import repeat_kv
 
     varlen = gpu and query.itemsize == 2 and attention_mask is None
     if attention_mask is not None:
         attention_mask = attention_mask.to(query.dtype)  # alive until the kernel is done
-    if attention_mask is not None or gpu and not varlen:
+    if not shared_keys and (attention_mask is not None or gpu and not varlen):
         key, value = (repeat_kv(x, query.shape[1] // x.shape[1]) for x in (key, value))
     out = _FusedAttention.apply(query, key, value, gpu)
     return (out if varlen or attention_mask is not None else out.clone()), None  # packed sequences are concatenated
@@ -204,10 +210,11 @@ class ModelFootprint:
         from transformers import AttentionInterface
         from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-        name = f"counted_{'gpu' if self.gpu else 'cpu'}"
-        AttentionInterface.register(name, partial(_attention, gpu=self.gpu))
-        AttentionMaskInterface.register(name, sdpa_mask)
-        self.base.set_attn_implementation(name)
+        self.counted = f"counted_{'gpu' if self.gpu else 'cpu'}"
+        for name, shared_keys in ((self.counted, False), (f"{self.counted}_shared_keys", True)):
+            AttentionInterface.register(name, partial(_attention, gpu=self.gpu, shared_keys=shared_keys))
+            AttentionMaskInterface.register(name, sdpa_mask)
+        self.base.set_attn_implementation(self.counted)
 
     @contextmanager
     def _tracked(self, *, padded):
@@ -260,17 +267,33 @@ class ModelFootprint:
     def generate_bytes(self, batch, prompt, new):
         """generate on padded prompts -> bytes of (the full cache, the activations' peak, the peak of both together).
 
-        batch rows, tokens of the longest prompt, new tokens of each. The last token is sampled and never read.
+        batch rows, tokens of the longest prompt, new tokens of each. The last token is sampled and never read. By
+        DecodeSteps, where the model keeps what they can hold.
         """
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self.base.config)
 
-        def read(tokens, seen):
+        def read(tokens, seen, cache=cache):
             ids = torch.empty(batch, tokens, dtype=torch.long, device="meta")
-            mask = torch.ones(batch, seen, dtype=torch.long, device="meta")
+            mask = seen if isinstance(seen, torch.Tensor) else torch.ones(batch, seen, dtype=torch.long, device="meta")
             decoder(self.base)(input_ids=ids, attention_mask=mask, use_cache=True, past_key_values=cache)
 
+        if new >= FEWEST_STEPS and prompt > 1 and keeps_only_keys_and_values(self.base):
+            with self._tracked(padded=True) as tracker:
+                read(prompt - 1, prompt - 1)
+                cache_first, peak_first = tracker.now, tracker.reset_peak()
+                steps = DecodeSteps(self.base, cache, torch.ones(batch, prompt, dtype=torch.long, device="meta"),
+                                    steps=new)
+                while steps.bias.shape[3] < steps.last:
+                    steps.read = steps.bias.shape[3]
+                    steps.make_room()
+                full = sum(x.nbytes for layer in steps.cache.layers for x in (layer.keys, layer.values))
+                now = tracker.now
+                self.base.set_attn_implementation(f"{self.counted}_shared_keys")
+                read(1, steps.bias, steps.cache)
+            self.base.set_attn_implementation(self.counted)
+            return full, max(peak_first - cache_first, tracker.peak - now), max(peak_first, tracker.peak)
         with self._tracked(padded=True) as tracker:
             read(prompt, prompt)
             cache_first, peak_first = tracker.now, tracker.reset_peak()

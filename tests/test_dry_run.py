@@ -325,7 +325,7 @@ def test_the_phases_of_a_pair():
         assert resident[phase]["total"] - offloaded[phase]["total"] == saved
         copies = {"load": 0, "update": 3}.get(phase, 2)
         assert resident[phase]["adapters, AdamW"] == teacher.adapters + copies * teacher.trained_bytes
-    assert resident["rollout"]["cache"] == 4 * 59 * 2 * 2 * 2 * 32 * 2  # rows, tokens but the last, layers, k v...
+    assert resident["rollout"]["cache"] == 4 * 64 * 2 * 2 * 2 * 32 * 2  # rows, 59 tokens in 64 columns, layers, k v...
 
 
 def test_a_student_that_shares_the_policys_base_takes_no_memory_of_its_own():

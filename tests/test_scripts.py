@@ -179,7 +179,7 @@ def half_closed(monkeypatch):
 
 
 def test_best_of_n_and_unclosed(workshop, tmp_path, half_closed):
-    flags = ["--model", "toy-teacher", "--limit", 12, "--samples", 4, "--max-new-tokens", 12]
+    flags = ["--model", "toy-teacher", "--limit", 24, "--samples", 4, "--max-new-tokens", 12]
     call(workshop, "distill.py", *flags, "--out", tmp_path / "all.jsonl")
     call(workshop, "distill.py", *flags, "--out", tmp_path / "best.jsonl", "--keep", "best")
     call(workshop, "distill.py", *flags, "--out", tmp_path / "closed.jsonl", "--drop-unclosed")
