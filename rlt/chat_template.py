@@ -78,7 +78,8 @@ def tokenize(tokenizer, text, **options):
         encoded = tokenizer(text, add_special_tokens=False, **options)
     except Exception as error:  # tokenizers has no class of its own for a word without a token
         raise UserError(f"can't be tokenized ({error}): use words that the model has") from None
-    if max(encoded["input_ids"], default=0) >= getattr(tokenizer, "model_rows", math.inf):
+    rows = getattr(tokenizer, "model_rows", None)
+    if rows is not None and max(encoded["input_ids"], default=0) >= rows:
         token = tokenizer.convert_ids_to_tokens(max(encoded["input_ids"]))
         raise UserError(f"can't be tokenized: the model has no row for {token!r}. Resize it (resize_token_embeddings), "
                         "and save it with its tokenizer")

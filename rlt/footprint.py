@@ -13,7 +13,6 @@ import weakref
 from contextlib import contextmanager
 from functools import partial
 
-from rlt.decode_steps import FEWEST_STEPS, DecodeSteps
 from rlt.errors import UserError
 from rlt.lora import LORA_DEFAULTS, compute_in_input_type, excluded_layers
 from rlt.models import user_errors
@@ -270,6 +269,8 @@ class ModelFootprint:
         batch rows, tokens of the longest prompt, new tokens of each. The last token is sampled and never read. By
         DecodeSteps, where the model keeps what they can hold.
         """
+        from rlt.decode_steps import FEWEST_STEPS, DecodeSteps
+
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self.base.config)
