@@ -78,7 +78,7 @@ class LayersMultiplied:
     def generate_bytes(self, batch, prompt, new):
         """Reading the prompts and the last step are a line each; the larger of the two is not."""
         reading = self.measure("generate_bytes", batch, prompt, 2)
-        last_step = self.measure("generate_bytes", batch, 1, prompt + new - 1)
+        last_step = self.measure("generate_bytes", batch, 2, prompt + new - 2)
         return [max(pair) for pair in zip(reading, last_step, strict=True)]
 
 
