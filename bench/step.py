@@ -294,13 +294,14 @@ def peak_of_update(teacher, optimizer, size, length, count):
     return peak_bytes(run, teacher)
 
 
-def expected_bytes(size, teacher_bits, student_bits, *, length, count, batch, offloaded=False):
-    """{phase: bytes} that --dry-run expects of whole_step."""
+def expected_bytes(size, teacher_bits, student_bits, *, length, count, batch, offloaded=False, own_steps=True):
+    """{phase: bytes} that --dry-run expects of whole_step. own_steps: by DecodeSteps, not by transformers' generate."""
+    read = 2 if own_steps else 1  # tokens of the prompt that are read at once: what matters is the last step
     teacher = ModelFootprint(size.config, bits=teacher_bits, gpu=CUDA, rank=RANK, trained="adapter", reference=True)
     student = ModelFootprint(size.config, bits=student_bits, gpu=CUDA)
     table = phases(teacher, student, vocab=size.vocab, tokens=count * (length + 2 * size.prompt + 2), scored=True,
-                   learned=True, reference=True, rollout=(batch, 1, length + DECODED), checkpointing=True,
-                   offloaded=offloaded)
+                   learned=True, reference=True, rollout=(batch, read, length + DECODED + 1 - read),
+                   checkpointing=True, offloaded=offloaded)
     return {phase: numbers["total"] for phase, numbers in table.items()}
 
 

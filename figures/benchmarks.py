@@ -105,8 +105,8 @@ def small_step_table():
         medians = [[statistics.median(row[f"t_{part}"] for row in ways[way]) for way in (slow, fast)]
                    for part in ("rollout", "score", "update", "step")]
         ratios = [before / after for before, after in medians]
-        ways = f"{WORDS.get(fast, fast)}, not {WORDS.get(slow, slow)}"
-        lines.append(f"| {processor} | {title}: {ways} | {' | '.join(f'{x:.1f}' for x in ratios)} |")
+        choice = f"{WORDS.get(fast, fast)}, not {WORDS.get(slow, slow)}"
+        lines.append(f"| {processor} | {title}: {choice} | {' | '.join(f'{x:.1f}' for x in ratios)} |")
     by_bits = {bits: [row for row in rows if row["way"] == bits] for bits in (16, 32)}
     gaps = " and ".join(f"{statistics.fmean(row['gap'] for row in own):.1e} nats a token with {bits} bits"
                         for bits, own in by_bits.items())
@@ -265,15 +265,16 @@ def measured_text():
         sizes = " and ".join(dict.fromkeys(f"{row['size'].upper()}" for row in rows))
         largest = {row["phase"]: row for row in rows if row["size"] == rows[0]["size"]}
         decoding = largest.pop("rollout")
+        graph = decoding.get("graph", False)
         rates = ", ".join(f"{phase} {row['tokens_per_s']:,.0f}" for phase, row in largest.items())
         lines.append(
             f"Measured on one {device} (`python bench/gpu.py`): with {sizes} models of random weights in 16 bits and "
             f"16,384 tokens, no phase's peak was more than {100 * worst:.1f} % from the one that `--dry-run` expects. "
             f"Tokens a second of {decoding['size'].upper()} models: {rates}; a decode step of "
-            f"{decoding['rollout_rows']} rows by transformers takes {decoding['seconds']:.2f} s"
-            f"{' as a CUDA graph' if decoding.get('graph') else ' without a CUDA graph'}. Not measured: "
-            f"{'' if decoding.get('graph') else 'decode steps of this size as graphs, '}vLLM on a GPU, 4-bit weights "
-            "of this size, several GPUs ([all numbers](figures/README.md#speed-and-memory)).")
+            f"{decoding['rollout_rows']} rows takes {decoding['seconds']:.2f} s "
+            f"{'as a CUDA graph' if graph else 'by generate of transformers'}. Not measured: "
+            f"{'' if graph else 'rollouts of this size as CUDA graphs (time and memory), '}vLLM on a GPU, "
+            "4-bit weights of this size, several GPUs ([all numbers](figures/README.md#speed-and-memory)).")
     return lines
 
 

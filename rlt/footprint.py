@@ -275,17 +275,18 @@ class ModelFootprint:
 
         cache = DynamicCache(config=self.base.config)
 
-        def read(tokens, seen, cache=cache):
+        def ones(tokens):
+            return torch.ones(batch, tokens, dtype=torch.long, device="meta")
+
+        def read(tokens, mask, cache=cache):
             ids = torch.empty(batch, tokens, dtype=torch.long, device="meta")
-            mask = seen if isinstance(seen, torch.Tensor) else torch.ones(batch, seen, dtype=torch.long, device="meta")
             decoder(self.base)(input_ids=ids, attention_mask=mask, use_cache=True, past_key_values=cache)
 
         if new >= FEWEST_STEPS and prompt > 1 and keeps_only_keys_and_values(self.base):
             with self._tracked(padded=True) as tracker:
-                read(prompt - 1, prompt - 1)
+                read(prompt - 1, ones(prompt - 1))
                 cache_first, peak_first = tracker.now, tracker.reset_peak()
-                steps = DecodeSteps(self.base, cache, torch.ones(batch, prompt, dtype=torch.long, device="meta"),
-                                    steps=new)
+                steps = DecodeSteps(self.base, cache, ones(prompt), steps=new)
                 while steps.bias.shape[3] < steps.last:
                     steps.read = steps.bias.shape[3]
                     steps.make_room()
@@ -296,12 +297,12 @@ class ModelFootprint:
             self.base.set_attn_implementation(self.counted)
             return full, max(peak_first - cache_first, tracker.peak - now), max(peak_first, tracker.peak)
         with self._tracked(padded=True) as tracker:
-            read(prompt, prompt)
+            read(prompt, ones(prompt))
             cache_first, peak_first = tracker.now, tracker.reset_peak()
-            read(max(new - 2, 1), prompt + max(new - 2, 1))  # the cache as it is before the last step
+            read(max(new - 2, 1), ones(prompt + max(new - 2, 1)))  # the cache as it is before the last step
             tracker.reset_peak()
             cache_before = tracker.now
-            read(1, prompt + max(new - 2, 1) + 1)
+            read(1, ones(prompt + max(new - 2, 1) + 1))
             tensors = (x for layer in cache.layers for x in vars(layer).values() if isinstance(x, torch.Tensor))
             full = sum(x.nbytes for x in tensors)
         return full, max(peak_first - cache_first, tracker.peak - cache_before), max(peak_first, tracker.peak)

@@ -278,8 +278,8 @@ def load_tokenizer(name):
     # Not AutoTokenizer: it chooses by the model's architecture, and finds another class beside a bare adapter.
     with user_errors(f"{name} has no tokenizer that can be read, expected tokenizer.json in a model's or run folder"):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    tokenizer.generation_eos = _generation_eos(base, tokenizer)
     tokenizer.model_rows = getattr(model_and_adapter_config(base)["config"].get_text_config(), "vocab_size", math.inf)
+    tokenizer.generation_eos = _generation_eos(base, tokenizer)
     if tokenizer.eos_token_id is None and not tokenizer.generation_eos:
         raise UserError(f"the tokenizer of {name} has no end-of-sequence token: expected an instruct model's.")
     if tokenizer.eos_token_id is None:
