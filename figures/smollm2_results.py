@@ -18,12 +18,12 @@ from study_log import LOGS, greedy, interval, paired_differences, read_log
 COMMAND = "python figures/smollm2_study.py --gsm8k train.jsonl"
 BEFORE_AND_AFTER = LOGS / "smollm2_explanations.jsonl"  # of one problem, by the teacher before and after 25 steps of RL
 BY_LAMBDA = LOGS / "smollm2_samples.jsonl"  # of one problem, by teachers with the KL in their reward and without it
-STUDENTS = ("base", "solutions only", "warm-up teacher", "score only", "best of 8", "RLT", "warmed-up student",
-            "direct RL", "RL after RLT", "on-policy, warm-up teacher",
-            "on-policy, RLT", "on-policy, RLT, KL alone", "right chains")
+STUDENTS = ("base", "solutions only", "human chains", "warm-up teacher", "score only", "best of 8", "RLT",
+            "warmed-up student", "direct RL", "RL after RLT", "on-policy, warm-up teacher", "on-policy, RLT",
+            "on-policy, RLT, KL alone", "right chains")
 COMPARED = (("RLT", "warm-up teacher"), ("best of 8", "RLT"), ("RL after RLT", "RLT"))  # students; above ...
 NAMES = LABELS | {"best of 8": "best of 8, no RL", "warmed-up student": "the warm-up's own rows, easier problems",
-                  "right chains": "right chains",
+                  "right chains": "right chains", "human chains": "human chains of other problems (GSM8K)",
                   "on-policy, warm-up teacher": "its own words, corrected by the warm-up teacher",
                   "on-policy, RLT": "its own words, corrected by RLT",
                   "on-policy, RLT, KL alone": "the same, without the loss on the solution"}

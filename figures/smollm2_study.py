@@ -123,6 +123,11 @@ class WordProblemJob(Job):
         rows = self.read(self.rows_of("chains"))[:QUESTIONS]
         return self.write(f"runs/{self.name}.jsonl", [{**row, "explanation": explanation(row)} for row in rows])
 
+    def human_chains(self):
+        """As many rows of GSM8K: other problems, explained by people."""
+        rows = [word_problems().from_gsm8k(row) for row in self.read(GSM8K)[:QUESTIONS]]
+        return self.write(f"runs/{self.name}.jsonl", rows)
+
     def sft(self, data, model=None):
         """A student of these explanations, from the model as it comes or from another."""
         return self.run("sft_student.py", "--model", model or self.base(), "--data", data, *BITS, *STUDENT,
@@ -192,6 +197,7 @@ EXPLANATIONS = {  # arm: function of its job that writes what its student learns
     "best of 8": lambda job: job.explain(job.warm_up("teacher"), *BEST_OF_8),
     "warm-up teacher": lambda job: job.explain(job.warm_up("teacher")),
     "right chains": lambda job: job.replace_explanations(lambda row: row["explanation"]),
+    "human chains": lambda job: job.human_chains(),
     "solutions only": lambda job: job.replace_explanations(lambda row: ""),
     "score only": lambda job: job.explain(job.train_teacher("--lambda", 0)),
 }

@@ -66,7 +66,12 @@ class Job:
         self.recipes, self.setting, self.seed, self.arm, self.quick = recipes, setting, seed, arm, quick
         self.folder = ROOT / "runs/study" / f"{'quick-' * quick}{setting.replace(' ', '-')}-seed{seed}"
         self.name = file_name(arm)
-        self.commands, self.facts = [], {}  # what the log will say of the arm
+        self.forget()
+
+    def forget(self):
+        """Begin anew with what the log will say of the arm."""
+        self.commands, self.facts = [], {}
+        self.seconds = {}  # of the commands that ran; what existed took none, what was continued has those of the rest
 
     def base(self):
         """Make the base model and the rows, if they do not exist."""
@@ -89,8 +94,10 @@ class Job:
             print(f"[{self.folder.name}] {self.commands[-1]}", flush=True)
             if script in RESUMABLE:
                 command.append("--resume")
+            started = time.time()
             if run_command(self.folder, command):
                 raise RuntimeError(f"{self.commands[-1]} failed: see {self.folder}/log.txt")
+            self.seconds[self.commands[-1]] = time.time() - started
             if out and out.endswith(".jsonl"):
                 (self.folder / f"{out}.complete").touch()
         return out
@@ -130,6 +137,7 @@ class Job:
     def adopt(self, other):
         """The commands of another job become this one's."""
         self.commands += other.commands
+        self.seconds |= other.seconds
 
 
 def replace_file(path, text):
@@ -229,7 +237,7 @@ def try_arm(job, log, failed):
             rows = read_rows(log) if log.exists() else []
             if key in failed or key in {(row["setting"], row["seed"], row["arm"]) for row in rows}:
                 return "done"
-            job.commands, job.facts = [], {}
+            job.forget()
             run_arm(job, log)
     except Busy:
         return "busy"
@@ -247,8 +255,8 @@ def run_arm(job, log):
     accuracy = {"accuracy": job.accuracy(student)} if student else {}
     row = {
         "setting": job.setting, "arm": job.arm, "seed": job.seed, **accuracy, **job.facts, "commands": job.commands,
-        "minutes": (time.time() - started) / 60, "date": time.strftime("%Y-%m-%d"), "machine": machine(),
-        "torch": version("torch"), "transformers": version("transformers"),
+        "seconds": job.seconds, "minutes": (time.time() - started) / 60, "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(), "torch": version("torch"), "transformers": version("transformers"),
         "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip(),
     }
     log.parent.mkdir(parents=True, exist_ok=True)

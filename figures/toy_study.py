@@ -7,12 +7,14 @@ The toy study: every claim of the papers as an arm, by the commands that a user 
 
 Each setting of the toy and each seed has a folder of its own (runs/study/toy-seed0, with runs/toy and all that follows
 inside). A finished arm is a line in figures/logs/toy_study.jsonl and is not run again; a killed one continues where it
-stopped. All students get the same number of steps of the same size; settings may be chosen by the `val` numbers only.
+stopped. To run arms again, give another --log, and move runs/study away. All students get the same number of steps of
+the same size; settings may be chosen by the `val` numbers only.
 """
 
 import argparse
 import functools
 import sys
+from pathlib import Path
 
 from study_steps import ROOT, mean_of, prepare_for_forks, work_off
 from toy_steps import BEST_OF_10, TOY_FLAGS, ToyJob, share_of_full_chains
@@ -222,6 +224,7 @@ ARMS = {  # by the names of the log
     "ground truth": ground_truth,
     "best of 10": lambda job: warm_up(job, *BEST_OF_10),
     "direct RL": lambda job: job.rl(),
+    "direct RL, 240 steps": lambda job: job.rl("--steps", 240),
     "RL traces, raw": lambda job: traces(job, "--keep-wrong"),
     "RL traces, filtered": traces,
     "long problems": long_problems,
@@ -246,6 +249,9 @@ ARMS = {  # by the names of the log
     "on-policy, RLT": lambda job: job.on_policy(job.teacher_of("RLT")),
     "on-policy, best of 10": lambda job: job.on_policy(job.warm_up_on_best()),
     "on-policy, clean chains": lambda job: job.on_policy(job.warm_up_on_chains()),
+    "on-policy, RLT, lambda 1": lambda job: job.on_policy(job.teacher_of("RLT, lambda 1", "--lambda", 1)),
+    "on-policy, RLT, lambda 10": lambda job: job.on_policy(job.teacher_of("RLT, lambda 10", "--lambda", 10)),
+    "on-policy, warm-up teacher, 240 steps": lambda job: job.on_policy(job.warm_up_teacher(), "--steps", 240),
     "on-policy, warm-up teacher, forward KL": lambda job: job.on_policy(job.warm_up_teacher(), "--forward-share", 1),
     # Guide-GRPO
     "GRPO": lambda job: job.rl(*CORRECTNESS),
@@ -301,6 +307,7 @@ def plan():
         ("toy", 5, ("on-policy, warm-up teacher", "on-policy, RLT")),
         ("toy", 3, [f"on-policy, {teacher}" for teacher in ("base", "score only", "best of 10", "clean chains")]),
         ("toy", 1, ["on-policy, warm-up teacher, forward KL"]),
+        ("toy", 3, ["on-policy, RLT, lambda 1", "on-policy, RLT, lambda 10", "on-policy, warm-up teacher, 240 steps"]),
         ("toy", 3, [f"RL after {arm}" for arm in COLD_STARTS]),
         ("toy", 3, [f"rank {i} of 5" for i in range(1, 6)]),
         ("rooms", 3, rooms),
@@ -317,6 +324,8 @@ def plan():
         ("base 0.0", 5, [*against_refreshed(0.1), *on_policy(0.1)]),
         ("base 0.0", 5, against_refreshed(0.02)),
         ("base 0.0", 3, on_policy(0.02)),
+        ("base 0.0", 5, ["direct RL, 240 steps"]),
+        ("base 0.005", 3, [*against_refreshed(0.1), *on_policy(0.1)]),
         ("toy", 3, ("long problems", "what RL did", *(f"{arm}, 176 rows" for arm in FEW_ROWS))),
         ("toy", 3, other_students),
         ("toy", 3, [f"RLT, {name}" for name in ABLATIONS]),
@@ -331,13 +340,14 @@ def main():
     parser.add_argument("--settings", nargs="+", default=list(TOY_FLAGS), choices=TOY_FLAGS, help="settings of the toy")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM", help="arms, by name")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)), help="seeds of the base and all draws")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="default: figures/logs/toy_study.jsonl")
     parser.add_argument("--quick", action="store_true", help="a few steps of every arm on seed 0, to see that it runs")
     args = parser.parse_args()
 
     prepare_for_forks()
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401  # loaded once, for all the children
 
-    log = ROOT / ("runs/study/quick.jsonl" if args.quick else "figures/logs/toy_study.jsonl")
+    log = args.log or ROOT / ("runs/study/quick.jsonl" if args.quick else "figures/logs/toy_study.jsonl")
     jobs = [ToyJob(ARMS, setting, seed, arm, args.quick) for setting, seed, arm in plan()
             if setting in args.settings and seed in args.seeds and arm in args.arms and not (args.quick and seed)]
     sys.exit(1 if work_off(jobs, log) else 0)

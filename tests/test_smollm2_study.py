@@ -22,9 +22,12 @@ class Recorder(smollm2_study.WordProblemJob):
 
     def write(self, path, rows):
         self.commands.append(("rows", "--out", path))
+        self.written = rows
         return path
 
     def read(self, path):
+        if path == smollm2_study.GSM8K:
+            return [{"question": "How many?", "answer": "1 + 2 = <<1+2=3>>3\n#### 3"}] * 1000
         row = dict.fromkeys((*smollm2_study.CURVE, *smollm2_study.SOLVED, *smollm2_study.ON_POLICY_CURVE,
                              "t_rollout", "t_score", "t_update"), 1.0)
         return [{**row, "question": "How many?", "explanation": "1+2=3", "start": 1, "steps": [2], "answer": "3",
@@ -94,6 +97,12 @@ def test_an_arm_says_what_its_explanations_are_like():
     assert facts["explanations"] == {"reward": 1, "score": 1, "kl": 1, "closed": 1, "length": 1, "count": 1,
                                      "is_right_chain": 1, "right_steps": 1, "leak": 0}
     assert facts["curve"] == [dict.fromkeys(smollm2_study.CURVE, 1)]
+
+
+def test_human_chains_are_those_of_gsm8k():
+    rows = commands_of("human chains", False).written
+    assert len(rows) == smollm2_study.QUESTIONS
+    assert rows[0] == {"question": "How many?", "solution": "\\boxed{3}", "answer": "3", "explanation": "1 + 2 = 3"}
 
 
 def test_answers_are_compared_with_the_last_result_of_their_chain():

@@ -67,6 +67,9 @@ def test_every_step_is_made_once_and_every_arm_logged_once(study):
     assert logged(study.log) == ["first", "second"]
     for row in map(json.loads, study.log.read_text().splitlines()):
         assert len(row["commands"]) == 2, "a busy attempt leaves no commands"
+        assert set(row["seconds"]) <= set(row["commands"])
+        assert all(0.1 <= seconds < 10 for seconds in row["seconds"].values())
+    assert sum(len(row["seconds"]) for row in map(json.loads, study.log.read_text().splitlines())) == 3
     study()
     assert len(study.commands) == 3
 
