@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from plotting import GREY, LABELS, RED, bars, save, steps
 from reward_picture import draw
 from reward_rows import read_scored
-from study_log import LOGS, greedy, interval, paired_differences, read_log
+from study_log import LOGS, greedy, interval, measured, paired_differences, read_log
 
 COMMAND = "python figures/smollm2_study.py --gsm8k train.jsonl"
 BEFORE_AND_AFTER = LOGS / "smollm2_explanations.jsonl"  # of one problem, by the teacher before and after 25 steps of RL
@@ -64,9 +64,8 @@ def students_table():
             found.append(f"{NAMES.get(arm, arm)} above {NAMES.get(other, other)}: {mean:+.1f} ± {half:.1f}")
     if found:
         lines += ["", f"Points of the test, on the same seeds: {'; '.join(found)}."]
-    machines = dict.fromkeys(f"{row['machine']}, torch {row['torch']}, {row['date']}" for row in all_rows)
-    lines += ["", f"Measured: {'; '.join(machines)}. `figures/logs/smollm2_study.jsonl` holds the commands of every "
-              "arm and the commit they ran at.", ""]
+    lines += ["", f"Measured on {measured(all_rows)}. `figures/logs/smollm2_study.jsonl` says of every arm on what it "
+              "ran, by which commands and at which commit.", ""]
     return "\n".join(lines)
 
 

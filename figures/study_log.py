@@ -8,6 +8,7 @@ figures/toy_study.py lists both.
 import functools
 import json
 import math
+import re
 import statistics
 from pathlib import Path
 
@@ -69,6 +70,14 @@ def interval(values):
         return values[0], math.nan
     half = STUDENT_T95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
     return statistics.fmean(values), half
+
+
+def measured(rows):
+    """On what, with which versions and when: a few words of all rows together. The log has it row by row."""
+    machines = [re.sub(r" \(.*?\)", "", part) for row in rows for part in row["machine"].split("; ")]
+    versions, dates = ([row[key] for row in rows] for key in ("torch", "date"))
+    return "; ".join((" and ".join(dict.fromkeys(machines)), "torch " + " and ".join(sorted(set(versions))),
+                      " to ".join(sorted({min(dates), max(dates)}))))
 
 
 def reward_fifths(seed):

@@ -15,6 +15,7 @@ from study_log import (
     differences,
     greedy,
     interval,
+    measured,
     read_log,
     reward_fifths,
     rows_of,
@@ -58,9 +59,8 @@ def accuracy_table():
         else:
             cells += [""] * 4
         lines.append(f"| {' | '.join(cells)} |")
-    versions = sorted({(row["machine"], row["torch"], row["date"]) for row in study_rows()})
-    lines += ["", "Measured: " + "; ".join(f"{machine}, torch {torch}, {date}" for machine, torch, date in versions)
-              + ". `figures/logs/toy_study.jsonl` holds the commands of every arm and the commit they ran at.", ""]
+    lines += ["", f"Measured on {measured(study_rows())}. `figures/logs/toy_study.jsonl` holds the commands of every "
+              "arm and the commit they ran at.", ""]
     return "\n".join(lines)
 
 

@@ -179,6 +179,16 @@ def test_differences_are_paired_by_seed(small_log):
     assert study_log.differences("a", "c", lambda row: row["value"]) == []
 
 
+def test_what_was_measured_on_what_is_said_once():
+    def row(machine, torch, date):
+        return {"machine": machine, "torch": torch, "date": date}
+
+    assert study_log.measured([row("a GPU (RL); a CPU, one thread (the rest)", "2.13", "11-27"),
+                               row("a CPU, one thread", "2.11", "11-21"), row("a GPU", "2.13", "11-23")]) == (
+        "a GPU and a CPU, one thread; torch 2.11 and 2.13; 11-21 to 11-27")
+    assert study_log.measured([row("a GPU", "2.13", "11-23")]) == "a GPU; torch 2.13; 11-23"
+
+
 def test_intervals_are_students():
     """Five values by hand: mean 3, standard deviation sqrt(2.5), t of 4 degrees of freedom 2.776."""
     mean, half = study_log.interval([1, 2, 3, 4, 5])
