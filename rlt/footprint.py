@@ -264,52 +264,63 @@ class ModelFootprint:
 
     @torch.no_grad()
     def generate_bytes(self, batch, prompt, new):
-        """generate on padded prompts -> bytes of (the full cache, the activations' peak, the peak of both together).
+        """Sampling after padded prompts -> bytes of (the full cache, the activations' peak, the peak of both together).
 
         batch rows, tokens of the longest prompt, new tokens of each. The last token is sampled and never read. By
-        DecodeSteps, where the model keeps what they can hold.
+        DecodeSteps, where the model keeps what they can hold, else by transformers' generate.
         """
-        from rlt.decode_steps import FEWEST_STEPS, DecodeSteps
+        from rlt.decode_steps import FEWEST_STEPS
 
         from transformers import DynamicCache
 
-        cache = DynamicCache(config=self.base.config)
-
-        def ones(tokens):
-            return torch.ones(batch, tokens, dtype=torch.long, device="meta")
-
-        def read(tokens, mask, cache=cache):
-            ids = torch.empty(batch, tokens, dtype=torch.long, device="meta")
-            decoder(self.base)(input_ids=ids, attention_mask=mask, use_cache=True, past_key_values=cache)
-
-        if new >= FEWEST_STEPS and prompt > 1 and keeps_only_keys_and_values(self.base):
-            with self._tracked(padded=True) as tracker:
-                read(prompt - 1, ones(prompt - 1))
-                cache_first, peak_first = tracker.now, tracker.reset_peak()
-                steps = DecodeSteps(self.base, cache, ones(prompt), steps=new)
-                while steps.bias.shape[3] < steps.last:
-                    steps.read = steps.bias.shape[3]
-                    steps.make_room()
-                full = sum(x.nbytes for layer in steps.cache.layers for x in (layer.keys, layer.values))
-                now = tracker.now
-                self.base.set_attn_implementation(f"{self.counted}_shared_keys")
-                read(1, steps.bias, steps.cache)
-            self.base.set_attn_implementation(self.counted)
-            return full, max(peak_first - cache_first, tracker.peak - now), max(peak_first, tracker.peak)
+        own_steps = new >= FEWEST_STEPS and prompt > 1 and keeps_only_keys_and_values(self.base)
+        sample = self._sample_by_decode_steps if own_steps else self._sample_by_generate
         with self._tracked(padded=True) as tracker:
-            read(prompt, ones(prompt))
-            cache_first, peak_first = tracker.now, tracker.reset_peak()
-            read(max(new - 2, 1), ones(prompt + max(new - 2, 1)))  # the cache as it is before the last step
-            tracker.reset_peak()
-            cache_before = tracker.now
-            read(1, ones(prompt + max(new - 2, 1) + 1))
-            tensors = (x for layer in cache.layers for x in vars(layer).values() if isinstance(x, torch.Tensor))
-            full = sum(x.nbytes for x in tensors)
+            try:
+                return sample(tracker, DynamicCache(config=self.base.config), batch, prompt, new)
+            finally:
+                self.base.set_attn_implementation(self.counted)
+
+    def _sample_by_decode_steps(self, tracker, cache, batch, prompt, new):
+        from rlt.decode_steps import DecodeSteps
+
+        self._read(cache, _ones(batch, prompt - 1), prompt - 1)
+        cache_first, peak_first = tracker.now, tracker.reset_peak()
+        steps = DecodeSteps(self.base, cache, _ones(batch, prompt), steps=new)
+        while steps.bias.shape[3] < steps.last:
+            steps.read = steps.bias.shape[3]
+            steps.make_room()
+        full = sum(x.nbytes for layer in steps.cache.layers for x in (layer.keys, layer.values))
+        cache_before = tracker.now
+        self.base.set_attn_implementation(f"{self.counted}_shared_keys")
+        self._read(steps.cache, steps.bias, 1)
         return full, max(peak_first - cache_first, tracker.peak - cache_before), max(peak_first, tracker.peak)
+
+    def _sample_by_generate(self, tracker, cache, batch, prompt, new):
+        self._read(cache, _ones(batch, prompt), prompt)
+        cache_first, peak_first = tracker.now, tracker.reset_peak()
+        between = max(new - 2, 1)
+        self._read(cache, _ones(batch, prompt + between), between)  # the cache as it is before the last step
+        tracker.reset_peak()
+        cache_before = tracker.now
+        self._read(cache, _ones(batch, prompt + between + 1), 1)
+        tensors = (x for layer in cache.layers for x in vars(layer).values() if isinstance(x, torch.Tensor))
+        full = sum(x.nbytes for x in tensors)
+        return full, max(peak_first - cache_first, tracker.peak - cache_before), max(peak_first, tracker.peak)
+
+    def _read(self, cache, mask, tokens):
+        """Read so many tokens of each row into the cache."""
+        ids = torch.empty(len(mask), tokens, dtype=torch.long, device="meta")
+        decoder(self.base)(input_ids=ids, attention_mask=mask, use_cache=True, past_key_values=cache)
 
     def logits_bytes(self, rows, vocab):
         """A buffer of logits in rewards.py: float32, or the head's own type if that is wider."""
         return rows * -(-vocab // 16) * 16 * max(4, self.head.itemsize)
+
+
+def _ones(rows, tokens):
+    """A mask without padding."""
+    return torch.ones(rows, tokens, dtype=torch.long, device="meta")
 
 
 def target_modules(targets):
