@@ -271,15 +271,16 @@ class Prompts:
         """The KLRow of a student's own thought (as `split_answer` returns it); the frozen model is the teacher.
 
         The token that starts the end of a closed thought counts as one of the thought: the KL says whether to close.
-        An unclosed one has no end to learn.
+        Behind an unclosed one there is nothing to learn.
         """
-        end = []
+        end = solution = []
         if thought.closed:
-            solution = f"{SOLUTION[0]}\n\n{row['solution']}\n\n{SOLUTION[1]}"
-            end, = self._encode_in_turn(THOUGHT_OPENED, f"{thought.leftover}{THOUGHT[1]}\n\n{solution}")
-            end.append(self.end_of_turn)
+            end, solution = self._encode_in_turn(
+                THOUGHT_OPENED, f"{thought.leftover}{THOUGHT[1]}\n\n",
+                f"{SOLUTION[0]}\n\n{row['solution']}\n\n{SOLUTION[1]}")
+            solution.append(self.end_of_turn)
         return KLRow(prompt=self.student_prompt(row), thought=thought.thought + end[:1], end=end[1:],
-                     frozen_prompt=self.teacher_prompt(row))
+                     frozen_prompt=self.teacher_prompt(row), solution=solution)
 
     # training rows
 

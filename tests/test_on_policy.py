@@ -88,39 +88,51 @@ def test_what_is_learned_is_the_sft_row_with_the_students_own_thought(toy, promp
     opened = prompts.student_prompt(row)
     thought = prompts.split_answer(ids[len(opened) :], finished=True)
     made = prompts.on_policy_row(row, thought)
-    assert made.prompt + made.thought + made.end == ids
+    assert made.prompt + made.thought + made.end + made.solution == ids
     assert made.thought[:-1] == thought.thought and made.thought[-1] == thought.end[0], "when to close is learned"
     assert made.frozen_prompt == prompts.teacher_prompt(row)
     unclosed = prompts.split_answer(thought.thought, finished=False)
     made = prompts.on_policy_row(row, unclosed)
-    assert made.thought == thought.thought and made.end == []
+    assert made.thought == thought.thought and made.end == made.solution == []
 
 
 # ---------------------------------------------------------------------------------------------------------
 # the script
 
 
-def test_the_loss_of_a_step_is_that_of_plain_logits(workshop, tmp_path):
-    """With a learning rate that moves nothing: kl and nll from each model's own logits, a row at a time."""
+def test_the_loss_of_a_step_is_that_of_plain_logits(workshop, tmp_path, monkeypatch):
+    """With a learning rate that moves nothing: kl and nll from each model's own logits, a row at a time.
+
+    The toy's closing tag is one token: two of the solution's make it longer here.
+    """
+    def on_policy_row(self, *row_and_thought, own=Prompts.on_policy_row):
+        row = own(self, *row_and_thought)
+        return row._replace(end=row.end + row.solution[:2], solution=row.solution[2:])
+
+    monkeypatch.setattr(Prompts, "on_policy_row", on_policy_row)
     flags = (*SMALL, "--steps", 1, "--lr", 1e-30, "--forward-share", 0.25, "--solution-weight", 0.5,
              "--seed", 1)  # some thoughts are closed
     scope = call(workshop, "on_policy_student.py", *flags, "--out", tmp_path / "run", "--micro-batch-tokens", 100)
-    kls, nlls = [], []
+    kls, nlls, weights = [], [], []
     with torch.no_grad():
         for row in scope["kl_rows"]:
             def log_softmax(model, prompt, after, vocab=scope["vocab"]):
                 logits = model(input_ids=torch.tensor([prompt + after])).logits[0, len(prompt) - 1 : -1, :vocab]
                 return logits.double().log_softmax(1)
 
-            p = log_softmax(scope["student"], row.prompt, row.thought + row.end)
+            after = row.end + row.solution
+            p = log_softmax(scope["student"], row.prompt, row.thought + after)
             q = log_softmax(scope["teacher"], row.frozen_prompt, row.thought)
             n = len(row.thought)
             kls.append(0.75 * (p[:n].exp() * (p[:n] - q)).sum(1) + 0.25 * (q.exp() * (q - p[:n])).sum(1))
-            nlls.append(-p[n:].gather(1, torch.tensor(row.end)[:, None])[:, 0] if row.end else p[n:, 0])
+            nlls.append(-p[n:].gather(1, torch.tensor(after)[:, None])[:, 0] if after else p[n:, 0])
+            weights += [1.0] * len(row.end) + [0.5] * len(row.solution)
     kl, nll = torch.cat(kls).mean().item(), torch.cat(nlls).mean().item()
+    weighted = (torch.cat(nlls) * torch.tensor(weights)).mean().item()
+    assert 0.5 in weights and 1.0 in weights
     entry, = read_jsonl(tmp_path / "run/metrics.jsonl")
     assert entry["kl"] == pytest.approx(kl, rel=1e-4) and entry["nll"] == pytest.approx(nll, rel=1e-4)
-    assert entry["loss"] == pytest.approx(kl + 0.5 * nll, rel=1e-4)
+    assert entry["loss"] == pytest.approx(kl + weighted, rel=1e-4)
     assert entry["sampler_logprob_diff"] < 1e-4 and 0 < entry["closed"] <= 1
 
 

@@ -142,6 +142,27 @@ def test_scored_ids_are_the_sft_row_under_every_tokenizer(family, special_start,
     assert compared > 20
 
 
+def bare(text):
+    """Without blanks and capitals, which some tokenizers change."""
+    return "".join(plain(text).lower().split())
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen2.5"])
+def test_what_closes_a_students_thought_and_its_solution_are_told_apart(family, request):
+    tokenizer = request.getfixturevalue("qwen_tokenizer") if family == "qwen2.5" else make_tokenizer(family)
+    prompts = Prompts(tokenizer)
+    ids, _ = prompts.sft_row({**ROW, "explanation": "So it is."}, "student")
+    prompt = prompts.student_prompt(ROW)
+    assert ids[: len(prompt)] == prompt
+    thought = prompts.split_answer(ids[len(prompt) :], finished=True)
+    row = prompts.on_policy_row(ROW, thought)
+    assert row.prompt + row.thought + row.end + row.solution == ids
+    closing = row.thought[len(thought.thought) :] + row.end  # the first token belongs to the thought
+    for ids, text in ((closing, thought.leftover + THOUGHT[1]),
+                      (row.solution[:-1], f"{SOLUTION[0]}{ROW['solution']}{SOLUTION[1]}")):
+        assert bare("".join(prompts.token_texts(ids))) == bare(text)
+
+
 def test_a_solution_that_opens_with_a_newline_loses_nothing(prompts):
     """One token then holds the end of the tag and the newlines of both: it counts as the solution's."""
     row = {**ROW, "solution": "\nx = 2"}
