@@ -183,21 +183,23 @@ ON_POLICY = {  # arm: the teacher that corrects the student
 
 
 def on_policy():
-    """Students on their own words: accuracy, and the KL to the teacher along training."""
-    figure, (final, curves) = plt.subplots(1, 2, figsize=(10, 2.9))
+    """Students on their own words: accuracy; the KL to the teacher and the length of thoughts along training."""
+    figure, (final, *panels) = plt.subplots(1, 3, figsize=(12, 2.9), width_ratios=(1.3, 1, 1))
     rows = {arm: rows_of(arm) for arm in ON_POLICY}
     colours = dict(zip(ON_POLICY, (GREY, BLUE, LILAC, PURPLE, RED, "black", ORANGE), strict=True))
     bars(final, rows, labels=ON_POLICY, colours=colours)
     final.set_xlabel("exact match, %")
     final.set_ylabel("student corrected by")
-    for arm, own in rows.items():
-        curve = own[0]["curve"]
-        curves.plot(steps(curve), [entry["kl"] for entry in curve], color=colours[arm], lw=1.2,
-                    ls="--" if "forward" in arm else "-")
-    curves.set_xlabel(f"step (seed {rows['on-policy, RLT'][0]['seed']})")
-    curves.set_ylabel("KL to the teacher, nats a token")
-    curves.set_ylim(bottom=0)
-    curves.set_title("colours as on the left; dashed: forward KL")
+    for axes, key, title in zip(panels, ("kl", "length"), ("KL to the teacher, nats a token", "tokens in a thought"),
+                                strict=True):
+        for arm, own in rows.items():
+            curve = own[0]["curve"]
+            axes.plot(steps(curve), [entry[key] for entry in curve], color=colours[arm], lw=1.2,
+                      ls="--" if "forward" in arm else "-")
+        axes.set_xlabel(f"step (seed {rows['on-policy, RLT'][0]['seed']})")
+        axes.set_ylabel(title)
+        axes.set_ylim(bottom=0)
+    panels[0].set_title("colours as on the left; dashed: forward KL")
     accuracy_legend(figure)
     save(figure, "toy_on_policy")
 
