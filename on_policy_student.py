@@ -6,15 +6,15 @@ Train a student on its own words: on-policy distillation from a teacher that kno
     your rows            python on_policy_student.py --data rows.jsonl --model org/model --teacher runs/my-teacher ...
 
 The student sees a question and writes a thought. A frozen teacher, which sees the question and its solution, says at
-every token what it would have written there. Behind its own thought the student learns the solution:
+every token what it would have written there. Around its own thought the student learns the tags and the solution:
 
-    kl    = mean over the thought's tokens        of  KL(p_student || p_teacher), exact, over the whole vocabulary
-    nll   = mean over the tokens after a thought  of  - log p_student(token | question, thought)
+    kl    = mean over the thought's tokens         of  KL(p_student || p_teacher), exact, over the whole vocabulary
+    nll   = mean over the tags' and the solution's of  - log p_student(token | question, what stands before it)
     loss  = kl + nll
 
 --forward-share mixes in the other direction, KL(p_teacher || p_student). Pass 0.5, say, for a student that hardly ever
 writes what the teacher would: the gradient of the first direction vanishes with the student's own probability of a
-token. The KL also covers the token that starts the closing tag. After an unclosed thought nothing is learned. Related:
+token. The KL also covers the token that starts the closing tag. Behind an unclosed thought nothing is learned. Related:
 arXiv 2601.18734, 2601.20802. New here: the teacher is trained by RLT, with its KL to the student in its reward.
 """
 
@@ -57,7 +57,7 @@ group = parser.add_argument_group("loss")
 group.add_argument("--forward-share", type=flags.number(float, 0, 1), default=0.0, metavar="F",
                    help="0: KL(student || teacher), 1: KL(teacher || student), between: their mean with this weight")
 group.add_argument("--solution-weight", type=flags.number(float, 0), default=1.0, metavar="W",
-                   help="weight of the solution's tokens in the loss; those of the closing tag have 1")
+                   help="weight of the solution's tokens in nll; those of the tags have 1")
 group = parser.add_argument_group("sampling")
 group.add_argument("--prompts-per-step", type=flags.number(int, 1), default=128, metavar="P",
                    help="questions a step, one thought each")
@@ -138,36 +138,37 @@ def sample(batch, *key):
 
 
 def losses(kl_rows, micro_batch_tokens):
-    """One micro-batch after the other: indices of its rows, log-probs and KL of thoughts, log-probs of what closes
+    """One micro-batch after the other: indices of its rows, log-probs and KL of thoughts, log-probs of the tags around
     them, and of solutions.
 
     A closed thought's last log-prob is that of the first token of its closing tag (prompts.on_policy_row).
     """
-    widths = [len(row.thought) + max(len(row.prompt + row.end + row.solution), len(row.frozen_prompt))
+    widths = [len(row.thought) + max(len(row.prompt + row.opening + row.end + row.solution), len(row.frozen_prompt))
               for row in kl_rows]
     for indices in micro_batches(widths, micro_batch_tokens):
         some = [kl_rows[i] for i in indices]
         logprobs, kl = completion_logprobs_and_kl(student, teacher, some, forward_share=args.forward_share,
                                                   temperature=args.temperature, vocab=vocab)
-        parts = logprobs.split([len(ids) for row in some for ids in (row.thought, row.end, row.solution)])
-        yield indices, parts[::3], kl, torch.cat(parts[1::3]), torch.cat(parts[2::3])
+        parts = logprobs.split([len(ids) for row in some for ids in (row.opening, row.thought, row.end, row.solution)])
+        yield indices, parts[1::4], kl, torch.cat(parts[::4] + parts[2::4]), torch.cat(parts[3::4])
 
 
 def count_tokens(kl_rows):
-    """Tokens of thoughts, and of what is learned behind them."""
-    return sum(len(row.thought) for row in kl_rows), sum(len(row.end + row.solution) for row in kl_rows)
+    """Tokens of thoughts, and of what is learned around them."""
+    return (sum(len(row.thought) for row in kl_rows),
+            sum(len(row.opening + row.end + row.solution) for row in kl_rows))
 
 
 def compute_gradients(batch, kl_rows, tokens, micro_batch_tokens):
     """The gradients of this rank's share of the loss -> log-probs of each thought."""
     updates.zero_grad()
     thought_logprobs = [None] * len(batch)
-    for indices, of_thoughts, kl, of_ends, of_solutions in losses(kl_rows, micro_batch_tokens):
+    for indices, of_thoughts, kl, of_tags, of_solutions in losses(kl_rows, micro_batch_tokens):
         kl_loss = kl.sum() / tokens[0]
-        end_loss, solution_loss = (-logprobs.sum() / tokens[1] for logprobs in (of_ends, of_solutions))
-        updates.backward(kl_loss + end_loss + args.solution_weight * solution_loss,
+        tag_loss, solution_loss = (-logprobs.sum() / tokens[1] for logprobs in (of_tags, of_solutions))
+        updates.backward(kl_loss + tag_loss + args.solution_weight * solution_loss,
                          [(batch[i], kl_rows[i].thought) for i in indices],
-                         {"kl": kl_loss, "nll": end_loss + solution_loss})
+                         {"kl": kl_loss, "nll": tag_loss + solution_loss})
         for i, values in zip(indices, of_thoughts, strict=True):
             thought_logprobs[i] = values.detach()
     return thought_logprobs
@@ -175,8 +176,8 @@ def compute_gradients(batch, kl_rows, tokens, micro_batch_tokens):
 
 @torch.no_grad()
 def sum_of_losses(kl_rows, micro_batch_tokens):
-    sums = [(kl.sum().item(), -(of_ends.sum() + of_solutions.sum()).item())
-            for _, _, kl, of_ends, of_solutions in losses(kl_rows, micro_batch_tokens)]
+    sums = [(kl.sum().item(), -(of_tags.sum() + of_solutions.sum()).item())
+            for _, _, kl, of_tags, of_solutions in losses(kl_rows, micro_batch_tokens)]
     return [sum(values) for values in zip(*sums, strict=True)]
 
 

@@ -21,6 +21,7 @@ import smollm2_results
 import study_tables
 import toy_map
 import toy_results
+import toy_time
 import toy_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +32,7 @@ TABLES = {  # what a page calls the block: the function that writes it
     "variants": study_tables.variants_table,
     "cells": toy_map.cells_table,
     "seen": toy_tokens.seen_table,
+    "wall time": toy_time.wall_time_table,
     "smollm2": smollm2_results.students_table,
     "smollm2 training": smollm2_results.curves_table,
     "smollm2 explanations": smollm2_results.explanations_table,

@@ -34,6 +34,7 @@ class KLRow(NamedTuple):
     end: list  # what the learner writes to end it, without a KL
     frozen_prompt: list  # what the frozen model reads before the thought
     solution: list = []  # what the learner writes behind the end
+    opening: list = []  # what the learner writes before the thought, behind its prompt
 
 
 def completion_logprobs(model, prompts, completions, *, temperature=1.0, vocab=None, head_chunk=LOGITS_CHUNK,
@@ -59,16 +60,16 @@ def completion_logprobs_and_kl(learner, frozen, rows, *, forward_share=0.0, temp
                                head_chunk=LOGITS_CHUNK, impl="auto"):
     """The learner's log-probs of what it writes, and the exact KL of thoughts to a frozen model, both with gradient.
 
-    rows: B KLRows, one micro-batch -> log-probs of thought + end + solution, packed row by row, and kl of the thoughts'
-    tokens, packed. The KL's gradient is the one through the learner's distribution.
+    rows: B KLRows, one micro-batch -> log-probs of opening + thought + end + solution, packed row by row, and kl of the
+    thoughts' tokens, packed. The KL's gradient is the one through the learner's distribution.
     forward_share: f in  (1 - f) KL(learner || frozen) + f KL(frozen || learner).
     """
     n = KLRow(*torch.tensor([[len(ids) for ids in row] for row in rows]).unbind(1))  # lengths, on the host
     head, frozen_head = output_heads((learner, frozen), vocab)
-    completions = [row.thought + row.end + row.solution for row in rows]
+    completions = [row.opening + row.thought + row.end + row.solution for row in rows]
     states_thought, states_completion = hidden_states(
-        learner, [row.prompt + ids for row, ids in zip(rows, completions, strict=True)], (n.prompt, n.thought),
-        (n.prompt, n.thought + n.end + n.solution))
+        learner, [row.prompt + ids for row, ids in zip(rows, completions, strict=True)],
+        (n.prompt + n.opening, n.thought), (n.prompt, n.opening + n.thought + n.end + n.solution))
     with torch.no_grad():
         [frozen_states] = hidden_states(frozen, [row.frozen_prompt + row.thought for row in rows],
                                         (n.frozen_prompt, n.thought))

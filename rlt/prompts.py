@@ -270,8 +270,9 @@ class Prompts:
     def on_policy_row(self, row, thought):
         """The KLRow of a student's own thought (as `split_answer` returns it); the frozen model is the teacher.
 
-        The token that starts the end of a closed thought counts as one of the thought: the KL says whether to close.
-        Behind an unclosed one there is nothing to learn.
+        The prompt that the thought was sampled from had opened it: here that is for the student to learn. The token
+        that starts the end of a closed thought counts as one of the thought: the KL says whether to close. Behind an
+        unclosed one there is nothing to learn.
         """
         end = solution = []
         if thought.closed:
@@ -279,8 +280,9 @@ class Prompts:
                 THOUGHT_OPENED, f"{thought.leftover}{THOUGHT[1]}\n\n",
                 f"{SOLUTION[0]}\n\n{row['solution']}\n\n{SOLUTION[1]}")
             solution.append(self.end_of_turn)
-        return KLRow(prompt=self.student_prompt(row), thought=thought.thought + end[:1], end=end[1:],
-                     frozen_prompt=self.teacher_prompt(row), solution=solution)
+        return KLRow(prompt=self.question_prompt(row), opening=self._encode_in_turn("", THOUGHT_OPENED)[0],
+                     thought=thought.thought + end[:1], end=end[1:], solution=solution,
+                     frozen_prompt=self.teacher_prompt(row))
 
     # training rows
 

@@ -31,6 +31,7 @@ import toy_map  # noqa: E402
 import toy_results  # noqa: E402
 import toy_steps  # noqa: E402
 import toy_study  # noqa: E402
+import toy_time  # noqa: E402
 
 TO_CARRY = shutil.ignore_patterns("*.png", "__pycache__", ".*", "runs")
 
@@ -177,6 +178,17 @@ def test_arms_side_by_side_are_of_the_same_seeds(small_log):
 def test_differences_are_paired_by_seed(small_log):
     assert study_log.differences("a", "b", lambda row: row["value"]) == [10 - 1, 30 - 3]
     assert study_log.differences("a", "c", lambda row: row["value"]) == []
+
+
+def test_an_arm_costs_what_its_commands_took_wherever_they_ran():
+    """Shared steps count for every arm that needs them, once each; the base and the tests for none."""
+    base, teacher, tests = "python data/toy.py", "python train_rlt.py", "python evaluate.py --task toy"
+    seconds = {base: 100.0, teacher: 7.0, tests: 50.0, "python sft_student.py": 2.5}
+    row = {"commands": [base, teacher, "python sft_student.py", teacher, tests]}
+    assert toy_time.seconds_of(row, seconds) == 9.5
+    assert toy_time.seconds_of({"commands": [base, tests]}, seconds) == 0
+    with pytest.raises(KeyError):
+        toy_time.seconds_of({"commands": ["python distill.py"]}, seconds)
 
 
 def test_what_was_measured_on_what_is_said_once():

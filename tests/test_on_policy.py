@@ -25,15 +25,16 @@ def test_both_kls_and_their_gradients(tiny_model, share, temperature):
     """Against autograd through whole logits, in float64."""
     learner, frozen = (tiny_model(23, seed).double() for seed in (0, 1))
     learner.lm_head.requires_grad_(False)
-    rows = [KLRow([1, 2], [3, 4, 5], [6], [7, 8, 9]), KLRow([2], [9], [], [1, 1])]
-    weights = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.double)
-    _, kl = completion_logprobs_and_kl(learner, frozen, rows, forward_share=share, temperature=temperature,
-                                       impl="torch")
+    rows = [KLRow([1, 2], [3, 4, 5], [6], [7, 8, 9]), KLRow([2], [9], [], [1, 1]),
+            KLRow([4], [5, 6], [7, 3], [2], solution=[8, 1], opening=[3, 0, 2])]
+    weights = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.25, -1.0], dtype=torch.double)
+    logprobs, kl = completion_logprobs_and_kl(learner, frozen, rows, forward_share=share, temperature=temperature,
+                                              impl="torch")
     (kl.double() * weights).sum().backward()
     found = {name: p.grad.clone() for name, p in learner.named_parameters() if p.grad is not None}
     learner.zero_grad()
 
-    wanted = []
+    wanted, wanted_logprobs = [], []
     for row in rows:
         n = len(row.thought)
 
@@ -42,8 +43,12 @@ def test_both_kls_and_their_gradients(tiny_model, share, temperature):
             assert len(logits) == n
             return (logits / temperature).log_softmax(1)
 
-        p, q = log_softmax(learner, row.prompt), log_softmax(frozen, row.frozen_prompt).detach()
+        p, q = log_softmax(learner, row.prompt + row.opening), log_softmax(frozen, row.frozen_prompt).detach()
         wanted.append((1 - share) * (p.exp() * (p - q)).sum(1) + share * (q.exp() * (q - p)).sum(1))
+        written = row.opening + row.thought + row.end + row.solution
+        logits = learner(torch.tensor([row.prompt + written])).logits[0, len(row.prompt) - 1 : -1] / temperature
+        wanted_logprobs.append(logits.log_softmax(1).gather(1, torch.tensor(written)[:, None])[:, 0])
+    torch.testing.assert_close(logprobs.double(), torch.cat(wanted_logprobs).detach(), rtol=1e-6, atol=1e-7)
     wanted = torch.cat(wanted)
     torch.testing.assert_close(kl.double(), wanted.detach(), rtol=1e-6, atol=1e-7)
     (wanted * weights).sum().backward()
@@ -88,12 +93,14 @@ def test_what_is_learned_is_the_sft_row_with_the_students_own_thought(toy, promp
     opened = prompts.student_prompt(row)
     thought = prompts.split_answer(ids[len(opened) :], finished=True)
     made = prompts.on_policy_row(row, thought)
-    assert made.prompt + made.thought + made.end + made.solution == ids
+    assert made.prompt + made.opening + made.thought + made.end + made.solution == ids
+    assert made.prompt + made.opening == opened and made.prompt == prompts.question_prompt(row), "to open is learned"
     assert made.thought[:-1] == thought.thought and made.thought[-1] == thought.end[0], "when to close is learned"
     assert made.frozen_prompt == prompts.teacher_prompt(row)
     unclosed = prompts.split_answer(thought.thought, finished=False)
     made = prompts.on_policy_row(row, unclosed)
     assert made.thought == thought.thought and made.end == made.solution == []
+    assert made.prompt + made.opening == opened
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -120,13 +127,15 @@ def test_the_loss_of_a_step_is_that_of_plain_logits(workshop, tmp_path, monkeypa
                 logits = model(input_ids=torch.tensor([prompt + after])).logits[0, len(prompt) - 1 : -1, :vocab]
                 return logits.double().log_softmax(1)
 
-            after = row.end + row.solution
-            p = log_softmax(scope["student"], row.prompt, row.thought + after)
+            written = row.opening + row.thought + row.end + row.solution
+            p = log_softmax(scope["student"], row.prompt, written)
             q = log_softmax(scope["teacher"], row.frozen_prompt, row.thought)
-            n = len(row.thought)
-            kls.append(0.75 * (p[:n].exp() * (p[:n] - q)).sum(1) + 0.25 * (q.exp() * (q - p[:n])).sum(1))
-            nlls.append(-p[n:].gather(1, torch.tensor(after)[:, None])[:, 0] if after else p[n:, 0])
-            weights += [1.0] * len(row.end) + [0.5] * len(row.solution)
+            first, last = len(row.opening), len(row.opening + row.thought)
+            nll = -p.gather(1, torch.tensor(written)[:, None])[:, 0]
+            p = p[first:last]
+            kls.append(0.75 * (p.exp() * (p - q)).sum(1) + 0.25 * (q.exp() * (q - p)).sum(1))
+            nlls.append(torch.cat((nll[:first], nll[last:])))
+            weights += [1.0] * len(row.opening + row.end) + [0.5] * len(row.solution)
     kl, nll = torch.cat(kls).mean().item(), torch.cat(nlls).mean().item()
     weighted = (torch.cat(nlls) * torch.tensor(weights)).mean().item()
     assert 0.5 in weights and 1.0 in weights

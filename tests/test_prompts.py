@@ -156,7 +156,7 @@ def test_what_closes_a_students_thought_and_its_solution_are_told_apart(family, 
     assert ids[: len(prompt)] == prompt
     thought = prompts.split_answer(ids[len(prompt) :], finished=True)
     row = prompts.on_policy_row(ROW, thought)
-    assert row.prompt + row.thought + row.end + row.solution == ids
+    assert row.prompt + row.opening + row.thought + row.end + row.solution == ids
     closing = row.thought[len(thought.thought) :] + row.end  # the first token belongs to the thought
     for ids, text in ((closing, thought.leftover + THOUGHT[1]),
                       (row.solution[:-1], f"{SOLUTION[0]}{ROW['solution']}{SOLUTION[1]}")):
