@@ -292,10 +292,10 @@ def plan():
         arms = ("warm-up teacher", "best of 10, warmed-up student", "RLT, refreshed every 20 steps")
         return ["direct RL", *(f"{arm}, rows {careful}" for arm in arms)]
 
-    def on_policy(careful, kls=("", ", both KLs")):
+    def on_policy(careful):
         """Students on their own words, by each of these teachers."""
         teachers = ("RLT, refreshed every 20 steps", "best of 10", "warm-up teacher")
-        return [f"on-policy, {teacher}, rows {careful}{kl}" for kl in kls for teacher in teachers]
+        return [f"on-policy, {teacher}, rows {careful}{kls}" for kls in ("", ", both KLs") for teacher in teachers]
 
     def on_map(left_out):
         arms = (arm for careful in WARM_UP_SHARES for arm in map_arms(careful)
@@ -325,7 +325,6 @@ def plan():
         ("base 0.0", 5, against_refreshed(0.02)),
         ("base 0.0", 3, on_policy(0.02)),
         ("base 0.0", 5, ["direct RL, 240 steps"]),
-        ("base 0.005", 3, [*against_refreshed(0.1), *on_policy(0.1, [", both KLs"])]),
         ("toy", 3, ("long problems", "what RL did", *(f"{arm}, 176 rows" for arm in FEW_ROWS))),
         ("toy", 3, other_students),
         ("toy", 3, [f"RLT, {name}" for name in ABLATIONS]),
