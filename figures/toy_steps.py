@@ -19,6 +19,7 @@ TOY_FLAGS = {  # setting: flags of data/toy.py
     **{f"base {share}": ["--clocks", 3, "--hints", "--careful-base", share] for share in (0.08, 0.005, 0.0)},
 }
 BEST_OF_10 = ("--samples", 10, "--keep", "best")  # as many sampled tokens as RL and the explanations after it
+BEST_OF_25 = ("--samples", 25, "--keep", "best")  # as long as RLT with a refreshed reward student takes
 TEACHER_CURVE = ("step", "reward", "score", "kl", "closed", "leak", "length", "entropy", "kl_ref", "eval_reward")
 ON_POLICY_CURVE = ("step", "kl", "nll", "closed", "length", "eval_kl", "eval_nll")
 STUDENT_CURVE = ("step", "reward", "solved", "zero_groups", "usable_groups", "hinted", "hinted_solved", "length",

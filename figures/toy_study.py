@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from study_steps import ROOT, mean_of, prepare_for_forks, work_off
-from toy_steps import BEST_OF_10, TOY_FLAGS, ToyJob, share_of_full_chains
+from toy_steps import BEST_OF_10, BEST_OF_25, TOY_FLAGS, ToyJob, share_of_full_chains
 
 BOTH_KLS = ("--forward-share", 0.5)
 CORRECTNESS = ("--rewards", 0, 0, 1)  # 1 for a correct answer, nothing for the format
@@ -194,6 +194,7 @@ def map_arms(careful):
         f"RLT, {rows}": partial(map_rlt, careful=careful),
         best: lambda job: map_warm_up(job, careful, *BEST_OF_10),
         f"best of 10, warmed-up student, {rows}": lambda job: map_warm_up(job, careful, *BEST_OF_10, student=warmed_up),
+        f"best of 25, warmed-up student, {rows}": lambda job: map_warm_up(job, careful, *BEST_OF_25, student=warmed_up),
         f"RLT, warmed-up student, {rows}": partial(map_rlt, careful=careful, student=warmed_up),
         f"RLT, refreshed student, {rows}": partial(map_rlt, careful=careful, student=best),
         refreshed: lambda job: job.sft(job.explain(refreshed_teacher(job, careful))),
@@ -299,7 +300,7 @@ def plan():
 
     def on_map(left_out):
         arms = (arm for careful in WARM_UP_SHARES for arm in map_arms(careful)
-                if "every 20 steps" not in arm and "on-policy" not in arm)
+                if not any(part in arm for part in ("every 20 steps", "on-policy", "best of 25")))
         return "base", "direct RL", "Guide", "signal", *(arm for arm in arms if left_out not in arm)
 
     parts = (
@@ -325,6 +326,7 @@ def plan():
         ("base 0.0", 5, against_refreshed(0.02)),
         ("base 0.0", 3, on_policy(0.02)),
         ("base 0.0", 5, ["direct RL, 240 steps"]),
+        ("base 0.0", 3, [f"best of 25, warmed-up student, rows {careful}" for careful in (0.1, 0.02)]),
         ("toy", 3, ("long problems", "what RL did", *(f"{arm}, 176 rows" for arm in FEW_ROWS))),
         ("toy", 3, other_students),
         ("toy", 3, [f"RLT, {name}" for name in ABLATIONS]),
