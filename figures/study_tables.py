@@ -235,6 +235,7 @@ def refreshed_claims(careful):
         (rlt, "direct RL", "SFT on RLT above direct RL"),
         (rlt, "direct RL, 240 steps", "SFT on RLT above direct RL of four times as many steps"),
         (rlt, best, "SFT on RLT above SFT on best of 10 by a warmed-up reward student"),
+        (rlt, f"best of 25, warmed-up student, {rows}", "SFT on RLT above SFT on best of 25, which takes as long"),
         (reverse, "direct RL", "corrected by RLT, reverse KL, above direct RL"),
         (reverse, f"on-policy, best of 10, {rows}", "corrected by RLT above corrected by best of 10, reverse KL"),
         (both, reverse, "corrected by RLT with both KLs above with the reverse KL alone"),
@@ -246,9 +247,6 @@ def refreshed_claims(careful):
         (both, rlt, "corrected by RLT, both KLs, above SFT on its explanations"),
         (both, best, "corrected by RLT, both KLs, above SFT on best of 10 by a warmed-up reward student"),
     )
-    if careful == 0.1:
-        pairs += ((rlt, f"best of 25, warmed-up student, {rows}",
-                   "SFT on RLT above SFT on best of 25, which takes as long"),)
     return [Claim(text, differences(arm, other, measure, "base 0.0"), points, "not in the paper")
             for arm, other, text in pairs for measure, points in ((greedy, POINTS), (sampled, SAMPLED_POINTS))]
 
