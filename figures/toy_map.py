@@ -208,6 +208,7 @@ def arms_of_hardest_base(careful):
     return {
         "direct RL": "direct RL",
         f"best of 10, warmed-up student, {rows}": "SFT on best of 10",
+        f"best of 25, warmed-up student, {rows}": "SFT on best of 25",
         f"RLT, refreshed every 20 steps, {rows}": "SFT on RLT",
         **{f"on-policy, {teacher}, {rows}{kls}": f"own words, corrected by {name}{' (both KLs)' * bool(kls)}"
            for teacher, name in teachers.items() for kls in ("", ", both KLs")},

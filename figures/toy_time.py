@@ -8,8 +8,7 @@ from toy_map import arms_of_hardest_base
 
 SETTING, SEEDS = "base 0.0", (0, 1, 2)
 NAMES = {"warm-up teacher, rows 0.1": "SFT on the warm-up teacher", "direct RL, 240 steps": "direct RL, 240 steps",
-         "best of 10, rows 0.1": "SFT on best of 10 by the base",
-         "best of 25, warmed-up student, rows 0.1": "SFT on best of 25", **arms_of_hardest_base(0.1)}
+         "best of 10, rows 0.1": "SFT on best of 10 by the base", **arms_of_hardest_base(0.1)}
 NOT_COUNTED = ("data/toy.py", "evaluate.py")  # what all students begin with, and what measures them
 
 
