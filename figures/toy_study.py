@@ -2,7 +2,7 @@
 """
 The toy study: every claim of the papers as an arm, by the commands that a user would type.
 
-    python figures/toy_study.py             all arms, 25 hours of one thread; start it twice on two cores to share them
+    python figures/toy_study.py             all arms, a day of one thread; start it twice on two cores to share them
     python figures/toy_study.py --quick     a few steps of every arm, to see that it runs
 
 Each setting of the toy and each seed has a folder of its own (runs/study/toy-seed0, with runs/toy and all that follows

@@ -170,7 +170,11 @@ class Prompts:
 
     def student_prompt(self, row):
         """The plain prompt with the thought opened: what stands before an explanation when the student scores it."""
-        return self.question_prompt(row) + self._encode_in_turn("", THOUGHT_OPENED)[0]
+        return self.question_prompt(row) + self._thought_opening()
+
+    def _thought_opening(self):
+        """Ids that open a thought at the start of an answer."""
+        return self._encode_in_turn("", THOUGHT_OPENED)[0]
 
     def teacher_prompt(self, row):
         """Ids of the teacher's prompt: it has seen the solution, and the explanation is opened."""
@@ -280,7 +284,7 @@ class Prompts:
                 THOUGHT_OPENED, f"{thought.leftover}{THOUGHT[1]}\n\n",
                 f"{SOLUTION[0]}\n\n{row['solution']}\n\n{SOLUTION[1]}")
             solution.append(self.end_of_turn)
-        return KLRow(prompt=self.question_prompt(row), opening=self._encode_in_turn("", THOUGHT_OPENED)[0],
+        return KLRow(prompt=self.question_prompt(row), opening=self._thought_opening(),
                      thought=thought.thought + end[:1], end=end[1:], solution=solution,
                      frozen_prompt=self.teacher_prompt(row))
 
