@@ -172,6 +172,11 @@ def refreshed_teacher(job, careful):
     return teacher
 
 
+def on_policy_ablation(job, ablation):
+    """A student on its own words, corrected by an RLT with other flags."""
+    return job.on_policy(job.teacher_of(f"RLT, {ablation}", *ABLATIONS[ablation]))
+
+
 def on_policy_refreshed(job, *flags, arm, careful):
     """A student on its own words, corrected by the RLT of this arm. flags: of on_policy_student.py."""
     return job.on_policy(job.take(arm, lambda other: refreshed_teacher(other, careful)), *flags)
@@ -213,6 +218,7 @@ ABLATIONS = {  # flags of train_rlt.py
     "exact KL": ("--kl", "exact"), "exact KL, lr 5e-3": ("--kl", "exact", "--lr", "5e-3"),
     "exact KL and gradient": ("--kl", "exact", "--kl-gradient"), "lr 5e-3": ("--lr", "5e-3"),
 }
+OTHER_LAMBDAS = ("lambda 1", "lambda 10")
 COLD_STARTS = ("warm-up teacher", "RL traces, raw", "RL traces, filtered", "RLT", "best of 10")
 FEW_ROWS = ("warm-up teacher", "RLT", "RL traces, filtered", "ground truth")
 ARMS = {  # by the names of the log
@@ -251,6 +257,8 @@ ARMS = {  # by the names of the log
     "on-policy, best of 10": lambda job: job.on_policy(job.warm_up_on_best()),
     "on-policy, clean chains": lambda job: job.on_policy(job.warm_up_on_chains()),
     "on-policy, warm-up teacher, forward KL": lambda job: job.on_policy(job.warm_up_teacher(), "--forward-share", 1),
+    "on-policy, warm-up teacher, 240 steps": lambda job: job.on_policy(job.warm_up_teacher(), "--steps", 240),
+    **{f"on-policy, RLT, {name}": functools.partial(on_policy_ablation, ablation=name) for name in OTHER_LAMBDAS},
     # Guide-GRPO
     "GRPO": lambda job: job.rl(*CORRECTNESS),
     "Guide": lambda job: job.rl(*GUIDE, *CORRECTNESS),
@@ -290,21 +298,23 @@ def plan():
         arms = ("warm-up teacher", "best of 10, warmed-up student", "RLT, refreshed every 20 steps")
         return ["direct RL", *(f"{arm}, rows {careful}" for arm in arms)]
 
-    def on_policy(careful):
-        """Students on their own words, by each of these teachers."""
+    def on_policy(careful, *kls):
+        """Students on their own words, by each of these teachers. kls: ends of the arms' names."""
         teachers = ("RLT, refreshed every 20 steps", "best of 10", "warm-up teacher")
-        return [f"on-policy, {teacher}, rows {careful}{kls}" for kls in ("", ", both KLs") for teacher in teachers]
+        return [f"on-policy, {teacher}, rows {careful}{end}" for end in kls for teacher in teachers]
 
     def on_map(left_out):
         arms = (arm for careful in WARM_UP_SHARES for arm in map_arms(careful)
                 if not any(part in arm for part in ("every 20 steps", "on-policy", "best of 25")))
         return "base", "direct RL", "Guide", "signal", *(arm for arm in arms if left_out not in arm)
 
+    both = ", both KLs"
     parts = (
         ("toy", 5, main),
         ("toy", 5, ("on-policy, warm-up teacher", "on-policy, RLT")),
         ("toy", 3, [f"on-policy, {teacher}" for teacher in ("base", "score only", "best of 10", "clean chains")]),
         ("toy", 1, ["on-policy, warm-up teacher, forward KL"]),
+        ("toy", 3, ["on-policy, warm-up teacher, 240 steps", *(f"on-policy, RLT, {name}" for name in OTHER_LAMBDAS)]),
         ("toy", 3, [f"RL after {arm}" for arm in COLD_STARTS]),
         ("toy", 3, [f"rank {i} of 5" for i in range(1, 6)]),
         ("rooms", 3, rooms),
@@ -318,9 +328,10 @@ def plan():
         ("base 0.08", 3, ("RLT, rows 0.02", "best of 10, rows 0.02")),
         ("base 0.0", 3, hardest),
         ("base 0.0", 1, ["what the reward sees"]),
-        ("base 0.0", 5, [*against_refreshed(0.1), *on_policy(0.1)]),
+        ("base 0.0", 5, [*against_refreshed(0.1), *on_policy(0.1, "", both)]),
         ("base 0.0", 5, against_refreshed(0.02)),
-        ("base 0.0", 3, on_policy(0.02)),
+        ("base 0.0", 3, on_policy(0.02, "", both)),
+        *((base, 3, [*against_refreshed(0.1), *on_policy(0.1, both)]) for base in ("base 0.005", "base 0.08")),
         ("base 0.0", 5, ["direct RL, 240 steps"]),
         ("base 0.0", 3, [f"best of 25, warmed-up student, rows {careful}" for careful in (0.1, 0.02)]),
         ("toy", 3, ("long problems", "what RL did", *(f"{arm}, 176 rows" for arm in FEW_ROWS))),
