@@ -10,12 +10,13 @@ every token what it would have written there. Around its own thought the student
 
     kl    = mean over the thought's tokens         of  KL(p_student || p_teacher), exact, over the whole vocabulary
     nll   = mean over the tags' and the solution's of  - log p_student(token | question, what stands before it)
-    loss  = kl + nll
+    loss  = kl + nll; with --solution-weight W the solution's part of nll counts W times
 
 --forward-share mixes in the other direction, KL(p_teacher || p_student). Pass 0.5, say, for a student that hardly ever
 writes what the teacher would: the gradient of the first direction vanishes with the student's own probability of a
-token. The KL also covers the token that starts the closing tag. Behind an unclosed thought nothing is learned. Related:
-arXiv 2601.18734, 2601.20802. New here: the teacher is trained by RLT, with its KL to the student in its reward.
+token. The KL also covers the token that ends the thought. Behind an unclosed thought nothing is learned. Training on
+samples of the student by such a mixture is GKD (arXiv 2306.13649); with a teacher that knows more: arXiv 2601.18734,
+2601.20802. New here: the teacher is trained by RLT, with its KL to the student in its reward.
 """
 
 import math
@@ -141,7 +142,7 @@ def losses(kl_rows, micro_batch_tokens):
     """One micro-batch after the other: indices of its rows, log-probs and KL of thoughts, log-probs of the tags around
     them, and of solutions.
 
-    A closed thought's last log-prob is that of the first token of its closing tag (prompts.on_policy_row).
+    A thought's last log-prob is that of the token that ends it, if it was not cut off (prompts.on_policy_row).
     """
     widths = [len(row.thought) + max(len(row.prompt + row.opening + row.end + row.solution), len(row.frozen_prompt))
               for row in kl_rows]

@@ -275,10 +275,10 @@ class Prompts:
         """The KLRow of a student's own thought (as `split_answer` returns it); the frozen model is the teacher.
 
         The prompt that the thought was sampled from had opened it: here that is for the student to learn. The token
-        that starts the end of a closed thought counts as one of the thought: the KL says whether to close. Behind an
-        unclosed one there is nothing to learn.
+        that ends it counts as one of the thought, the first of its closing tag or an end of turn: the KL says whether
+        to end there. Behind an unclosed thought there is nothing to learn.
         """
-        end = solution = []
+        end, solution = thought.end[:1], []
         if thought.closed:
             end, solution = self._encode_in_turn(
                 THOUGHT_OPENED, f"{thought.leftover}{THOUGHT[1]}\n\n",

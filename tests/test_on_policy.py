@@ -101,6 +101,12 @@ def test_what_is_learned_is_the_sft_row_with_the_students_own_thought(toy, promp
     made = prompts.on_policy_row(row, unclosed)
     assert made.thought == thought.thought and made.end == made.solution == []
     assert made.prompt + made.opening == opened
+    stopped = prompts.split_answer([*thought.thought, prompts.end_of_turn], finished=True)
+    made = prompts.on_policy_row(row, stopped)
+    assert made.thought == [*thought.thought, prompts.end_of_turn], "the teacher says that it is not the end yet"
+    assert made.end == made.solution == []
+    nothing = prompts.on_policy_row(row, prompts.split_answer([prompts.end_of_turn], finished=True))
+    assert nothing.thought == [prompts.end_of_turn], "nor is it before the first word"
 
 
 # ---------------------------------------------------------------------------------------------------------
