@@ -212,20 +212,26 @@ def _steps(row):
 
 
 def right_steps(row, text):
-    """Share of the row's steps that stand in the text as right equations, in whatever order."""
-    written = equations(text)
-    return sum(step in written for step in _steps(row)) / len(row["steps"])
+    """Share of the row's steps that stand in the text as right equations, in whatever order; all of a right chain."""
+    if is_right_chain(row, text):
+        return 1.0
+    written = [_in_any_order(*equation) for equation in equations(text)]
+    return sum(_in_any_order(*step) in written for step in _steps(row)) / len(row["steps"])
+
+
+def _in_any_order(terms, result):
+    return sorted(terms), result
 
 
 def leaks(row, text):
-    """Whether an explanation states the answer other than in one of the row's right steps.
+    """Whether an explanation that is not a right chain states the answer other than in one of the row's right steps.
 
     Never where the answer is a number of the question, too: there the two can't be told apart.
     """
-    if int(row["answer"]) in (row["start"], *map(abs, row["steps"])):
+    if int(row["answer"]) in (row["start"], *map(abs, row["steps"])) or is_right_chain(row, text):
         return False
-    right = _steps(row)
-    rest = EQUATION.sub(lambda found: " " if _equation(found) in right else found[0], text)
+    right = [_in_any_order(*step) for step in _steps(row)]
+    rest = EQUATION.sub(lambda found: " " if _in_any_order(*_equation(found)) in right else found[0], text)
     return row["answer"] in re.findall(r"\d+", rest)
 
 

@@ -49,7 +49,9 @@ def _wandb(folder, config, first_step):
                          id=config["report_id"], resume="allow")
     except wandb.Error as error:
         raise UserError(f"--report wandb: {error} Or set WANDB_MODE=offline.") from None
-    return lambda step, numbers: run.log(numbers, step=step)
+    # wandb drops what is logged at a step of its own that it has seen, as a resumed run does: here it is a number more
+    run.define_metric("*", step_metric="step")
+    return lambda step, numbers: run.log(numbers | {"step": step})
 
 
 REPORTS = {"tensorboard": _tensorboard, "wandb": _wandb}

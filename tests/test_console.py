@@ -131,7 +131,7 @@ def test_tensorboard_gets_the_numbers(tmp_path, monkeypatch):
 
 def test_wandb_gets_the_numbers_and_goes_on(tmp_path, monkeypatch):
     calls = []
-    logged = types.SimpleNamespace(log=lambda numbers, step: calls.append((numbers, step)))
+    logged = types.SimpleNamespace(log=calls.append, define_metric=lambda *of, **by: calls.append((of, by)))
 
     def init(**options):
         calls.append(options)
@@ -142,11 +142,12 @@ def test_wandb_gets_the_numbers_and_goes_on(tmp_path, monkeypatch):
         run = new_run(tmp_path / "run", name="wandb", resume=resume)
         run.start()
         run.log({"step": 4, **ENTRY})
-    first, numbers, second, _ = calls
+    first, axis, numbers, second, _, again = calls
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert first["name"] == "run" and first["config"] == config["flags"] | {"resume": False}
     assert first["id"] == second["id"] == config["report_id"] and second["resume"] == "allow"
-    assert numbers == ({"reward": -1.5, "closed": 1, "t_score": 0.5}, 4)
+    assert axis == (("*",), {"step_metric": "step"}), "a resumed run's steps come twice, which wandb's own may not"
+    assert numbers == again == {"step": 4, "reward": -1.5, "closed": 1, "t_score": 0.5}
 
 
 def test_a_login_that_is_missing_is_one_line(tmp_path, monkeypatch):

@@ -96,6 +96,8 @@ def test_the_grader_reads_the_solution(splits):
 ])
 def test_right_chains(text):
     assert problems.is_right_chain(ROW, text)
+    assert problems.right_steps(ROW, text) == 1 and not problems.leaks(ROW, text)
+    assert not problems.leaks(ROW, text + "\nShe has 19.")
 
 
 @pytest.mark.parametrize("text", [
@@ -109,6 +111,7 @@ def test_wrong_chains(text):
 def test_the_share_of_right_steps():
     assert problems.right_steps(ROW, CHAIN) == 1
     assert problems.right_steps(ROW, "14 + 7 = 21, so 16+3=19 and 21-5=17") == pytest.approx(2 / 3)
+    assert problems.right_steps(ROW, "7+14=21") == pytest.approx(1 / 3)
     assert problems.right_steps(ROW, "") == 0
 
 
