@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """
 The reward of Reinforcement-Learned Teachers (arXiv 2506.08388). Copy this file alone: it needs torch, and
-triton on a GPU.
+triton on a GPU. `score_explanations` takes models of transformers. Tested: torch 2.11 and 2.13, transformers 5.16 on.
 
 A teacher sees a question and its solution and writes a thought. A frozen student sees the question and the thought:
 how likely is the solution to it now, and how likely was the thought itself?
@@ -876,7 +876,8 @@ def _packs(model, around, sequence, alone):
             return close(states(around))
         finally:
             hook.remove()
-    except Exception:  # whatever a model does with arguments that it does not know
+    except Exception as error:  # whatever a model does with arguments that it does not know
+        print(f"rewards.py: {type(model).__name__}, packed: {type(error).__name__}: {error}", file=sys.stderr)
         return False
 
 

@@ -6,6 +6,7 @@ As in rewards.py, sequences are packed, and logits exist for one chunk of tokens
 each chunk's logits again, so memory does not depend on the vocabulary there either.
 """
 
+import sys
 from typing import NamedTuple
 
 import torch
@@ -62,10 +63,11 @@ def completion_logprobs_and_kl(learner, frozen, rows, *, forward_share=0.0, temp
 
     rows: B KLRows, one micro-batch -> log-probs of opening + thought + end + solution, packed row by row, and kl of the
     thoughts' tokens, packed. The KL's gradient is the one through the learner's distribution.
-    forward_share: f in  (1 - f) KL(learner || frozen) + f KL(frozen || learner).
+    forward_share: f in  (1 - f) KL(learner || frozen) + f KL(frozen || learner). vocab: ids that are read, or
+    those of the smaller head where that has fewer, or None is given.
     """
     n = KLRow(*torch.tensor([[len(ids) for ids in row] for row in rows]).unbind(1))  # lengths, on the host
-    head, frozen_head = output_heads((learner, frozen), vocab)
+    head, frozen_head = output_heads((learner, frozen), sys.maxsize if vocab is None else vocab)
     completions = [row.opening + row.thought + row.end + row.solution for row in rows]
     states_thought, states_completion = hidden_states(
         learner, [row.prompt + ids for row, ids in zip(rows, completions, strict=True)],

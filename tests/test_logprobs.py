@@ -174,6 +174,20 @@ def test_log_probs_and_kl_are_those_of_one_row_at_a_time():
     assert all(torch.allclose(together[name], apart[name], rtol=1e-8, atol=1e-8) for name in apart)
 
 
+def test_a_kl_of_heads_of_two_sizes_reads_those_of_the_smaller():
+    """Qwen2.5's heads of 7B and 1.5B have 152,064 and 151,936 rows, of which a tokenizer uses fewer still."""
+    rows = [KLRow(*parts) for parts in zip(*(sequences(seed, (3, 7)) for seed in range(4)), strict=True)]
+    found = []
+    for vocab in (None, V):
+        learner, frozen = tiny(0), tiny(1, vocab_size=V + 16)
+        learner.lm_head.requires_grad_(False)
+        logprobs, kl = completion_logprobs_and_kl(learner, frozen, rows, vocab=vocab)
+        found.append((logprobs, kl, gradients(learner, torch.cat([logprobs, kl]))))
+    (logprobs, kl, grad), (wanted, wanted_kl, wanted_grad) = found
+    assert torch.equal(logprobs, wanted) and torch.equal(kl, wanted_kl)
+    assert all(torch.equal(grad[name], wanted_grad[name]) for name in wanted_grad)
+
+
 def test_checkpointed_layers_pack_again_in_the_backward():
     """They run a second time there, after the forward pass, even if the model has sampled in between."""
     rows, plain = sequences(), tiny()
