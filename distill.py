@@ -77,7 +77,7 @@ if args.score_file:
                  "engine", "max_new_tokens")
 if args.solver:
     flags.refuse(parser, args, "with --solver, which gives no rewards", "keep", "partition", "lam", "alpha", "kl",
-                 "student", "student_bits")
+                 "student", "student_bits", "unclosed_penalty", "solution_in")
 else:
     flags.refuse(parser, args, "without --solver", "task", "keep_wrong")
 if args.keep == "best" and args.samples == 1:

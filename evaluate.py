@@ -98,6 +98,9 @@ def parse_flags():
         parser.error(f"--samples {args.samples} at --temperature 0 are all the same: pass 0.6, say")
     if not args.compare:
         flags.refuse(parser, args, "without --compare BEFORE AFTER", "floor")
+    else:
+        flags.refuse(parser, args, "with --compare, which reads evaluations", "model", "bits", "data", "samples",
+                     "engine")
     if args.compare and WORLD > 1:
         parser.error("--compare runs no model: call it by python, not by torchrun")
     if args.data == "toy" and args.task != "toy" and not args.compare:

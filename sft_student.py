@@ -71,6 +71,8 @@ flags.add_run_folder(parser.add_argument_group("run folder"), None, save_every=0
                      eval_what="validation loss", eval_flag="--val-rows")
 parser.set_defaults(**DEFAULTS_OF[parser.parse_known_args()[0].format])
 args = parser.parse_args()
+if args.format != "teacher":
+    flags.refuse(parser, args, "without --format teacher: a student is not shown the solution", "solution_in")
 train_all = args.lora_rank == 0
 if train_all:
     flags.refuse(parser, args, "with --lora-rank 0, which trains all weights", "lora_alpha", "lora_targets")

@@ -241,7 +241,7 @@ def add_reward(group, kl):
     group.add_argument("--kl", choices=("exact", "sampled"), default=kl, metavar="KIND",
                        help="exact: over the whole vocabulary; sampled: log-ratio of the sampled token (k1)")
     group.add_argument("--unclosed-penalty", type=number(float, 0), default=1.0, metavar="P",
-                       help="subtracted from the reward of an explanation that does not end properly")
+                       help="subtracted from the reward of an explanation that is empty or does not end properly")
 
 
 def add_sampling(group, *, max_new_tokens=DEFAULTS["new tokens"], temperature=1.0,
@@ -269,6 +269,17 @@ def add_rollouts(group):
                        help="stop when sampler and trainer differ by more, nats a token on average")
     group.add_argument("--tis-cap", type=_tis_cap, default=2.0, metavar="C",
                        help="with --engine vllm: truncated importance sampling, weights up to C; 0: none")
+
+
+def check_grpo(parser, args):
+    """End with an error if a flag of add_grpo or add_rollouts is given that does nothing beside the others."""
+    if args.beta == 0:
+        refuse(parser, args, "with --beta 0", "sync_ref_every", "sync_ref_mix")
+    if args.updates_per_batch == 1:
+        refuse(parser, args, "with --updates-per-batch 1: a batch's first update is never clipped", "epsilon_low",
+               "epsilon_high")
+    if args.engine != "vllm":
+        refuse(parser, args, "without --engine vllm", "tis_cap")
 
 
 def check_prompts_per_rank(args, world):
