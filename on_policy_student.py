@@ -21,6 +21,7 @@ samples of the student by such a mixture is GKD (arXiv 2306.13649); with a teach
 
 import math
 import sys
+from typing import NamedTuple
 
 from rlt import flags, models, saving
 from rlt.chat_template import vocabulary_size
@@ -138,12 +139,18 @@ def sample(batch, *key):
     return completions, thoughts, [prompts.on_policy_row(*pair) for pair in zip(batch, thoughts, strict=True)]
 
 
-def losses(kl_rows, micro_batch_tokens):
-    """One micro-batch after the other: indices of its rows, log-probs and KL of thoughts, log-probs of the tags around
-    them, and of solutions.
+class Scored(NamedTuple):
+    """What the loss of one micro-batch is made of. Log-probs are the student's, in nats; all have a gradient."""
 
-    A thought's last log-prob is that of the token that ends it, if it was not cut off (prompts.on_policy_row).
-    """
+    indices: list  # of its rows
+    thoughts: list  # log-probs of each row's thought and of the token that ends it (prompts.on_policy_row), (T,)
+    kl: torch.Tensor  # of the same tokens, packed
+    tags: torch.Tensor  # log-probs of the tags, packed
+    solutions: torch.Tensor  # log-probs of the solutions, packed
+
+
+def score(kl_rows, micro_batch_tokens):
+    """One Scored after the other, a micro-batch each."""
     widths = [len(row.thought) + max(len(row.prompt + row.opening + row.end + row.solution), len(row.frozen_prompt))
               for row in kl_rows]
     for indices in micro_batches(widths, micro_batch_tokens):
@@ -151,7 +158,8 @@ def losses(kl_rows, micro_batch_tokens):
         logprobs, kl = completion_logprobs_and_kl(student, teacher, some, forward_share=args.forward_share,
                                                   temperature=args.temperature, vocab=vocab)
         parts = logprobs.split([len(ids) for row in some for ids in (row.opening, row.thought, row.end, row.solution)])
-        yield indices, parts[1::4], kl, torch.cat(parts[::4] + parts[2::4]), torch.cat(parts[3::4])
+        openings, thoughts, ends, solutions = (parts[i::4] for i in range(4))
+        yield Scored(indices, thoughts, kl, torch.cat(openings + ends), torch.cat(solutions))
 
 
 def count_tokens(kl_rows):
@@ -161,24 +169,24 @@ def count_tokens(kl_rows):
 
 
 def compute_gradients(batch, kl_rows, tokens, micro_batch_tokens):
-    """The gradients of this rank's share of the loss -> log-probs of each thought."""
+    """The gradients of this rank's share of the loss -> log-probs of each thought, with that of what ends it."""
     updates.zero_grad()
     thought_logprobs = [None] * len(batch)
-    for indices, of_thoughts, kl, of_tags, of_solutions in losses(kl_rows, micro_batch_tokens):
-        kl_loss = kl.sum() / tokens[0]
-        tag_loss, solution_loss = (-logprobs.sum() / tokens[1] for logprobs in (of_tags, of_solutions))
-        updates.backward(kl_loss + tag_loss + args.solution_weight * solution_loss,
-                         [(batch[i], kl_rows[i].thought) for i in indices],
-                         {"kl": kl_loss, "nll": tag_loss + solution_loss})
-        for i, values in zip(indices, of_thoughts, strict=True):
+    for scored in score(kl_rows, micro_batch_tokens):
+        kl = scored.kl.sum() / tokens[0]
+        tag_nll, solution_nll = (-logprobs.sum() / tokens[1] for logprobs in (scored.tags, scored.solutions))
+        updates.backward(kl + tag_nll + args.solution_weight * solution_nll,
+                         [(batch[i], kl_rows[i].thought) for i in scored.indices],
+                         {"kl": kl, "nll": tag_nll + solution_nll})
+        for i, values in zip(scored.indices, scored.thoughts, strict=True):
             thought_logprobs[i] = values.detach()
     return thought_logprobs
 
 
 @torch.no_grad()
 def sum_of_losses(kl_rows, micro_batch_tokens):
-    sums = [(kl.sum().item(), -(of_tags.sum() + of_solutions.sum()).item())
-            for _, _, kl, of_tags, of_solutions in losses(kl_rows, micro_batch_tokens)]
+    sums = [(scored.kl.sum().item(), -(scored.tags.sum() + scored.solutions.sum()).item())
+            for scored in score(kl_rows, micro_batch_tokens)]
     return [sum(values) for values in zip(*sums, strict=True)]
 
 

@@ -33,12 +33,12 @@ from rlt.console import progress_bar
 from rlt.defaults import settle
 from rlt.distributed import all_reduce_mean, all_reduce_sum, init_distributed
 from rlt.dry_run import dry_run_rl
-from rlt.episodes import Episode, completion_lengths, pack, split_into_micro_batches, unpack
+from rlt.episodes import Episode, completion_lengths, pack, split_into_micro_batches, unpack, weight_by_tis
 from rlt.errors import UserError
 from rlt.evaluations import print_evaluation_command
 from rlt.failed_groups import FAILED_GROUPS, AdaBack, ReLift, gather_groups, restore_state, save_state
 from rlt.grading import GOLD, TASKS, answer_of, gradable, grade_all
-from rlt.grpo import LOSSES, group_advantages, grpo_loss, guided_loss, step_denominator, tis_weights
+from rlt.grpo import LOSSES, group_advantages, grpo_loss, guided_loss, step_denominator
 from rlt.logprobs import batched_logprobs, completion_logprobs
 from rlt.lora import update_mode
 from rlt.memory import MicroBatched
@@ -89,6 +89,7 @@ flags.add_system(group)
 flags.add_run_folder(parser.add_argument_group("run folder"), "runs/rl_student", save_every=20, eval_every=20,
                      eval_what="held-out success")
 args = parser.parse_args()
+flags.check_grpo(parser, args)
 guide = args.failed_groups == "guide"
 if guide and args.rewards[:2] != [0, 0]:
     parser.error(f"--failed-groups guide with --rewards {args.rewards}: Guide-GRPO takes a binary reward, pass "
@@ -222,6 +223,17 @@ def sample_failed_groups(batch, completions, rewards, right, texts, *key):
     return hinted_prompts, sum(len(c.ids) for c in new), new_right.float().mean().item()
 
 
+def without_hints(episodes, old_logprobs):
+    """--hint-ratio naive, start: old log-probs (N,) of which those of an answer's tokens, or of its first ones, are
+    given the prompt without a hint. For answers that had none they are what they were."""
+    completion_ids = [e.completion for e in episodes]
+    plain_logprobs, _ = micro_batched(
+        batched_logprobs, policy, [e.prompt for e in episodes], completion_ids, **distribution)
+    place = torch.tensor([i for ids in completion_ids for i in range(len(ids))], device=device)  # in its answer
+    naive_until = NAIVE_START if args.hint_ratio == "start" else math.inf
+    return torch.where(place < naive_until, plain_logprobs, old_logprobs)
+
+
 def update_policy(episodes):
     """Optimizer steps on one batch, in micro-batches that add up to one loss.
 
@@ -328,18 +340,15 @@ for step in run.steps(progress, save):
         batched_logprobs, policy, [e.hinted_prompt or e.prompt for e in episodes], completion_ids, **distribution)
     sampler_logprobs = torch.tensor([p for i in kept for p in completions[i].logprobs], device=device)
     logprob_diff = check_logprob_diff(sampler_logprobs, old_logprobs, args.max_logprob_diff)
-    tis = {}  # truncated importance sampling
+    tis = {}
     if args.engine == "vllm" and args.tis_cap:
-        token_weights, tis = tis_weights(old_logprobs, sampler_logprobs, args.tis_cap)
-        unpack(episodes, "tis_weights", token_weights)
-        tis = {key: all_reduce_mean(value, len(token_weights)) for key, value in tis.items()}
+        tis = weight_by_tis(episodes, old_logprobs, sampler_logprobs, args.tis_cap)
     if args.hint_ratio != "guide" and any(e.hinted_prompt for e in episodes):
-        plain_logprobs, _ = micro_batched(
-            batched_logprobs, policy, [e.prompt for e in episodes], completion_ids, **distribution)
-        place = torch.tensor([i for ids in completion_ids for i in range(len(ids))], device=device)  # in its answer
-        naive_until = NAIVE_START if args.hint_ratio == "start" else math.inf
-        old_logprobs = torch.where(place < naive_until, plain_logprobs, old_logprobs)
+        old_logprobs = without_hints(episodes, old_logprobs)
     unpack(episodes, "old_logprobs", old_logprobs)
+    if args.updates_per_batch == 1:  # as in train_rlt.py: a ratio of 1, without the rounding of another pass
+        for episode in episodes:
+            episode.old_logprobs = episode.old_logprobs if episode.hinted_prompt else None
     timer.end("score")
 
     # 5. the policy update; AdaBack and ReLIFT note which questions failed; ReLIFT: SFT where enough of them have

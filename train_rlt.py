@@ -24,9 +24,9 @@ from rlt.console import print_next, progress_bar
 from rlt.defaults import settle
 from rlt.distributed import all_reduce_mean, all_reduce_sum, init_distributed
 from rlt.dry_run import dry_run_rl
-from rlt.episodes import Episode, completion_lengths, pack, split_into_micro_batches, unpack
+from rlt.episodes import Episode, completion_lengths, pack, split_into_micro_batches, unpack, weight_by_tis
 from rlt.errors import UserError
-from rlt.grpo import LOSSES, group_advantages, group_scale, grpo_loss, pathwise_kl_loss, step_denominator, tis_weights
+from rlt.grpo import LOSSES, group_advantages, group_scale, grpo_loss, pathwise_kl_loss, step_denominator
 from rlt.inspection import token_numbers
 from rlt.logprobs import KLRow, batched_logprobs, completion_logprobs, completion_logprobs_and_kl
 from rlt.lora import update_mode
@@ -79,6 +79,7 @@ flags.add_system(group)
 flags.add_run_folder(parser.add_argument_group("run folder"), "runs/teacher", save_every=20, eval_every=20,
                      eval_what="held-out reward")
 args = parser.parse_args()
+flags.check_grpo(parser, args)
 if args.kl_gradient and args.kl != "exact":
     parser.error(f"--kl-gradient belongs to the exact KL, but --kl is {args.kl}: pass --kl exact")
 if args.kl_gradient and args.offload_student:
@@ -258,20 +259,19 @@ for step in run.steps(progress, save):
     # 3. advantages (B,): how much better each explanation is than the others of its question
     groups = rewards.view(-1, args.group_size)
     advantages = group_advantages(groups, scale=args.advantage_scale).flatten()
-    scales = group_scale(groups, scale=args.advantage_scale).repeat_interleave(args.group_size)
 
     # 4. the policy update; a sampling engine that is not quite the policy is corrected for
-    episodes = [Episode(row, prompt, ids, advantage, scale=scale, scoring_row=scoring_row)
-                for row, prompt, ids, advantage, scale, scoring_row
-                in zip(batch, prompt_ids, completion_ids, advantages, scales, scoring_rows, strict=True)]
+    episodes = [Episode(*parts) for parts in zip(batch, prompt_ids, completion_ids, advantages, strict=True)]
+    if args.kl_gradient:
+        scales = group_scale(groups, scale=args.advantage_scale).repeat_interleave(args.group_size)
+        for episode, scoring_row, scale in zip(episodes, scoring_rows, scales, strict=True):
+            episode.scoring_row, episode.scale = scoring_row, scale
     # the old log-probs of a batch's only update are its own: the ratio is 1, without the rounding of another pass
     if args.updates_per_batch > 1:
         unpack(episodes, "old_logprobs", scored.old_logprobs)
-    tis = {}  # truncated importance sampling
+    tis = {}
     if args.engine == "vllm" and args.tis_cap:
-        token_weights, tis = tis_weights(scored.old_logprobs, sampler_logprobs, args.tis_cap)
-        unpack(episodes, "tis_weights", token_weights)
-        tis = {key: all_reduce_mean(value, len(token_weights)) for key, value in tis.items()}
+        tis = weight_by_tis(episodes, scored.old_logprobs, sampler_logprobs, args.tis_cap)
     for group in optimizer.param_groups:
         group["lr"] = args.lr * lr_fraction(step, run.lr_steps, args.warmup_steps, args.final_lr_fraction)
     loss, grad_norm, stats = update_policy(episodes)

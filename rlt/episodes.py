@@ -3,6 +3,9 @@
 
 from dataclasses import dataclass
 
+from rlt.distributed import all_reduce_mean
+from rlt.grpo import tis_weights
+
 import torch
 from torch import Tensor
 
@@ -56,3 +59,13 @@ def unpack(episodes, name, packed):
     """Give each episode its part of a tensor of all tokens (N,), as the attribute of this name."""
     for e, part in zip(episodes, packed.split(completion_lengths(episodes).tolist()), strict=True):
         setattr(e, name, part)
+
+
+def weight_by_tis(episodes, trainer_logprobs, sampler_logprobs, cap):
+    """Give each episode its weights of truncated importance sampling -> tis_weights' numbers, means over all ranks.
+
+    trainer_logprobs, sampler_logprobs: (N,) nats of all tokens, end to end.
+    """
+    weights, numbers = tis_weights(trainer_logprobs, sampler_logprobs, cap)
+    unpack(episodes, "tis_weights", weights)
+    return {key: all_reduce_mean(value, len(weights)) for key, value in numbers.items()}
