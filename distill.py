@@ -19,14 +19,15 @@ import math
 import shlex
 import sys
 
-from rlt import flags, models, saving
+from rlt import flags, lora, models, saving
 from rlt.chat_template import vocabulary_size
 from rlt.console import print_next, print_progress, progress_bar
 from rlt.defaults import settle
 from rlt.distributed import all_gather_object, init_distributed
-from rlt.dry_run import ModelFootprint, dry_run
+from rlt.dry_run import dry_run
 from rlt.errors import UserError
 from rlt.files import read_jsonl, write_atomically
+from rlt.footprint import ModelFootprint
 from rlt.grading import GOLD, TASKS, answer_of, gradable, grade_all
 from rlt.inspection import ROWS, token_numbers
 from rlt.memory import MicroBatched
@@ -134,7 +135,7 @@ if args.dry_run is not None:
 teacher = models.load_model(args.model, bits=args.teacher_bits, device=device, scores=not args.solver)
 student = None
 if shared and not args.solver:
-    student = models.without_adapter(teacher)
+    student = lora.without_adapter(teacher)
 elif not args.solver:
     student = models.load_model(student_name, bits=args.student_bits, device=device, scores=True)
 engine, micro_batched = None, MicroBatched(args.micro_batch_tokens)

@@ -194,7 +194,8 @@ def main():
         return compare_folders(args)
     from rlt import models
     from rlt.chat_template import vocabulary_size
-    from rlt.dry_run import ModelFootprint, dry_run
+    from rlt.dry_run import dry_run
+    from rlt.footprint import ModelFootprint
     from rlt.prompts import Prompts, show_rows
     from rlt.rollout import make_engines
 

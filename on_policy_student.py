@@ -23,15 +23,15 @@ import math
 import sys
 from typing import NamedTuple
 
-from rlt import flags, models, saving
+from rlt import flags, lora, models, saving
 from rlt.chat_template import vocabulary_size
 from rlt.console import progress_bar
 from rlt.defaults import DEFAULTS, settle
 from rlt.distributed import all_reduce_mean, all_reduce_sum, init_distributed
-from rlt.dry_run import ModelFootprint, dry_run
+from rlt.dry_run import dry_run
 from rlt.evaluations import print_evaluation_command
+from rlt.footprint import ModelFootprint
 from rlt.logprobs import completion_logprobs_and_kl
-from rlt.lora import update_mode
 from rlt.memory import MicroBatched
 from rlt.prompts import Prompts, drop_overlong, show_rows
 from rlt.rollout import make_engine
@@ -111,7 +111,7 @@ if args.dry_run is not None:
 student = models.load_lora(args.model, bits=args.bits, device=device, seed=args.seed, rank=args.lora_rank,
                            alpha=args.lora_alpha, targets=args.lora_targets, checkpointing=args.gradient_checkpointing)
 teacher = models.load_model(args.teacher, bits=args.teacher_bits, device=device, scores=True)
-parameters = models.adapter_parameters(student)
+parameters = lora.adapter_parameters(student)
 optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
 updates = Updates(run, optimizer, parameters, tokenizer, stats=("kl", "nll"))
 micro_batched = MicroBatched(args.micro_batch_tokens)
@@ -209,7 +209,7 @@ for step in run.steps(progress, save):
     # 2. the update: the student's log-probs and the KL to the teacher, in micro-batches that add up to one loss
     for group in optimizer.param_groups:
         group["lr"] = args.lr * lr_fraction(step, run.lr_steps, args.warmup_steps, 0.0, shape="cosine")
-    update_mode(student)
+    lora.update_mode(student)
     tokens_of_step = [max(1, n) for n in all_reduce_sum(*count_tokens(kl_rows))]
     thought_logprobs = micro_batched(compute_gradients, batch, kl_rows, tokens_of_step)
     loss, grad_norm, stats = updates.step()

@@ -27,7 +27,7 @@ A question whose whole group of answers fails teaches nothing. What --failed-gro
 import math
 import sys
 
-from rlt import flags, models, saving
+from rlt import flags, lora, models, saving
 from rlt.chat_template import vocabulary_size
 from rlt.console import progress_bar
 from rlt.defaults import settle
@@ -40,7 +40,6 @@ from rlt.failed_groups import FAILED_GROUPS, AdaBack, ReLift, gather_groups, res
 from rlt.grading import GOLD, TASKS, answer_of, gradable, grade_all
 from rlt.grpo import LOSSES, group_advantages, grpo_loss, guided_loss, step_denominator
 from rlt.logprobs import batched_logprobs, completion_logprobs
-from rlt.lora import update_mode
 from rlt.memory import MicroBatched
 from rlt.prompts import Prompts, drop_overlong, show_rows
 from rlt.rollout import make_engine
@@ -152,7 +151,7 @@ if args.dry_run is not None:
 policy = models.load_lora(args.model, bits=args.bits, device=device, seed=args.seed, rank=args.lora_rank,
                           alpha=args.lora_alpha, targets=args.lora_targets, reference=args.beta > 0,
                           checkpointing=args.gradient_checkpointing)
-parameters = models.adapter_parameters(policy)
+parameters = lora.adapter_parameters(policy)
 optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
 updates = Updates(run, optimizer, parameters, tokenizer, STATS)
 micro_batched = MicroBatched(args.micro_batch_tokens)
@@ -245,7 +244,7 @@ def update_policy(episodes):
         return 0.0, 0.0, dict.fromkeys(STATS, 0.0)
     denominator = step_denominator(args.loss, sequences=sequences, tokens=tokens, max_new_tokens=args.max_new_tokens)
     if args.beta > 0:
-        with models.use_adapter(policy, "reference"):
+        with lora.use_adapter(policy, "reference"):
             ref_logprobs, _ = micro_batched(batched_logprobs, policy, prompt_ids, completion_ids, **distribution)
         unpack(episodes, "ref_logprobs", ref_logprobs)
 
@@ -265,7 +264,7 @@ def update_policy(episodes):
                                         **options)
             updates.backward(loss, [(e.row, e.completion) for e in batch], stats)
 
-    update_mode(policy)
+    lora.update_mode(policy)
     for _ in range(args.updates_per_batch):
         micro_batched(compute_gradients)
         loss, grad_norm, stats = updates.step()
@@ -290,7 +289,7 @@ def imitate(questions):
             logprobs, _ = completion_logprobs(policy, before, supervised, vocab=vocab)
             sft_updates.backward(-logprobs.sum().double() / tokens, zip(batch, supervised, strict=True))
 
-    update_mode(policy)
+    lora.update_mode(policy)
     micro_batched(compute_gradients)
     loss, _, _ = sft_updates.step()
     policy.eval()
@@ -366,7 +365,7 @@ for step in run.steps(progress, save):
             relift_loss = imitate(chosen)
     engine.load_adapter(policy)
     if args.beta > 0 and args.sync_ref_every and (step + 1) % args.sync_ref_every == 0:
-        models.sync_reference(policy, args.sync_ref_mix)
+        lora.sync_reference(policy, args.sync_ref_mix)
     timer.end("update")
 
     # 6. measure on held-out rows, log; run.steps saves

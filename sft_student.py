@@ -15,14 +15,15 @@ with the end of the turn exactly once.
 import sys
 from typing import NamedTuple
 
-from rlt import flags, models, saving
+from rlt import flags, lora, models, saving
 from rlt.chat_template import vocabulary_size
 from rlt.console import print_next, progress_bar
 from rlt.defaults import DEFAULTS, settle
 from rlt.distributed import all_reduce_sum, init_distributed
-from rlt.dry_run import ModelFootprint, dry_run
+from rlt.dry_run import dry_run
 from rlt.errors import UserError
 from rlt.evaluations import print_evaluation_command
+from rlt.footprint import ModelFootprint
 from rlt.logprobs import completion_logprobs
 from rlt.memory import MicroBatched
 from rlt.prompts import Prompts, show_rows
@@ -149,7 +150,7 @@ else:
     model = models.load_lora(args.model, bits=args.bits, device=device, seed=args.seed, rank=args.lora_rank,
                              alpha=args.lora_alpha, targets=args.lora_targets, dropout=True,
                              checkpointing=args.gradient_checkpointing)
-    parameters = models.adapter_parameters(model)
+    parameters = lora.adapter_parameters(model)
 optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
 updates, micro_batched = Updates(run, optimizer, parameters, tokenizer), MicroBatched(args.micro_batch_tokens)
 base_hash = saving.fingerprint(model)

@@ -18,7 +18,7 @@ By default the log-ratio of the sampled token estimates a token's KL (--kl sampl
 
 import sys
 
-from rlt import flags, models, saving
+from rlt import flags, lora, models, saving
 from rlt.chat_template import vocabulary_size
 from rlt.console import print_next, progress_bar
 from rlt.defaults import settle
@@ -29,7 +29,6 @@ from rlt.errors import UserError
 from rlt.grpo import LOSSES, group_advantages, group_scale, grpo_loss, pathwise_kl_loss, step_denominator
 from rlt.inspection import token_numbers
 from rlt.logprobs import KLRow, batched_logprobs, completion_logprobs, completion_logprobs_and_kl
-from rlt.lora import update_mode
 from rlt.memory import MicroBatched
 from rlt.prompts import Prompts, drop_overlong, show_rows
 from rlt.rollout import make_engine
@@ -120,13 +119,13 @@ policy = models.load_lora(args.model, bits=args.teacher_bits, device=device, see
                           alpha=args.lora_alpha, targets=args.lora_targets, reference=args.beta > 0,
                           checkpointing=args.gradient_checkpointing)
 if shared:
-    student = models.without_adapter(policy)
+    student = lora.without_adapter(policy)
 else:
     student = models.load_model(student_name, bits=args.student_bits, device=device, scores=True)
 student_hash, student_adapter_hash = saving.fingerprint(student), None if shared else saving.adapter_hash(student)
 if args.offload_student:
     student.to("cpu")
-parameters = models.adapter_parameters(policy)
+parameters = lora.adapter_parameters(policy)
 optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
 updates = Updates(run, optimizer, parameters, tokenizer, STATS)
 micro_batched = MicroBatched(args.micro_batch_tokens)
@@ -176,7 +175,7 @@ def update_policy(episodes):
     sequences, tokens = all_reduce_sum(len(episodes), sum(map(len, completion_ids)))
     denominator = step_denominator(args.loss, sequences=sequences, tokens=tokens, max_new_tokens=args.max_new_tokens)
     if args.beta > 0:
-        with models.use_adapter(policy, "reference"):
+        with lora.use_adapter(policy, "reference"):
             ref_logprobs, _ = micro_batched(batched_logprobs, policy, prompt_ids, completion_ids, **distribution)
         unpack(episodes, "ref_logprobs", ref_logprobs)
 
@@ -202,7 +201,7 @@ def update_policy(episodes):
                                                alpha=args.alpha, denominator=denominator, loss=args.loss)
             updates.backward(loss, [(e.row, e.completion) for e in batch], stats)
 
-    update_mode(policy)
+    lora.update_mode(policy)
     for _ in range(args.updates_per_batch):
         micro_batched(compute_gradients)
         loss, grad_norm, stats = updates.step()
@@ -277,7 +276,7 @@ for step in run.steps(progress, save):
     loss, grad_norm, stats = update_policy(episodes)
     engine.load_adapter(policy)
     if args.beta > 0 and args.sync_ref_every and (step + 1) % args.sync_ref_every == 0:
-        models.sync_reference(policy, args.sync_ref_mix)
+        lora.sync_reference(policy, args.sync_ref_mix)
     timer.end("update")
 
     # 5. measure on held-out rows, log; run.steps saves

@@ -5,7 +5,7 @@ import gc
 import sys
 from unittest import mock
 
-from rlt import models
+from rlt import lora, models
 
 import torch
 from measure import DEVICE, DTYPE, ROOT
@@ -53,7 +53,7 @@ def make_teacher(config, bits):
     with mock.patch.object(models, "_load_base", lambda name, bits, device: random_model(config, bits)):
         teacher = models.load_lora(str(ROOT / "bench"), bits=bits, device=DEVICE, rank=RANK, alpha=ALPHA, seed=0,
                                    reference=True, checkpointing=True)
-    parameters = models.adapter_parameters(teacher)
+    parameters = lora.adapter_parameters(teacher)
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0)
     for p in parameters:
         p.grad = torch.zeros_like(p)

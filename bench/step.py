@@ -36,9 +36,10 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from rlt import decode_steps, models  # noqa: E402
-from rlt.dry_run import ModelFootprint, phases  # noqa: E402
+from rlt import decode_steps, lora  # noqa: E402
+from rlt.dry_run import phases  # noqa: E402
 from rlt.errors import UserError  # noqa: E402
+from rlt.footprint import ModelFootprint  # noqa: E402
 from rlt.grpo import grpo_loss  # noqa: E402
 from rlt.logprobs import completion_logprobs  # noqa: E402
 from rlt.rollout import _LogprobRecorder, can_batch, generate  # noqa: E402
@@ -252,7 +253,7 @@ def log_probs(teacher, size, length, count):
 
 def reference(teacher, size, length, count, matmul):
     def run():
-        with models.use_adapter(teacher, "reference"):
+        with lora.use_adapter(teacher, "reference"):
             log_probs(teacher, size, length, count)
 
     work = flops(size.config, [2 * size.prompt + length] * count, [length] * count)
@@ -287,7 +288,7 @@ def peak_of_update(teacher, optimizer, size, length, count):
     def run():
         backward(teacher, size, length, count)
         backward(teacher, size, length, count)
-        torch.nn.utils.clip_grad_norm_(models.adapter_parameters(teacher), 1.0)
+        torch.nn.utils.clip_grad_norm_(lora.adapter_parameters(teacher), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -336,7 +337,7 @@ def whole_step(log, size, teacher_bits, student_bits, matmul, *, length, count, 
             if matmul is None:
                 result = {"peak_gb": result["peak_gb"]}
             if not CUDA:  # there, what exists beside the models of a phase is not counted
-                others = 2 * sum(p.nbytes for p in models.adapter_parameters(teacher))
+                others = 2 * sum(p.nbytes for p in lora.adapter_parameters(teacher))
                 others += model_bytes(student) * (phase != "score" and not offloaded)
                 result["peak_gb"] += others / 1e9
             expectation = expected[phase] / 1e9

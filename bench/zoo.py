@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from rlt import models, rollout, saving  # noqa: E402
+from rlt import lora, models, rollout, saving  # noqa: E402
 from rlt.errors import UserError  # noqa: E402
 from rlt.logprobs import completion_logprobs  # noqa: E402
 from rlt.lora import update_mode  # noqa: E402
@@ -239,7 +239,7 @@ def take_a_step(folder):
         logprobs = compute()
         close(logprobs.detach(), ours.detach(), 1e-5)
         (logprobs * weights).sum().backward()
-        gradients.append([torch.zeros_like(p) if p.grad is None else p.grad for p in models.adapter_parameters(policy)])
+        gradients.append([torch.zeros_like(p) if p.grad is None else p.grad for p in lora.adapter_parameters(policy)])
         policy.zero_grad()
     for got, wanted in zip(*gradients, strict=True):
         assert (got - wanted).norm() <= 1e-3 * wanted.norm() + 1e-6, "gradient"
@@ -247,7 +247,7 @@ def take_a_step(folder):
 
     # saved, restored, and as a model of its own: the same bits
     with torch.no_grad():
-        for p, gradient in zip(models.adapter_parameters(policy), gradients[0], strict=True):
+        for p, gradient in zip(lora.adapter_parameters(policy), gradients[0], strict=True):
             p -= 0.1 * gradient
         after = completion_logprobs(policy, prompts, ids, vocab=len(words))[0]
         saving.save_model(policy, words, f"{folder}/saved", adapters=list(policy.peft_config))
@@ -256,7 +256,7 @@ def take_a_step(folder):
         loaded = models.load_model(f"{folder}/saved", bits=32, device=CPU, scores=True)
         for model in (again, loaded):
             assert torch.equal(completion_logprobs(model, prompts, ids, vocab=len(words))[0], after), "saved"
-        with models.use_adapter(again, "reference"):
+        with lora.use_adapter(again, "reference"):
             start = completion_logprobs(again, prompts, ids, vocab=len(words))[0]
         close(start, own_logprobs(student, prompts, ids), 1e-5)
     why += [] if batches else ["sampled one prompt at a time"]
@@ -267,7 +267,7 @@ def stir(model):
     """Move an adapter away from where it started, its reference not."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for p in models.adapter_parameters(model):
+        for p in lora.adapter_parameters(model):
             p.add_(0.1 * torch.randn(p.shape, generator=generator))
 
 

@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from rlt.footprint import AllocationTracker, ModelFootprint
+from rlt.footprint import ModelFootprint
 from rlt.models import base_of, model_and_adapter_config, shares_base
 from rlt.vllm_engine import MEMORY_SHARE
 
@@ -23,7 +23,6 @@ import torch
 
 from rewards import LOGITS_CHUNK
 
-__all__ = ["AllocationTracker", "Machine", "ModelFootprint", "dry_run", "dry_run_rl", "expected_hours", "phases"]
 GB, MARGIN = 1e9, 1.5e9
 COLUMNS = ("weights", "adapters, AdamW", "cache", "activations", "logits", "total")
 

@@ -36,9 +36,6 @@ from rlt.lora import (
     disable_dropout,
     new_lora_config,
     set_trainable,
-    sync_reference,
-    use_adapter,
-    without_adapter,
 )
 
 import torch
@@ -46,8 +43,6 @@ import torch
 from rewards import UnsupportedModel, check_model
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it offers a kernel from a hub, which we don't want
-__all__ = ["adapter_pairs", "adapter_parameters", "set_trainable", "sync_reference", "use_adapter",
-           "without_adapter"]  # from rlt.lora
 ROOT = Path(__file__).resolve().parent.parent
 MADE_ON_FIRST_USE = {  # name: (folder, the command that makes it, what is being made)
     "toy": ("runs/toy", ["data/toy.py"], "the toy (rows, tokenizer, base model: some minutes)"),

@@ -104,19 +104,19 @@ def test_the_reference_is_the_start_and_all_parts_are_trained_and_saved(base, tm
     policy = ours(tmp_path / "theirs")
     start = ask(policy)
     zoo.close(start.detach(), own, 1e-5)
-    with models.use_adapter(policy, "reference"):
+    with lora.use_adapter(policy, "reference"):
         assert torch.equal(ask(policy), start), "kl_ref is 0, not nearly 0"
     assert torch.equal(ask(policy), start), "and asking it has changed nothing"
 
     start.sum().backward()
-    parameters = models.adapter_parameters(policy)
+    parameters = lora.adapter_parameters(policy)
     assert len(parameters) == tensors and all(p.grad.norm() > 0 for p in parameters)
     assert sum(p.requires_grad for p in policy.parameters()) == tensors
     assert {p.dtype for p in parameters} == {torch.float32}
     torch.optim.AdamW(parameters, lr=0.1).step()
     moved = ask(policy).detach()
     assert (moved - start).abs().max() > 1e-3
-    with models.use_adapter(policy, "reference"):
+    with lora.use_adapter(policy, "reference"):
         assert torch.equal(ask(policy), start), "the reference stays"
 
     tokenizer = models.load_tokenizer(str(tmp_path / "theirs"))
@@ -124,7 +124,7 @@ def test_the_reference_is_the_start_and_all_parts_are_trained_and_saved(base, tm
     again = ours(tmp_path / "theirs", seed=9)
     saving.restore(again, tmp_path / "ours")
     assert torch.equal(ask(again), moved)
-    with models.use_adapter(again, "reference"):
+    with lora.use_adapter(again, "reference"):
         assert torch.equal(ask(again), start)
     assert torch.equal(ask(models.load_model(str(tmp_path / "ours"), bits=32, device=CPU, scores=True)), moved)
     assert torch.equal(ask(ours(tmp_path / "ours")), moved), "and it can be trained on"
@@ -172,10 +172,10 @@ def test_adapters_on_coarser_bases_are_float32_and_start_as_their_reference(plai
     _, tensors = theirs(plain_base, tmp_path, **KINDS[kind])
     policy = ours(tmp_path, bits=bits)
     start = ask(policy)
-    with models.use_adapter(policy, "reference"):
+    with lora.use_adapter(policy, "reference"):
         assert torch.equal(ask(policy), start)
     start.sum().backward()
-    parameters = models.adapter_parameters(policy)
+    parameters = lora.adapter_parameters(policy)
     assert len(parameters) == tensors and all(p.dtype == torch.float32 and p.grad.norm() > 0 for p in parameters)
 
 
@@ -187,7 +187,7 @@ def test_the_base_comes_out_of_every_adapter(base, tmp_path, kind):
         return  # refused, see above
     policy, alone = ours(tmp_path), models.load_model(str(base), bits=32, device=CPU)
     trained = [p.requires_grad for p in policy.parameters()]
-    student = models.without_adapter(policy)
+    student = lora.without_adapter(policy)
     assert [p.requires_grad for p in policy.parameters()] == trained
     shared = models.shares_base(str(tmp_path), 32, str(base), 32)
     assert shared == (kind not in ("PiSSA", "OLoRA"))

@@ -8,7 +8,7 @@ import re
 import weakref
 from unittest import mock
 
-from rlt import decode_steps, models, rollout
+from rlt import decode_steps, lora, models, rollout
 from rlt.errors import UserError
 
 import pytest
@@ -278,7 +278,7 @@ def test_on_a_gpu_an_adapter_samples_as_it_was_last_trained(toy, tokenizer, bits
     options = dict(temperature=0, max_new_tokens=30)
     before = draw(model, tokenizer, **options)
     with torch.no_grad():
-        for p in models.adapter_parameters(model):
+        for p in lora.adapter_parameters(model):
             p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).to(p))
     after = draw(model, tokenizer, **options)
     assert len(replays) > 40 and [c.ids for c in after] != [c.ids for c in before]

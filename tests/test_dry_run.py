@@ -4,7 +4,7 @@ import contextlib
 import io
 import itertools
 
-from rlt import distributed, dry_run, footprint, models
+from rlt import distributed, dry_run, footprint, lora, models
 from rlt.dry_run import Machine, expected_hours, phases, remedy
 from rlt.errors import UserError
 from rlt.files import read_jsonl
@@ -45,8 +45,8 @@ def real(config, rank=0, targets="all-linear", dtype=torch.float32):
 
 def with_gradients(model):
     """Trainable, with gradients from the micro-batch before."""
-    models.set_trainable(model).train()
-    for p in models.adapter_parameters(model):
+    lora.set_trainable(model).train()
+    for p in lora.adapter_parameters(model):
         p.grad = torch.zeros_like(p)
     return model
 

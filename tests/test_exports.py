@@ -5,7 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
-from rlt import merge, models, saving
+from rlt import lora, merge, models, saving
 from rlt.errors import UserError
 from rlt.prompts import Prompts
 from rlt.rows import load_rows
@@ -30,7 +30,7 @@ def folder(workshop):
     trained = models.load_lora(workshop / "runs/toy-teacher", bits=32, device=CPU, seed=0)
     torch.manual_seed(0)
     with torch.no_grad():
-        for parameter in models.adapter_parameters(trained):
+        for parameter in lora.adapter_parameters(trained):
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
     tokenizer = models.load_tokenizer(workshop / "runs/toy-teacher")
     saving.save_model(trained, tokenizer, workshop / "runs/adapter/final")

@@ -19,7 +19,7 @@ import threading
 import time
 from pathlib import Path
 
-from rlt import checkpoints, errors, evaluations, locks, models, rollout, runs, saving
+from rlt import checkpoints, errors, evaluations, locks, lora, models, rollout, runs, saving
 from rlt.errors import UserError
 from rlt.files import append_jsonl, read_jsonl, write_atomically
 from rlt.flags import number
@@ -416,7 +416,7 @@ def test_weights_that_are_not_finite_are_never_saved(tiny_model, tmp_path):
     with pytest.raises(UserError, match="is not written: weights have become NaN or infinite"):
         saving.save_model(model, None, tmp_path / "all")
     model = get_peft_model(tiny_model(64), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
-    models.adapter_parameters(model)[-1].data[0, 0] = float("inf")
+    lora.adapter_parameters(model)[-1].data[0, 0] = float("inf")
     with pytest.raises(UserError, match="is not written"):
         saving.save_model(model, None, tmp_path / "adapter")
     assert not list(tmp_path.iterdir())

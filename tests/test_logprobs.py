@@ -7,7 +7,7 @@ Log-probs with a gradient, and sequences packed into one row, where none may see
 import copy
 import inspect
 
-from rlt import models, rollout
+from rlt import lora, models, rollout
 from rlt.logprobs import KLRow, completion_logprobs, completion_logprobs_and_kl
 
 import pytest
@@ -232,7 +232,7 @@ def test_adapters_on_off_and_reference(toy, bits):
     model = models.load_lora(base, bits=bits, device=CPU, rank=4, alpha=8, targets="all-linear", seed=0, reference=True)
     torch.manual_seed(0)
     with torch.no_grad():
-        for p in models.adapter_parameters(model):
+        for p in lora.adapter_parameters(model):
             p.add_(0.3 * torch.randn_like(p))
     tolerance = 0.05 if bits == 16 else 1e-4
 
@@ -245,18 +245,18 @@ def test_adapters_on_off_and_reference(toy, bits):
         return together.detach()
 
     policy = together_as_apart()
-    with models.use_adapter(model, "reference"):
+    with lora.use_adapter(model, "reference"):
         reference = together_as_apart()
     with torch.no_grad(), model.disable_adapter():
         plain = together_as_apart()
     assert torch.equal(reference, plain), "a fresh adapter is none"
     assert not torch.allclose(policy, plain, atol=0.1)
     ask(rows).sum().backward()
-    together = [p.grad.clone() for p in models.adapter_parameters(model)]
+    together = [p.grad.clone() for p in lora.adapter_parameters(model)]
     model.zero_grad()
     for row in rows:
         ask([row]).sum().backward()
-    for got, p in zip(together, models.adapter_parameters(model), strict=True):
+    for got, p in zip(together, lora.adapter_parameters(model), strict=True):
         assert (got - p.grad).norm() <= (0.05 if bits == 16 else 1e-4) * p.grad.norm()
 
 

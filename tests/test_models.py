@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 
-from rlt import models, rollout, saving
+from rlt import lora, models, rollout, saving
 from rlt.chat_template import tokenize, vocabulary_size
 from rlt.errors import UserError
 from rlt.logprobs import completion_logprobs
@@ -30,7 +30,7 @@ def tokenizer(base):
     return models.load_tokenizer(base)
 
 
-def lora(base, **changes):
+def new_adapter(base, **changes):
     options = dict(bits=32, device=CPU, rank=4, alpha=8, targets="all-linear", seed=0, reference=True)
     return models.load_lora(str(base), **{**options, **changes})
 
@@ -44,7 +44,7 @@ def stir(model, by=0.3):
     """Move the policy's adapter away from where it started."""
     torch.manual_seed(1)
     with torch.no_grad():
-        for p in models.adapter_parameters(model):
+        for p in lora.adapter_parameters(model):
             p.add_(by * torch.randn_like(p))
 
 
@@ -56,27 +56,27 @@ PROMPTS = [[2, 8, 10, 9, 11, 3, 4], [2, 8, 3], [2, 8, 10, 9, 11, 20, 31, 21, 33,
 
 @pytest.mark.parametrize("bits", [32, 16, 4])
 def test_adapters_are_float32_on_any_base_and_alone_are_trained(base, bits):
-    model = lora(base, bits=bits)
-    adapters = models.adapter_parameters(model) + models.adapter_parameters(model, "reference")
+    model = new_adapter(base, bits=bits)
+    adapters = lora.adapter_parameters(model) + lora.adapter_parameters(model, "reference")
     assert {p.dtype for p in adapters} == {torch.float32}
     trained = {id(p) for p in model.parameters() if p.requires_grad}
-    assert trained == {id(p) for p in models.adapter_parameters(model)}
-    with models.use_adapter(model, "reference"):
+    assert trained == {id(p) for p in lora.adapter_parameters(model)}
+    with lora.use_adapter(model, "reference"):
         pass
     assert trained == {id(p) for p in model.parameters() if p.requires_grad}
 
 
 def test_the_reference_holds_the_starting_weights(base, tmp_path, tokenizer):
     """Also when they are a warm-up's: it is not the base."""
-    first = lora(base, reference=False)
+    first = new_adapter(base, reference=False)
     stir(first)
     saving.save_model(first, tokenizer, tmp_path)
-    model = lora(str(tmp_path))
+    model = new_adapter(str(tmp_path))
     start = ask(model, tokenizer).detach()
-    with models.use_adapter(model, "reference"):
+    with lora.use_adapter(model, "reference"):
         assert torch.equal(ask(model, tokenizer), start)
     stir(model)
-    with models.use_adapter(model, "reference"):
+    with lora.use_adapter(model, "reference"):
         assert torch.equal(ask(model, tokenizer), start)
     assert not torch.allclose(ask(model, tokenizer), start, atol=1e-3)
     base_alone = models.load_model(base, bits=32, device=CPU)
@@ -86,10 +86,10 @@ def test_the_reference_holds_the_starting_weights(base, tmp_path, tokenizer):
 @pytest.mark.parametrize("bits", [32, 16, 4])
 def test_the_base_without_its_adapter_is_a_second_copy_in_the_same_memory(base, tokenizer, bits):
     """The same bits as a copy of its own, hash included, whatever the policy's adapters and modes are."""
-    policy = lora(base, bits=bits, checkpointing=True)
+    policy = new_adapter(base, bits=bits, checkpointing=True)
     stir(policy)
     before, alone = ask(policy, tokenizer), models.load_model(base, bits=bits, device=CPU)
-    student = models.without_adapter(policy)
+    student = lora.without_adapter(policy)
     assert torch.equal(ask(student, tokenizer), ask(alone, tokenizer))
     assert not torch.equal(before, ask(student, tokenizer)), "the test must be able to tell"
     assert saving.fingerprint(student) == saving.fingerprint(alone) == saving.fingerprint(policy)
@@ -101,21 +101,21 @@ def test_the_base_without_its_adapter_is_a_second_copy_in_the_same_memory(base, 
         p.quant_state.absmax.data_ptr() for p in student.parameters() if getattr(p, "quant_state", None)}
     assert bool(states) == (bits == 4)
 
-    with models.use_adapter(policy, "reference"):  # the policy's state is not the student's
+    with lora.use_adapter(policy, "reference"):  # the policy's state is not the student's
         assert torch.equal(ask(student, tokenizer), ask(alone, tokenizer))
     update_mode(policy)
     ask(policy, tokenizer).sum().backward()
     assert torch.equal(ask(student, tokenizer), ask(alone, tokenizer)) and torch.equal(before, ask(policy, tokenizer))
     assert not any(module.training for module in student.modules())
     assert all(p.grad is None for p in student.parameters())
-    assert all(p.grad is not None for p in models.adapter_parameters(policy))
+    assert all(p.grad is not None for p in lora.adapter_parameters(policy))
     plain = models.load_model(base, bits=32, device=CPU)
-    assert models.without_adapter(plain) is plain
+    assert lora.without_adapter(plain) is plain
 
 
 def test_which_students_are_the_teachers_base(base, tmp_path, tokenizer):
     teacher, other = str(tmp_path / "teacher"), str(tmp_path / "other")
-    saving.save_model(lora(base, reference=False), tokenizer, tmp_path / "teacher")
+    saving.save_model(new_adapter(base, reference=False), tokenizer, tmp_path / "teacher")
     shutil.copytree(base, other)
     assert models.shares_base(teacher, 16, base, 16) and models.shares_base(base, 4, base, 4)
     assert not models.shares_base(teacher, 32, base, 4), "other bits"
@@ -127,20 +127,20 @@ def test_which_students_are_the_teachers_base(base, tmp_path, tokenizer):
 
 
 def test_the_reference_is_synced_by_the_formula(base):
-    model = lora(base)
+    model = new_adapter(base)
     stir(model)
-    pairs = [(p.clone(), r.clone()) for p, r in models.adapter_pairs(model)]
-    models.sync_reference(model, 0.9)
-    for (policy, before), (now, after) in zip(pairs, models.adapter_pairs(model), strict=True):
+    pairs = [(p.clone(), r.clone()) for p, r in lora.adapter_pairs(model)]
+    lora.sync_reference(model, 0.9)
+    for (policy, before), (now, after) in zip(pairs, lora.adapter_pairs(model), strict=True):
         assert torch.equal(now, policy)
         assert torch.allclose(after, 0.9 * policy + 0.1 * before, atol=1e-7)
-    models.sync_reference(model, 1.0)
-    assert all(torch.equal(p, r) for p, r in models.adapter_pairs(model))
+    lora.sync_reference(model, 1.0)
+    assert all(torch.equal(p, r) for p, r in lora.adapter_pairs(model))
 
 
 def test_averaging_factors_is_not_averaging_products(base):
     """What --sync-ref-mix's help says: the miss is exactly m (1 - m) dB dA times the scale."""
-    model, m = lora(base), 0.9
+    model, m = new_adapter(base), 0.9
     stir(model)
     name = "base_model.model.model.layers.0.mlp.up_proj"
     layer = model.get_submodule(name)
@@ -150,7 +150,7 @@ def test_averaging_factors_is_not_averaging_products(base):
 
     factors = {a: (layer.lora_A[a].weight.clone(), layer.lora_B[a].weight.clone()) for a in ("default", "reference")}
     average = m * product("default") + (1 - m) * product("reference")
-    models.sync_reference(model, m)
+    lora.sync_reference(model, m)
     (a1, b1), (a0, b0) = factors["default"], factors["reference"]
     miss = m * (1 - m) * (b1 - b0) @ (a1 - a0) * layer.scaling["default"]
     assert miss.abs().max() > 1e-3
@@ -158,13 +158,13 @@ def test_averaging_factors_is_not_averaging_products(base):
 
 
 def test_saving_and_restoring_is_bit_for_bit(base, tmp_path, tokenizer):
-    model = lora(base)
+    model = new_adapter(base)
     stir(model)
     saving.save_model(model, tokenizer, tmp_path / "both", adapters=("default", "reference"))
-    kept = [(p.clone(), r.clone()) for p, r in models.adapter_pairs(model)]
-    fresh = lora(base, seed=7)
+    kept = [(p.clone(), r.clone()) for p, r in lora.adapter_pairs(model)]
+    fresh = new_adapter(base, seed=7)
     saving.restore(fresh, tmp_path / "both")
-    for (p, r), (p2, r2) in zip(kept, models.adapter_pairs(fresh), strict=True):
+    for (p, r), (p2, r2) in zip(kept, lora.adapter_pairs(fresh), strict=True):
         assert torch.equal(p, p2) and torch.equal(r, r2)
     assert (tmp_path / "both/adapter_model.safetensors").exists()
     config = json.loads((tmp_path / "both/adapter_config.json").read_text())
@@ -172,28 +172,28 @@ def test_saving_and_restoring_is_bit_for_bit(base, tmp_path, tokenizer):
 
 
 def test_training_never_touches_the_base(base, tokenizer):
-    model = lora(base, bits=4, checkpointing=True).train()
+    model = new_adapter(base, bits=4, checkpointing=True).train()
     before = saving.fingerprint(model)
-    adapters = [p.clone() for p in models.adapter_parameters(model)]
-    optimizer = torch.optim.AdamW(models.adapter_parameters(model), lr=1e-6)
+    adapters = [p.clone() for p in lora.adapter_parameters(model)]
+    optimizer = torch.optim.AdamW(lora.adapter_parameters(model), lr=1e-6)
     for _ in range(3):
         ask(model, tokenizer).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
     assert saving.fingerprint(model) == before
-    moved = [(p != q).float().mean() for p, q in zip(models.adapter_parameters(model), adapters, strict=True)]
+    moved = [(p != q).float().mean() for p, q in zip(lora.adapter_parameters(model), adapters, strict=True)]
     assert torch.stack(moved).min() > 0.99, "at lr 1e-6 bf16 adapters would stand still"
 
 
 def test_four_bits_on_a_cpu_keep_their_gradients(base, tokenizer):
     """bitsandbytes' in-place repack for AVX512-BF16 would break training after the first eval pass."""
-    model = lora(base, bits=4, reference=False)
+    model = new_adapter(base, bits=4, reference=False)
     stir(model)
 
     def gradients():
         model.train()
         ask(model, tokenizer).sum().backward()
-        found = [p.grad.clone() for p in models.adapter_parameters(model)]
+        found = [p.grad.clone() for p in lora.adapter_parameters(model)]
         model.zero_grad()
         return found
 
@@ -208,44 +208,44 @@ def test_four_bits_on_a_cpu_keep_their_gradients(base, tokenizer):
 
 def test_checkpointed_gradients_are_the_plain_ones(base, tokenizer):
     def gradients(checkpointing):
-        model = lora(base, reference=False, checkpointing=checkpointing)
+        model = new_adapter(base, reference=False, checkpointing=checkpointing)
         stir(model)
         model.train()
         ask(model, tokenizer).sum().backward()
-        return [p.grad for p in models.adapter_parameters(model)]
+        return [p.grad for p in lora.adapter_parameters(model)]
 
     assert all(torch.equal(a, b) for a, b in zip(gradients(False), gradients(True), strict=True))
 
 
 def test_targets(base, tmp_path, tokenizer):
-    model = lora(base, targets="q_proj, v_proj", reference=False)
+    model = new_adapter(base, targets="q_proj, v_proj", reference=False)
     names = {n.split(".lora_")[0].rsplit(".", 1)[1] for n, _ in model.named_parameters() if "lora_" in n}
     assert names == {"q_proj", "v_proj"}
     for wrong in ("q_proj,no_such", "no_such", "lm_head", "embed_tokens", ""):
         with pytest.raises(ValueError, match="expected all-linear, or some of down_proj, gate_proj"):
-            lora(base, targets=wrong)
+            new_adapter(base, targets=wrong)
     saving.save_model(model, tokenizer, tmp_path)
-    lora(tmp_path, targets="v_proj,q_proj")
+    new_adapter(tmp_path, targets="v_proj,q_proj")
     for other in ("q_proj", "all-linear"):
         with pytest.raises(UserError, match="holds an adapter with targets q_proj,v_proj: leave --lora-targets out"):
-            lora(tmp_path, targets=other)
+            new_adapter(tmp_path, targets=other)
 
 
 def test_an_adapter_keeps_its_own_rank_scale_and_targets(base, tmp_path, tokenizer):
-    saved = lora(base, reference=False)
+    saved = new_adapter(base, reference=False)
     stir(saved)
     wanted = ask(saved, tokenizer)
     saving.save_model(saved, tokenizer, tmp_path)
     none = dict(rank=None, alpha=None, targets=None)
     for asked in (none, {}, {**none, "targets": "all-linear"}, {**none, "alpha": 8.0}):
-        model = lora(tmp_path, **asked)
+        model = new_adapter(tmp_path, **asked)
         config = model.peft_config["default"]
         assert (config.r, config.lora_alpha, len(config.target_modules)) == (4, 8, 7)
         assert torch.equal(ask(model, tokenizer), wanted)
     for asked, own in (({"rank": 16}, "rank 4"), ({"alpha": 16.0}, "alpha 8")):
         with pytest.raises(UserError, match=f"holds an adapter with {own}: leave --lora-{own.split()[0]} out"):
-            lora(tmp_path, **{**none, **asked})
-    fresh = lora(base, **none).peft_config["default"]
+            new_adapter(tmp_path, **{**none, **asked})
+    fresh = new_adapter(base, **none).peft_config["default"]
     assert (fresh.r, fresh.lora_alpha, len(fresh.target_modules)) == (16, 32, 7), "a new one has the defaults"
 
 
@@ -260,27 +260,27 @@ def somebody_elses(base, folder, **changes):
 
 def test_modules_that_an_adapter_trains_whole_are_trained_saved_and_in_the_reference(base, tmp_path, tokenizer):
     somebody_elses(base, tmp_path / "theirs", modules_to_save=["input_layernorm"])
-    model = lora(tmp_path / "theirs", rank=None, alpha=None, targets=None)
+    model = new_adapter(tmp_path / "theirs", rank=None, alpha=None, targets=None)
     copies = [n for n, p in model.named_parameters() if "modules_to_save.default" in n and p.requires_grad]
-    assert len(copies) == 3 and len(models.adapter_parameters(model)) == 3 + 2 * 3
+    assert len(copies) == 3 and len(lora.adapter_parameters(model)) == 3 + 2 * 3
     start = ask(model, tokenizer).detach()
     stir(model)
-    with models.use_adapter(model, "reference"):
+    with lora.use_adapter(model, "reference"):
         assert torch.equal(ask(model, tokenizer), start)
     moved = ask(model, tokenizer).detach()
     assert not torch.allclose(moved, start, atol=1e-3)
     saving.save_model(model, tokenizer, tmp_path / "ours", adapters=("default", "reference"))
-    again = lora(tmp_path / "theirs", rank=None, alpha=None, targets=None)
+    again = new_adapter(tmp_path / "theirs", rank=None, alpha=None, targets=None)
     saving.restore(again, tmp_path / "ours")
     assert torch.equal(ask(again, tokenizer), moved)
-    with models.use_adapter(again, "reference"):
+    with lora.use_adapter(again, "reference"):
         assert torch.equal(ask(again, tokenizer), start)
 
 
 def test_dropout_is_off_in_rl_and_stays_on_in_sft(base, tmp_path, tokenizer, capsys):
     somebody_elses(base, tmp_path, lora_dropout=0.5)
     none = dict(rank=None, alpha=None, targets=None, reference=False)
-    off, on = (lora(tmp_path, dropout=dropout, **none).train() for dropout in (False, True))
+    off, on = (new_adapter(tmp_path, dropout=dropout, **none).train() for dropout in (False, True))
     assert torch.equal(ask(off, tokenizer), ask(off, tokenizer))
     assert not torch.equal(ask(on, tokenizer), ask(on, tokenizer))
     assert torch.equal(ask(on.eval(), tokenizer), ask(off, tokenizer))
@@ -375,7 +375,7 @@ def test_devices():
 
 
 def test_what_is_known_of_a_model_without_its_weights(base, tmp_path, tokenizer, tiny_model):
-    saving.save_model(lora(base, reference=False), tokenizer, tmp_path / "adapter")
+    saving.save_model(new_adapter(base, reference=False), tokenizer, tmp_path / "adapter")
     assert models.base_of(str(tmp_path / "adapter")) == base == models.base_of(base)
     known = models.model_and_adapter_config(str(tmp_path / "adapter"))
     assert known["rank"] == 4 and len(known["targets"]) == 7 and known["config"].hidden_size == 128
@@ -508,9 +508,9 @@ def test_adapters_without_their_base(base, tmp_path, tiny_model):
         assert "which does not exist here" in refusal(models.load_tokenizer, str(tmp_path / "adapter"))
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}))
     tiny_model(64).save_pretrained(tmp_path / "base")  # another one
-    for load in (models.load_model, lora):
-        options = {} if load is lora else dict(bits=32, device=CPU)
-        options |= dict(rank=None, alpha=None, targets=None) if load is lora else {}
+    for load in (models.load_model, new_adapter):
+        options = {} if load is new_adapter else dict(bits=32, device=CPU)
+        options |= dict(rank=None, alpha=None, targets=None) if load is new_adapter else {}
         assert "does not fit its base" in refusal(load, str(tmp_path / "adapter"), **options)
 
 
@@ -536,7 +536,7 @@ def test_quantised_checkpoints_are_loaded_with_four_bits_only(base, tmp_path, to
 def test_a_fingerprint_is_the_bases_and_notices_its_change(base, tmp_path, tokenizer):
     plain = models.load_model(base, bits=32, device=CPU)
     wanted = saving.fingerprint(plain)
-    adapted = lora(base)
+    adapted = new_adapter(base)
     stir(adapted)
     assert saving.fingerprint(adapted) == wanted == saving.fingerprint(models.load_model(base, bits=32, device=CPU))
     assert saving.fingerprint(models.load_model(base, bits=16, device=CPU)) != wanted, "in another precision"

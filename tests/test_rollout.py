@@ -8,7 +8,7 @@ import copy
 import sys
 from unittest import mock
 
-from rlt import decode_steps, models, rollout
+from rlt import decode_steps, lora, models, rollout
 from rlt.errors import UserError
 from rlt.logprobs import completion_logprobs
 from rlt.prompts import Prompts
@@ -238,7 +238,7 @@ def test_adapters_sample_in_the_middle_of_training_too(toy, tokenizer, bits):
                              checkpointing=True).train()
     plain = draw(model, tokenizer, temperature=0)
     with torch.no_grad():
-        for p in models.adapter_parameters(model):
+        for p in lora.adapter_parameters(model):
             p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     trained = draw(model, tokenizer, temperature=0)
     assert [c.ids for c in trained] != [c.ids for c in plain] and model.training
@@ -247,8 +247,8 @@ def test_adapters_sample_in_the_middle_of_training_too(toy, tokenizer, bits):
     again = draw(model, tokenizer, temperature=0)  # now with attention that can be packed, which must not matter
     assert [c.ids for c in again] == [c.ids for c in trained]
     ours.sum().backward()
-    assert all(p.grad is not None for p in models.adapter_parameters(model))
-    assert model.training and all(p.requires_grad for p in models.adapter_parameters(model))
+    assert all(p.grad is not None for p in lora.adapter_parameters(model))
+    assert model.training and all(p.requires_grad for p in lora.adapter_parameters(model))
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 
-from rlt import models, rollout, runs
+from rlt import lora, models, rollout, runs
 from rlt.errors import UserError
 from rlt.files import read_jsonl
 from rlt.flags import _Parser
@@ -641,7 +641,7 @@ class StandIn:
         self.loads += 1
         if self.loads == 1:
             self.model = get_peft_model(self.model, model.peft_config["default"])
-        ours, theirs = (models.adapter_parameters(m) for m in (self.model, model))
+        ours, theirs = (lora.adapter_parameters(m) for m in (self.model, model))
         with torch.no_grad():
             for mine, new in zip(ours, theirs, strict=True):
                 mine.copy_(new)

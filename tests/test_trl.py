@@ -6,7 +6,7 @@ python -m pytest tests/test_trl.py
 import re
 from pathlib import Path
 
-from rlt import models
+from rlt import lora, models
 from rlt.logprobs import KLRow, completion_logprobs_and_kl
 from rlt.prompts import Prompts
 from rlt.rows import load_rows
@@ -39,7 +39,7 @@ def grpo(workshop):
             return calls[-1][1]
 
         trainer.reward_funcs = [recorded]
-        names["start"] = [parameter.detach().clone() for parameter in models.adapter_parameters(names["teacher"])]
+        names["start"] = [parameter.detach().clone() for parameter in lora.adapter_parameters(names["teacher"])]
         exec("trainer.train()" + after, names)
     return names, calls
 
@@ -54,7 +54,7 @@ def test_grpo_trainer_takes_two_steps_on_the_reward(grpo):
         assert len(rewards) == 16 and len(set(rewards)) > 1
         assert columns["question"][0] == columns["question"][7]  # a group
     changed = [not torch.equal(a, b) for a, b in
-               zip(names["start"], models.adapter_parameters(names["teacher"]), strict=True)]
+               zip(names["start"], lora.adapter_parameters(names["teacher"]), strict=True)]
     assert any(changed)
 
 

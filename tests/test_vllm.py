@@ -42,14 +42,14 @@ def make_engine(folder, **changes):
 
 def make_adapters(folder):
     """(peft model, set_adapter): set_adapter(seed) gives the adapter other weights, none of them 0."""
-    from rlt import models
+    from rlt import lora, models
 
     model = models.load_lora(folder, bits=32, device=CPU, rank=RANK, alpha=12, seed=0)
 
     @torch.no_grad()
     def set_adapter(seed):
         generator = torch.Generator().manual_seed(seed)
-        for parameter in models.adapter_parameters(model):
+        for parameter in lora.adapter_parameters(model):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
 
     return model.eval(), set_adapter
