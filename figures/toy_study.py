@@ -303,12 +303,14 @@ def plan():
         teachers = ("RLT, refreshed every 20 steps", "best of 10", "warm-up teacher")
         return [f"on-policy, {teacher}, rows {careful}{end}" for end in kls for teacher in teachers]
 
-    def on_map(left_out):
-        arms = (arm for careful in WARM_UP_SHARES for arm in map_arms(careful)
-                if not any(part in arm for part in ("every 20 steps", "on-policy", "best of 25")))
-        return "base", "direct RL", "Guide", "signal", *(arm for arm in arms if left_out not in arm)
+    def on_map(*with_a_student):
+        """The map's arms on one base. with_a_student: those whose reward student is not the base."""
+        arms = ("warm-up teacher", "RLT", "best of 10", *with_a_student, "RL after RLT", "RL after best of 10")
+        return ("base", "direct RL", "Guide", "signal",
+                *(f"{arm}, rows {careful}" for careful in WARM_UP_SHARES for arm in arms))
 
     both = ", both KLs"
+    warmed_up = ("best of 10, warmed-up student", "RLT, warmed-up student")
     parts = (
         ("toy", 5, main),
         ("toy", 5, ("on-policy, warm-up teacher", "on-policy, RLT")),
@@ -322,9 +324,9 @@ def plan():
         ("base 0.0", 3, guide),
         ("base 0.0", 3, ("AdaBack", "ReLIFT", "ground truth")),
         ("base 0.0", 3, ["Guide, naive start"]),
-        ("base 0.08", 1, on_map("student")),
-        ("base 0.005", 1, on_map("refreshed")),
-        ("base 0.0", 1, on_map("nothing")),
+        ("base 0.08", 1, on_map()),
+        ("base 0.005", 1, on_map(*warmed_up)),
+        ("base 0.0", 1, on_map(*warmed_up, "RLT, refreshed student")),
         ("base 0.08", 3, ("RLT, rows 0.02", "best of 10, rows 0.02")),
         ("base 0.0", 3, hardest),
         ("base 0.0", 1, ["what the reward sees"]),
