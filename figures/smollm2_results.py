@@ -21,8 +21,9 @@ BY_LAMBDA = LOGS / "smollm2_samples.jsonl"  # of one problem, by teachers with t
 STUDENTS = ("base", "solutions only", "human chains", "warm-up teacher", "score only", "best of 8", "RLT",
             "warmed-up student", "direct RL", "RL after RLT", "on-policy, warm-up teacher", "on-policy, RLT",
             "on-policy, RLT, KL alone", "right chains")
-COMPARED = (("RLT", "warm-up teacher"), ("best of 8", "RLT"), ("RL after RLT", "RLT"))  # students; above ...
-NAMES = LABELS | {"best of 8": "best of 8, no RL", "warmed-up student": "the warm-up's own rows, easier problems",
+COMPARED = (("RLT", "warm-up teacher"), ("best of 8", "RLT"), ("RL after RLT", "RLT"),  # students; above ...
+            ("warmed-up student", "RLT"), ("warmed-up student", "best of 8"))
+NAMES = LABELS | {"best of 8": "best of 8, no RL", "warmed-up student": "the reward student: warm-up rows, easier problems",
                   "right chains": "right chains", "human chains": "human chains of other problems (GSM8K)",
                   "on-policy, warm-up teacher": "its own words, corrected by the warm-up teacher",
                   "on-policy, RLT": "its own words, corrected by RLT",
