@@ -25,7 +25,7 @@ from rlt.console import print_next, print_progress, progress_bar
 from rlt.defaults import settle
 from rlt.distributed import all_gather_object, init_distributed
 from rlt.dry_run import dry_run
-from rlt.errors import UserError
+from rlt.errors import UserError, printable
 from rlt.files import read_jsonl, write_atomically
 from rlt.footprint import ModelFootprint
 from rlt.grading import GOLD, TASKS, answer_of, gradable, grade_all
@@ -128,8 +128,8 @@ if args.dry_run is not None:
         student_config = models.model_and_adapter_config(student_name)
         footprints.append(ModelFootprint(**student_config, bits=args.student_bits, gpu=gpu))
     sys.exit(dry_run(
-        args, device, *footprints, vocab=vocab, row=longest + new_tokens, scored=not args.solver, shared=shared,
-        rollout=None if args.score_file else (sampled, longest, args.max_new_tokens)))
+        args, device, *footprints, vocab=vocab, row=longest + new_tokens, batch_rows=sampled, shared=shared,
+        scored=not args.solver, rollout=None if args.score_file else (sampled, longest, args.max_new_tokens)))
 
 # models
 teacher = models.load_model(args.model, bits=args.teacher_bits, device=device, scores=not args.solver)
@@ -245,21 +245,29 @@ def write_partitions(lines, k):
             print(f"{path}: {len(part)} rows, reward up to {max((line['reward'] for line in part), default=0):.4g}")
 
 
+def describe(line):
+    """A row of the file for the terminal, on three lines."""
+    text = line["messages"][-1]["content"] if args.solver else line["explanation"]
+    shown = ("reward", "score", "kl", "right", "closed")
+    numbers = " | ".join(f"{key} {line[key]:.4g}" for key in shown if key in line)
+    return "\n".join(printable(" ".join(part.split()), longest=300) for part in (line["question"], text, numbers))
+
+
 lines = read_jsonl(output.path)
+reasons = ["those that the grader found wrong"] * (args.solver and not args.keep_wrong)
+reasons += ["empty answers"] * args.solver + ["unclosed ones"] * args.drop_unclosed
+reasons += ["those with a reward that is NaN or infinite"] * bool(output.dropped)
+reasons += ["those with tags or special tokens"]
 if not lines:
-    reasons = ["those that the grader found wrong"] * (args.solver and not args.keep_wrong)
-    reasons += ["empty answers"] * args.solver + ["unclosed ones"] * args.drop_unclosed
-    reasons += [f"{output.dropped} with a reward that is NaN or infinite"] * bool(output.dropped)
-    reasons += ["those with tags or special tokens"]
     raise UserError(f"{output.path} has no rows. Left out were {', '.join(reasons)}: pass a better --model, "
                     "or one that has learned the format, more --max-new-tokens, or other rows.")
 if args.partition:
     write_partitions(lines, args.partition)
 shown = [key for key in ("reward", "score", "kl", "right", "closed", "leak", "length") if key in lines[0]]
 means = " | ".join(f"{key} {sum(line[key] for line in lines) / len(lines):.4g}" for key in shown)
-if output.dropped:
-    print(f"{output.dropped} explanations have a reward that is NaN or infinite: they are left out")
-print(f"{output.path}: {len(lines)} explanations of {len(rows)} rows | {means}")
+if left_out := len(rows) * (1 if args.keep == "best" else args.samples) - len(lines):
+    print(f"{left_out} left out: {', '.join(reasons)}")
+print(f"{output.path}: {len(lines)} explanations of {len(rows)} rows | {means}\nThe first:\n{describe(lines[0])}")
 following = flags.carry(parser, args, "micro_batch_tokens", "device", data="out")
 following += flags.following_out(parser, args, "-student")
 if (base := models.short_name(student_name)) != "toy":

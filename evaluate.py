@@ -203,6 +203,9 @@ def main():
     flags.choose_bits(parser, args, device)
     rank, world = init_distributed(device)
     paths = {name: result_path(name, models.resolve(name), args) for name in args.model}
+    if args.task == "toy" and (others := [name for name in paths if not models.is_toy(name)]):
+        raise UserError(f"--task toy, the default, asks questions of the toy, which {others[0]} is not: pass another "
+                        "--task.")
     tokenizers = {name: models.load_tokenizer(name) for name in paths}
     prompts = {name: Prompts(tokenizer) for name, tokenizer in tokenizers.items()}
     contexts = {name: models.context_length(name) for name in paths}

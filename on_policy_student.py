@@ -104,8 +104,8 @@ if args.dry_run is not None:
                   ModelFootprint(**models.model_and_adapter_config(args.teacher), bits=args.teacher_bits, gpu=gpu))
     longest_row = max(len(prompts.teacher_prompt(row)) for row in rows + held_out) + args.max_new_tokens
     completions = max(args.prompts_per_step // world, len(held_out))
-    sys.exit(dry_run(args, device, *footprints, row=longest_row, vocab=vocab, learned=True, kl_gradient=True,
-                     rollout=(min(args.rollout_batch, completions), longest, args.max_new_tokens)))
+    sys.exit(dry_run(args, device, *footprints, row=longest_row, batch_rows=completions, vocab=vocab, learned=True,
+                     kl_gradient=True, rollout=(min(args.rollout_batch, completions), longest, args.max_new_tokens)))
 
 # models and optimizer
 student = models.load_lora(args.model, bits=args.bits, device=device, seed=args.seed, rank=args.lora_rank,

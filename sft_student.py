@@ -92,7 +92,8 @@ rows = load_rows(models.data_source(args.data, "train"), require_solution=args.f
                  **flags.row_options(args))
 tokenizer = models.load_tokenizer(args.model)
 settle(parser, args, rows, tokenizer)
-if args.format == "teacher" and args.out == parser.get_default("out") and not models.is_toy(args.model):
+if (args.format == "teacher" and args.out == parser.get_default("out") and not models.is_toy(args.model)
+        and not args.show_rows):
     raise UserError(f"--out {args.out} is where the toy's teacher is looked for: pass another folder for {args.model}.")
 run = Run(args)
 if not any(isinstance(row.get("explanation"), str) or args.format == "student" and "messages" in row for row in rows):
@@ -135,7 +136,8 @@ if args.dry_run is not None:
     sys.exit(dry_run(
         args, device, ModelFootprint(**footprint, bits=args.bits, gpu=args.dry_run > 0 or device.type == "cuda",
                                      trained="all" if train_all else "adapter"),
-        row=max(len(x.before) + len(x.supervised) for x in examples), vocab=vocab, learned=True))
+        row=max(len(x.before) + len(x.supervised) for x in examples), batch_rows=max(args.batch_size, held_out),
+        vocab=vocab, learned=True))
 
 # model and optimizer
 if train_all:

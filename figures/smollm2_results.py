@@ -23,7 +23,8 @@ STUDENTS = ("base", "solutions only", "human chains", "warm-up teacher", "score 
             "on-policy, RLT, KL alone", "right chains")
 COMPARED = (("RLT", "warm-up teacher"), ("best of 8", "RLT"), ("RL after RLT", "RLT"),  # students; above ...
             ("warmed-up student", "RLT"), ("warmed-up student", "best of 8"))
-NAMES = LABELS | {"best of 8": "best of 8, no RL", "warmed-up student": "the reward student: warm-up rows, easier problems",
+NAMES = LABELS | {"best of 8": "best of 8, no RL",
+                  "warmed-up student": "the reward student: warm-up rows, easier problems",
                   "right chains": "right chains", "human chains": "human chains of other problems (GSM8K)",
                   "on-policy, warm-up teacher": "its own words, corrected by the warm-up teacher",
                   "on-policy, RLT": "its own words, corrected by RLT",

@@ -96,13 +96,16 @@ def phases(policy, student=None, *, vocab, tokens, rollout=None, scored=False, l
 # --dry-run
 
 
-def dry_run(args, device, policy, student=None, *, row, vocab, shared=False, optimizers=1, **parts):
+def dry_run(args, device, policy, student=None, *, row, vocab, batch_rows=math.inf, shared=False, optimizers=1,
+            **parts):
     """Print what the run needs, by phase, and what to change if that is too much -> 0 if it can run, else 1.
 
-    row: tokens of the longest row. shared, optimizers, parts: for `phases`, whose other arguments come from the
-    script's flags.
+    row: tokens of the longest row. batch_rows: as many are in a step of one rank, at most. shared, optimizers, parts:
+    for `phases`, whose other arguments come from the script's flags.
     """
-    flags, problems = vars(args), []
+    flags, problems = dict(vars(args)), []
+    if "micro_batch_tokens" in flags:
+        flags["micro_batch_tokens"] = min(flags["micro_batch_tokens"], batch_rows * row)
     available, where = available_bytes(device, args.dry_run)
     engine_bytes = MEMORY_SHARE * available if flags.get("engine") == "vllm" else 0
     if 0 < engine_bytes < policy.weights:
@@ -161,8 +164,8 @@ def dry_run_rl(args, device, world, bits, student_name, *, longest_prompt, held_
         models.append(ModelFootprint(**model_and_adapter_config(student_name), bits=args.student_bits, gpu=gpu))
     completions = max(args.prompts_per_step // world * args.group_size, held_out)
     return dry_run(args, device, *models, vocab=vocab, row=max(longest_prompt + args.max_new_tokens, longest_sft_row),
-                   scored=True, learned=True, reference=args.beta > 0, shared=shared,
-                   optimizers=2 if longest_sft_row else 1,
+                   batch_rows=max(completions, args.relift_rows if longest_sft_row else 0), scored=True, learned=True,
+                   reference=args.beta > 0, shared=shared, optimizers=2 if longest_sft_row else 1,
                    rollout=(min(args.rollout_batch, completions), longest_prompt, args.max_new_tokens))
 
 

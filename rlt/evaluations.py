@@ -60,7 +60,7 @@ def check_same_settings(path, args, questions_hash):
     flags, now = before["flags"], vars(args)
     different = [f"{key} = {flags[key]}, now {now[key]}" for key in SETTINGS if flags.get(key, now[key]) != now[key]]
     if before.get("questions_hash", questions_hash) != questions_hash:
-        different.append("other questions")
+        different.append("other questions, or another number of them")
     if different:
         raise UserError(f"{path} was made with {'; '.join(different)}. Pass --out FOLDER to keep both.")
 

@@ -28,7 +28,8 @@ def load_rows(source, *, question_column=None, solution_column=None, explanation
     require_solution=False allows. Rows that have them bring `explanation` (text) and `messages` (dicts with role and
     content, an assistant's turn last); messages are left out where a column is named.
 
-    A bad row raises UserError naming file and line; with skip_bad it is left out and counted in a line of output.
+    Bad rows raise UserError naming file and line of the first; with skip_bad they are left out and counted in a line of
+    output.
     """
     named = {"question": question_column, "solution": solution_column, "explanation": explanation_column}
     named = {ours: theirs for ours, theirs in named.items() if theirs}
@@ -38,8 +39,8 @@ def load_rows(source, *, question_column=None, solution_column=None, explanation
             rows.append(_row(raw, named, require_solution) | {"where": where})
         except UserError as error:
             bad.append(UserError(f"{where} {error}"))
-            if not skip_bad:
-                raise UserError(f"{bad[0]}. Fix it, or pass --skip-bad-rows to leave such rows out.") from None
+    if bad and not skip_bad:
+        raise UserError(f"{bad[0]}. Fix it{', or pass --skip-bad-rows to leave such rows out' * bool(rows)}.")
     if bad:
         print(f"{printable(source)}: {len(bad)} bad rows left out, the first: {bad[0]}")
     if not rows:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+import re
 
 from rlt import distributed, dry_run, footprint, lora, models
 from rlt.dry_run import Machine, expected_hours, phases, remedy
@@ -429,6 +430,22 @@ def test_a_dry_run(workshop, no_weights, command):
     assert "fits: " in printed and "24 GB on the GPU asked for" in printed
     status, printed = dry(workshop, script, *flags, "--limit", 400, *out, "--dry-run", 0.1)
     assert status == 1 and "does not fit: " in printed and "First: --" in printed
+
+
+@pytest.mark.parametrize("script, phase, rows, flags", [
+    ("train_rlt.py", "update", 4, ("--prompts-per-step", 2, "--group-size", 2, "--eval-rows", 4)),
+    ("on_policy_student.py", "update", 4, ("--teacher", "toy-teacher", "--prompts-per-step", 4, "--eval-rows", 4)),
+    ("sft_student.py", "update", 4, ("--data", "toy", "--batch-size", 4, "--val-rows", 4)),
+    ("distill.py", "score", 4, ("--model", "toy-teacher", "--batch-size", 4))])
+def test_a_micro_batch_has_no_more_rows_than_a_step(workshop, no_weights, script, phase, rows, flags):
+    def peak(tokens):
+        _, printed = dry(workshop, script, *flags, "--limit", 400, "--out", "runs/never", "--dry-run", 24,
+                         "--micro-batch-tokens", tokens)
+        row = int(re.search(r"rows of up to ([\d,]+) tokens", printed)[1].replace(",", ""))
+        return next(line for line in printed.splitlines() if line.startswith(phase)), row
+
+    many, row = peak(10**7)
+    assert peak(rows * row)[0] == many and peak(row)[0] != many
 
 
 @pytest.mark.parametrize("script", ["train_rlt.py", "rl_student.py"])

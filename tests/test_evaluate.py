@@ -318,6 +318,12 @@ def test_refusals(toy, capsys, flags, complaint):
     assert complaint in f"{error.value} {capsys.readouterr().err}"
 
 
+def test_the_toys_questions_are_for_the_toy(toy, qwen_folder):
+    """A language model would be wrong on all of them, and nothing would say why."""
+    with pytest.raises(UserError, match=f"which {qwen_folder} is not: pass another --task"):
+        call(toy, "evaluate.py", "--model", "toy", qwen_folder)
+
+
 def test_questions_that_are_too_long_are_left_out_on_demand(folder, capsys):
     """For all models alike, so that they answer the same questions."""
     lengths = [len(Prompts(models.load_tokenizer(folder / "runs/toy")).question_prompt(row))

@@ -80,10 +80,11 @@ def test_bad_rows_are_named_and_can_be_skipped(tmp_path, capsys, bad, complaint)
 def test_errors_name_no_flag_but_those_for_rows(tmp_path, monkeypatch, named):
     """And those that the script has: data/prepare.py has none for columns."""
     monkeypatch.setattr("rlt.rows.FLAGS", dict.fromkeys(named))
-    with pytest.raises(UserError) as error:
-        load(tmp_path, {"a": "q"})
-    flags = {word.strip(".,;") for word in str(error.value).split() if word.startswith("--")}
-    assert flags == {*named, "--skip-bad-rows"}
+    for other, skipping in ((GOOD, {"--skip-bad-rows"}), ({"a": "p"}, set())):
+        with pytest.raises(UserError) as error:
+            load(tmp_path, {"a": "q"}, other)
+        flags = {word.strip(".,;") for word in str(error.value).split() if word.startswith("--")}
+        assert flags == {*named, *skipping}, "where all rows are bad, there would be none left"
 
 
 def test_no_row_stops_a_run_that_skips_bad_ones(tmp_path):

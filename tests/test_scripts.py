@@ -75,6 +75,10 @@ def test_the_readmes_commands(workshop, capsys):
     assert "16" in shown[-1] and "runs/student" in shown[-1] and "±" in shown[-1]
     rows = read_jsonl(workshop / "runs/distilled.jsonl")
     assert 0 < len(rows) < 64 and not any(row["foreign_tags"] for row in rows), "a teacher this raw writes tags"
+    assert f"{64 - len(rows)} left out: those with tags or special tokens" in shown[1]
+    first = rows[0]
+    assert "\n".join(("The first:", first["question"], first["explanation"].strip(),
+                      f"reward {first['reward']:.4g} | score {first['score']:.4g} | kl")) in shown[1]
     assert set(rows[0]) >= {"question", "solution", "explanation", "reward", "score", "kl", "closed", "messages"}
     assert [message["role"] for message in rows[0]["messages"]] == ["system", "user", "assistant"]
 
