@@ -130,6 +130,8 @@ def dry_run(args, device, policy, student=None, *, row, vocab, batch_rows=math.i
         folder = folder.parent
     if not os.access(folder, os.W_OK):
         problems.append(f"{out} can't be written: {folder} is read-only. Pass another --out.")
+    if flags.get("resume") is False and out.exists():
+        print(f"note: {args.out} exists already: the run will need --resume, or another --out")
     if "save_every" in flags:
         saves = 1 + (args.steps // args.save_every if args.save_every else 0)
         if kept := flags.get("keep_checkpoints", 0):

@@ -510,7 +510,10 @@ def test_a_killed_run_is_planned_too(workshop, tmp_path):
     call(workshop, "distill.py", *explained, "--out", tmp_path / "d.jsonl")
     cut = (tmp_path / "d.jsonl").read_text()[:-50]
     (tmp_path / "d.jsonl").write_text(cut)
-    status, _ = dry(workshop, "distill.py", *explained, "--resume", "--dry-run", "--out", tmp_path / "d.jsonl")
+    asked = (*explained, "--dry-run", "--out", tmp_path / "d.jsonl")
+    assert f"note: {tmp_path}/d.jsonl exists already" in dry(workshop, "distill.py", *asked)[1]
+    status, printed = dry(workshop, "distill.py", *asked, "--resume")
+    assert "note:" not in printed
     assert status == 0 and (tmp_path / "d.jsonl").read_text() == cut
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
