@@ -90,6 +90,7 @@ def claims():
         "The same base: a reward student refreshed every 20 steps, and students on their own words":
             refreshed_claims(0.1),
         "The same base, 2 % full chains in the warm-up rows": refreshed_claims(0.02),
+        "0.5 % full chains in the base's pretraining, 10 % in the warm-up rows": refreshed_claims(0.1, "base 0.005"),
         "Three clocks: other shares of full chains": other_share_claims(),
         "Guide-GRPO (arXiv 2506.13923), three clocks: 0.5 % full chains in the base's pretraining": guide_claims(0.005),
         "Guide-GRPO, three clocks: 0 % full chains in the base's pretraining": guide_claims(0.0),
@@ -142,16 +143,17 @@ def on_policy_claims():
     others = {"on-policy, warm-up teacher": "by the warm-up teacher", "on-policy, score only": "by RLT without KL",
               "on-policy, base": "by the base with the solution in its prompt",
               "on-policy, best of 10": "by a teacher trained on the best of 10 explanations, without RL",
-              "on-policy, clean chains": "by a teacher warmed up on full chains, without RL"}
+              "on-policy, clean chains": "by a teacher warmed up on full chains, without RL",
+              "on-policy, RLT, lambda 1": "by RLT with λ = 1", "on-policy, RLT, lambda 10": "by RLT with λ = 10",
+              "on-policy, warm-up teacher, 240 steps": "by the warm-up teacher in four times as many steps"}
     return [
         *(Claim(f"corrected by RLT above corrected {by}", differences(rlt, arm, greedy), paper=new)
           for arm, by in others.items()),
         Claim("corrected by RLT above corrected by a teacher trained on the best of 10 explanations, sampled",
               differences(rlt, "on-policy, best of 10", sampled), SAMPLED_POINTS, paper=new),
-        Claim("corrected by RLT above SFT on its explanations", differences(rlt, "RLT", greedy), paper=new),
-        Claim("corrected by RLT above SFT on its explanations, sampled", differences(rlt, "RLT", sampled),
-              SAMPLED_POINTS, paper=new),
-        Claim("corrected by RLT above direct RL", differences(rlt, "direct RL", greedy), paper=new),
+        *(Claim(f"corrected by RLT above {name}", differences(rlt, f"{arm}, on-policy's bases", measure), points, new)
+          for arm, name in (("RLT", "SFT on its explanations"), ("direct RL", "direct RL"))
+          for measure, points in ((greedy, POINTS), (sampled, SAMPLED_POINTS))),
     ]
 
 
@@ -225,9 +227,9 @@ def hardest_base_claims():
     ]
 
 
-def refreshed_claims(careful):
+def refreshed_claims(careful, setting="base 0.0"):
     """RLT whose reward student is refreshed: students of its explanations, and on their own words by the reverse KL or
-    by half of both KLs. careful: the share of full chains in the warm-up rows."""
+    by half of both KLs. careful: the share of full chains in the warm-up rows. Only of pairs that the log has."""
     rows = f"rows {careful}"
     rlt, best = f"RLT, refreshed every 20 steps, {rows}", f"best of 10, warmed-up student, {rows}"
     reverse, both = f"on-policy, {rlt}", f"on-policy, {rlt}, both KLs"
@@ -247,8 +249,9 @@ def refreshed_claims(careful):
         (both, rlt, "corrected by RLT, both KLs, above SFT on its explanations"),
         (both, best, "corrected by RLT, both KLs, above SFT on best of 10 by a warmed-up reward student"),
     )
-    return [Claim(text, differences(arm, other, measure, "base 0.0"), points, "not in the paper")
-            for arm, other, text in pairs for measure, points in ((greedy, POINTS), (sampled, SAMPLED_POINTS))]
+    return [Claim(text, values, points, "not in the paper")
+            for arm, other, text in pairs for measure, points in ((greedy, POINTS), (sampled, SAMPLED_POINTS))
+            if (values := differences(arm, other, measure, setting))]
 
 
 def other_share_claims():

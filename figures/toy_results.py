@@ -173,26 +173,35 @@ def students():
     save(figure, "toy_students")
 
 
-ON_POLICY = {  # arm: the teacher that corrects the student
-    "on-policy, base": "base model", "on-policy, warm-up teacher": "warm-up teacher",
-    "on-policy, warm-up teacher, forward KL": "warm-up teacher, forward KL",
-    "on-policy, score only": "RLT without KL (λ = 0)", "on-policy, RLT": "RLT (λ = 3)",
-    "on-policy, best of 10": "teacher of best of 10, no RL",
-    "on-policy, clean chains": "warm-up teacher of full chains",
+ON_POLICY = {  # arm: the teacher that corrects the student, and a colour
+    "on-policy, base": ("base model", GREY),
+    "on-policy, warm-up teacher": ("warm-up teacher", BLUE),
+    "on-policy, warm-up teacher, 240 steps": ("warm-up teacher, 240 steps", BLUE),
+    "on-policy, warm-up teacher, forward KL": ("warm-up teacher, forward KL", LILAC),
+    "on-policy, score only": ("RLT without KL (λ = 0)", PURPLE),
+    "on-policy, RLT, lambda 1": ("RLT, λ = 1", RED), "on-policy, RLT": ("RLT (λ = 3)", RED),
+    "on-policy, RLT, lambda 10": ("RLT, λ = 10", RED),
+    "on-policy, best of 10": ("teacher of best of 10, no RL", "black"),
+    "on-policy, clean chains": ("warm-up teacher of full chains", ORANGE),
+    "RLT, on-policy's bases": ("for comparison: SFT on RLT", GREY),
+    "direct RL, on-policy's bases": ("for comparison: direct RL", GREY),
 }
+BARS_ONLY = ("240 steps", "lambda", "on-policy's bases")
 
 
 def on_policy():
     """Students on their own words: accuracy; the KL to the teacher and the length of thoughts along training."""
     figure, (final, *panels) = plt.subplots(1, 3, figsize=(12, 2.9), width_ratios=(1.3, 1, 1))
     rows = {arm: rows_of(arm) for arm in ON_POLICY}
-    colours = dict(zip(ON_POLICY, (GREY, BLUE, LILAC, PURPLE, RED, "black", ORANGE), strict=True))
-    bars(final, rows, labels=ON_POLICY, colours=colours)
+    labels, colours = ({arm: entry[i] for arm, entry in ON_POLICY.items()} for i in range(2))
+    bars(final, rows, labels=labels, colours=colours)
     final.set_xlabel("exact match, %")
     final.set_ylabel("student corrected by")
     for axes, key, title in zip(panels, ("kl", "length"), ("KL to the teacher, nats a token", "tokens in a thought"),
                                 strict=True):
         for arm, own in rows.items():
+            if any(part in arm for part in BARS_ONLY):
+                continue
             curve = own[0]["curve"]
             axes.plot(steps(curve), [entry[key] for entry in curve], color=colours[arm], lw=1.2,
                       ls="--" if "forward" in arm else "-")
