@@ -151,7 +151,7 @@ def on_policy_claims():
           for arm, by in others.items()),
         Claim("corrected by RLT above corrected by a teacher trained on the best of 10 explanations, sampled",
               differences(rlt, "on-policy, best of 10", sampled), SAMPLED_POINTS, paper=new),
-        *(Claim(f"corrected by RLT above {name}", differences(rlt, f"{arm}, on-policy's bases", measure), points, new)
+        *(Claim(f"corrected by RLT above {name}", differences(rlt, f"{arm}, bases of on-policy", measure), points, new)
           for arm, name in (("RLT", "SFT on its explanations"), ("direct RL", "direct RL"))
           for measure, points in ((greedy, POINTS), (sampled, SAMPLED_POINTS))),
     ]

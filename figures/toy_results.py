@@ -183,10 +183,10 @@ ON_POLICY = {  # arm: the teacher that corrects the student, and a colour
     "on-policy, RLT, lambda 10": ("RLT, λ = 10", RED),
     "on-policy, best of 10": ("teacher of best of 10, no RL", "black"),
     "on-policy, clean chains": ("warm-up teacher of full chains", ORANGE),
-    "RLT, on-policy's bases": ("for comparison: SFT on RLT", GREY),
-    "direct RL, on-policy's bases": ("for comparison: direct RL", GREY),
+    "RLT, bases of on-policy": ("for comparison: SFT on RLT", GREY),
+    "direct RL, bases of on-policy": ("for comparison: direct RL", GREY),
 }
-BARS_ONLY = ("240 steps", "lambda", "on-policy's bases")
+BARS_ONLY = ("240 steps", "lambda", "bases of on-policy")
 
 
 def on_policy():

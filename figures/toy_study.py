@@ -260,8 +260,8 @@ ARMS = {  # by the names of the log
     "on-policy, warm-up teacher, 240 steps": lambda job: job.on_policy(job.warm_up_teacher(), "--steps", 240),
     **{f"on-policy, RLT, {name}": functools.partial(on_policy_ablation, ablation=name) for name in OTHER_LAMBDAS},
     # beside them, since their bases were made later, on another CPU, than those of the other arms with two clocks
-    "RLT, on-policy's bases": lambda job: job.sft(job.explain(job.teacher_of("RLT"))),
-    "direct RL, on-policy's bases": lambda job: job.rl(),
+    "RLT, bases of on-policy": lambda job: job.sft(job.explain(job.teacher_of("RLT"))),
+    "direct RL, bases of on-policy": lambda job: job.rl(),
     # Guide-GRPO
     "GRPO": lambda job: job.rl(*CORRECTNESS),
     "Guide": lambda job: job.rl(*GUIDE, *CORRECTNESS),
@@ -316,8 +316,8 @@ def plan():
     warmed_up = ("best of 10, warmed-up student", "RLT, warmed-up student")
     parts = (
         ("toy", 5, main),
-        ("toy", 5, ("on-policy, warm-up teacher", "on-policy, RLT", "RLT, on-policy's bases",
-                    "direct RL, on-policy's bases")),
+        ("toy", 5, ("on-policy, warm-up teacher", "on-policy, RLT", "RLT, bases of on-policy",
+                    "direct RL, bases of on-policy")),
         ("toy", 3, [f"on-policy, {teacher}" for teacher in ("base", "score only", "best of 10", "clean chains")]),
         ("toy", 1, ["on-policy, warm-up teacher, forward KL"]),
         ("toy", 3, ["on-policy, warm-up teacher, 240 steps", *(f"on-policy, RLT, {name}" for name in OTHER_LAMBDAS)]),
