@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """
 The reward of Reinforcement-Learned Teachers (arXiv 2506.08388). Copy this file alone: it needs torch, and
-triton on a GPU. `score_explanations` takes models of transformers. Tested: torch 2.11 and 2.13, transformers 5.17 and 5.19.
+triton on a GPU. `score_explanations` takes models of transformers. Tested with torch 2.11 and 2.13, transformers 5.17
+and 5.19.
 
 A teacher sees a question and its solution and writes a thought. A frozen student sees the question and the thought:
 how likely is the solution to it now, and how likely was the thought itself?

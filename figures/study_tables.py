@@ -90,7 +90,8 @@ def claims():
         "The same base: a reward student refreshed every 20 steps, and students on their own words":
             refreshed_claims(0.1),
         "The same base, 2 % full chains in the warm-up rows": refreshed_claims(0.02),
-        "0.5 % full chains in the base's pretraining, 10 % in the warm-up rows": refreshed_claims(0.1, "base 0.005"),
+        "Three clocks: 0.5 % full chains in the base's pretraining, 10 % in the warm-up rows":
+            refreshed_claims(0.1, "base 0.005"),
         "Three clocks: other shares of full chains": other_share_claims(),
         "Guide-GRPO (arXiv 2506.13923), three clocks: 0.5 % full chains in the base's pretraining": guide_claims(0.005),
         "Guide-GRPO, three clocks: 0 % full chains in the base's pretraining": guide_claims(0.0),
