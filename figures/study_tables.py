@@ -92,6 +92,8 @@ def claims():
         "The same base, 2 % full chains in the warm-up rows": refreshed_claims(0.02),
         "Three clocks: 0.5 % full chains in the base's pretraining, 10 % in the warm-up rows":
             refreshed_claims(0.1, "base 0.005"),
+        "Three clocks: 0.5 % full chains in the base's pretraining, 2 % in the warm-up rows":
+            refreshed_claims(0.02, "base 0.005"),
         "Three clocks: other shares of full chains": other_share_claims(),
         "Guide-GRPO (arXiv 2506.13923), three clocks: 0.5 % full chains in the base's pretraining": guide_claims(0.005),
         "Guide-GRPO, three clocks: 0 % full chains in the base's pretraining": guide_claims(0.0),
