@@ -347,7 +347,8 @@ for step in run.steps(progress, save):
     unpack(episodes, "old_logprobs", old_logprobs)
     if args.updates_per_batch == 1:  # as in train_rlt.py: a ratio of 1, without the rounding of another pass
         for episode in episodes:
-            episode.old_logprobs = episode.old_logprobs if episode.hinted_prompt else None
+            if not episode.hinted_prompt:
+                episode.old_logprobs = None
     timer.end("score")
 
     # 5. the policy update; AdaBack and ReLIFT note which questions failed; ReLIFT: SFT where enough of them have
