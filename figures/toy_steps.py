@@ -79,6 +79,10 @@ class ToyJob(Job):
         self.facts["seconds_a_step"] = mean_of(metrics, ("t_rollout", "t_score", "t_update"))
         return out
 
+    def train_part(self, teacher, student, part):
+        """One of three parts of an RLT, with this reward student."""
+        return self.train_teacher(teacher, "--student", student, "--steps", 20, "--lr-steps", 60, part=part)
+
     def warm_up_on_best(self):
         """SFT of the teacher on the best of ten of the warm-up teacher's explanations: no RL."""
         data = self.explain(self.warm_up_teacher(), *BEST_OF_10, out="best-of-10")

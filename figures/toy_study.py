@@ -162,13 +162,25 @@ def map_rlt(job, careful, student=None):
     return job.sft(job.explain(job.train_teacher(job.warm_up_teacher(careful), *rewarded_by)))
 
 
+PARTS = ("-1", "-2", "-3")
+
+
 def refreshed_teacher(job, careful):
     """RLT in three parts of 20 steps. The reward student of each is a student of the latest explanations, first of the
-    warm-up teacher's. The optimizer and the reference policy start anew with each part."""
+    warm-up teacher's. Each part starts anew with the optimizer, the learning rate's warm-up, the reference policy and
+    the order of the questions: it trains on the same 320."""
     teacher = job.warm_up_teacher(careful)
-    for part in ("-1", "-2", "-3"):
+    for part in PARTS:
         student = job.sft(job.explain(teacher, out=f"{job.name}{part}"), part=part)
-        teacher = job.train_teacher(teacher, "--student", student, "--steps", 20, "--lr-steps", 60, part=part)
+        teacher = job.train_part(teacher, student, part)
+    return teacher
+
+
+def teacher_in_parts(job, careful):
+    """The control: the same three parts, with the first of these reward students in all of them."""
+    teacher, student = job.warm_up_teacher(careful), job.student_of(f"warm-up teacher, rows {careful}")
+    for part in PARTS:
+        teacher = job.train_part(teacher, student, part)
     return teacher
 
 
@@ -203,6 +215,8 @@ def map_arms(careful):
         f"RLT, warmed-up student, {rows}": partial(map_rlt, careful=careful, student=warmed_up),
         f"RLT, refreshed student, {rows}": partial(map_rlt, careful=careful, student=best),
         refreshed: lambda job: job.sft(job.explain(refreshed_teacher(job, careful))),
+        f"RLT, warmed-up student, in three parts, {rows}": lambda job: job.sft(
+            job.explain(teacher_in_parts(job, careful))),
         f"on-policy, {refreshed}": lambda job, *flags: on_policy_refreshed(job, *flags, arm=refreshed, careful=careful),
         f"on-policy, best of 10, {rows}": lambda job, *flags: on_policy_best(
             job, *flags, scored_by=warmed_up, careful=careful),
