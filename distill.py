@@ -55,7 +55,8 @@ flags.add_solution_in(group)
 group.add_argument("--score-file", type=flags.path, metavar="FILE", help="score this file's explanations, write none")
 group = parser.add_argument_group("answers instead of explanations")
 group.add_argument("--solver", action="store_true", help="the model answers the questions, without the solutions")
-group.add_argument("--task", choices=TASKS, default="toy", metavar="NAME", help="how the answers are graded")
+group.add_argument("--task", choices=TASKS, default="toy", metavar="NAME",
+                   help=f"how the answers are graded: {', '.join(TASKS)}")
 group.add_argument("--keep-wrong", action="store_true", help="keep wrong answers, too")
 group = parser.add_argument_group("explanations")
 group.add_argument("--samples", type=flags.number(int, 1), default=1, metavar="N", help="explanations a row")
@@ -63,7 +64,7 @@ group.add_argument("--keep", choices=("all", "best"), default="all", metavar="WH
                    help="of a row's samples: all, or best, the one with the highest reward")
 group.add_argument("--drop-unclosed", action="store_true", help="leave out explanations that do not end properly")
 group.add_argument("--partition", type=flags.number(int, 2), metavar="K",
-                   help="also split the rows by reward into K files, overall and within each question")
+                   help="also split the rows by reward into K files, over all rows and within each question")
 flags.add_sampling(group, batch_flag="--batch-size")
 flags.add_reward(parser.add_argument_group("reward"), kl="exact")
 group = parser.add_argument_group("system")
@@ -99,6 +100,8 @@ output = RowsFile(args)
 student_name = args.student or models.base_of(args.model)
 if args.solver:
     rows = gradable(args.task, rows)
+    if rank == 0 and (advice := models.advice_on_task(args.task, args.model)):
+        print(f"warning: {advice}")
 models.check_same_tokenizer(tokenizer, models.load_tokenizer(student_name), student_name)
 shared = models.shares_base(args.model, args.teacher_bits, student_name, args.student_bits)
 prompts, vocab = Prompts(tokenizer, args.solution_in), vocabulary_size(tokenizer)
@@ -230,19 +233,24 @@ if rank:
 
 
 def write_partitions(lines, k):
-    """The lines by reward in k files of equal size: over all, and over each question's own."""
+    """The lines by reward in k files of equal size: over all, and over each question's own. A question with fewer than
+    k lines has none in each part: it is left out of the latter."""
     questions = {}
     for line in lines:
         questions.setdefault(line["question"], []).append(line)
-    for name, groups in (("overall", [lines]), ("within", questions.values())):
+    divisible = [group for group in questions.values() if len(group) >= k]
+    if short := len(questions) - len(divisible):
+        print(f"{short} questions have fewer than {k} explanations each: they are not in the files within questions")
+    for name, groups in (("overall", [lines]), ("within", divisible)):
         parts = [[] for _ in range(k)]
         for group in groups:
             for position, line in enumerate(sorted(group, key=lambda line: line["reward"])):
                 parts[position * k // len(group)].append(line)
         for i, part in enumerate(parts, 1):
-            path = output.path.with_name(f"{output.path.stem}.{name}-{i}of{k}.jsonl")
-            write_atomically(path, "".join(json.dumps(line) + "\n" for line in part))
-            print(f"{path}: {len(part)} rows, reward up to {max((line['reward'] for line in part), default=0):.4g}")
+            if part:
+                path = output.path.with_name(f"{output.path.stem}.{name}-{i}of{k}.jsonl")
+                write_atomically(path, "".join(json.dumps(line) + "\n" for line in part))
+                print(f"{path}: {len(part)} rows, reward up to {max(line['reward'] for line in part):.4g}")
 
 
 def describe(line):

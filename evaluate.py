@@ -99,8 +99,8 @@ def parse_flags():
     if not args.compare:
         flags.refuse(parser, args, "without --compare BEFORE AFTER", "floor")
     else:
-        flags.refuse(parser, args, "with --compare, which reads evaluations", "model", "bits", "data", "samples",
-                     "engine")
+        used = ("task", "hinted", "compare", "floor", "protocol", "out", "quiet")
+        flags.refuse(parser, args, "with --compare, which reads evaluations", *sorted({*vars(args)} - {*used}))
     if args.compare and WORLD > 1:
         parser.error("--compare runs no model: call it by python, not by torchrun")
     if args.data == "toy" and args.task != "toy" and not args.compare:
@@ -203,9 +203,8 @@ def main():
     flags.choose_bits(parser, args, device)
     rank, world = init_distributed(device)
     paths = {name: result_path(name, models.resolve(name), args) for name in args.model}
-    if args.task == "toy" and (others := [name for name in paths if not models.is_toy(name)]):
-        raise UserError(f"--task toy, the default, asks questions of the toy, which {others[0]} is not: pass another "
-                        "--task.")
+    if advice := models.advice_on_task(args.task, *paths):
+        raise UserError(advice)
     tokenizers = {name: models.load_tokenizer(name) for name in paths}
     prompts = {name: Prompts(tokenizer) for name, tokenizer in tokenizers.items()}
     contexts = {name: models.context_length(name) for name in paths}

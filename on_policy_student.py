@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """
-Train a student on its own words: on-policy distillation from a teacher that knows the solution.
+On-policy distillation: a student learns on thoughts that it samples itself, from a teacher that knows the solution.
 
     laptop, 3 minutes    python on_policy_student.py
     your rows            python on_policy_student.py --data rows.jsonl --model org/model --teacher runs/my-teacher ...
@@ -57,7 +57,7 @@ flags.add_data(group, data="toy", columns=("question", "solution"))
 flags.add_solution_in(group)
 group = parser.add_argument_group("loss")
 group.add_argument("--forward-share", type=flags.number(float, 0, 1), default=0.0, metavar="F",
-                   help="0: KL(student || teacher), 1: KL(teacher || student), between: their mean with this weight")
+                   help="the loss is (1 - F) KL(student || teacher) + F KL(teacher || student)")
 group.add_argument("--solution-weight", type=flags.number(float, 0), default=1.0, metavar="W",
                    help="weight of the solution's tokens in nll; those of the tags have 1")
 group = parser.add_argument_group("sampling")

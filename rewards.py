@@ -355,8 +355,7 @@ def meta_parameters(itemsize, num_warps=8, rows=2):
 def segment_stats(values, lengths, *, impl="auto"):
     """values (N,) of B packed sequences, lengths (B,) on the host -> SegmentStats, each (B,).
 
-    argmin and argmax are the first position of the extreme in its own sequence: the argmax of a thought's KL is its
-    hardest leap, the argmin of a solution's log-probs its least understood token. An empty sequence, or none at all,
+    argmin and argmax are the first position of the extreme in its own sequence. An empty sequence, or none at all,
     raises ValueError. On a GPU nothing is sent to the host.
     """
     lengths = _lengths("values", values, lengths)

@@ -13,7 +13,8 @@ Train a student with GRPO on correctness: the baseline that a teacher must beat,
 
     reward = right 1, wrong -0.5, no answer -1        graded as in evaluate.py, by rlt/grading.py
 
-A question whose whole group of answers fails teaches nothing. What --failed-groups does about such questions:
+A question whose answers all have the same reward teaches nothing: mostly one that is never answered right. What
+--failed-groups does about questions whose answers are all wrong:
 
     guide    Guide-GRPO (arXiv 2506.13923): the group is sampled again with the row's hint in the prompt and replaces
              the plain one. Hinted answers are learned without the hint: their ratio is the new policy's, which doesn't
@@ -122,6 +123,8 @@ longest_prompt_of = {  # a row's
 if args.show_rows:
     print(show_rows(prompts, rows, args.show_rows))
     sys.exit()
+if rank == 0 and (advice := models.advice_on_task(args.task, args.model)):
+    print(f"warning: {advice}")
 rows = drop_overlong(gradable(args.task, rows), lambda row: len(longest_prompt_of(row)), context, args.max_new_tokens,
                      skip=args.skip_bad_rows)
 
@@ -203,14 +206,15 @@ def compute_rewards(batch, completions):
     return torch.where(right, good, torch.where(answered, wrong, none)), right, texts
 
 
-def sample_failed_groups(batch, completions, rewards, right, texts, *key):
-    """Guide-GRPO: groups whose answers all fail are sampled again with the hint, in place.
+def replace_failed_groups(batch, completions, rewards, right, texts, *key):
+    """Guide-GRPO: groups whose answers all fail are sampled again with the hint. Their completions, rewards and texts
+    take the place of those in the arguments.
 
     -> for each answer the hinted prompt that it was sampled after, or None; tokens sampled, share right.
     """
     hinted_prompts = [None] * len(batch)
     solved = right.view(-1, args.group_size).any(1).repeat_interleave(args.group_size)
-    failed = (~solved).nonzero().flatten().tolist() if guide else []
+    failed = (~solved).nonzero().flatten().tolist()
     if not failed:
         return hinted_prompts, 0, None
     for i in failed:
@@ -322,8 +326,10 @@ for step in run.steps(progress, save):
     rewards, right, texts = compute_rewards(
         batch, [c._replace(ids=ids + c.ids) for ids, c in zip(revealed, completions, strict=True)])
     solved = right.float().mean().item()
-    hinted_prompts, hinted_tokens, hinted_solved = sample_failed_groups(
-        batch, completions, rewards, right, texts, step, rank)
+    hinted_prompts, hinted_tokens, hinted_solved = [None] * len(batch), 0, None
+    if guide:
+        hinted_prompts, hinted_tokens, hinted_solved = replace_failed_groups(
+            batch, completions, rewards, right, texts, step, rank)
     timer.end("rollout")
 
     # 3. advantages (B,): how much better each answer is than the others to its question; equal groups are dropped

@@ -50,12 +50,12 @@ class Scored:
 
     @property
     def hardest(self):
-        """The position of the explanation's hardest leap, the token with the highest KL. None: it has no token."""
+        """The position of the explanation's token with the highest KL. None: it has no token."""
         return max(range(len(self.token_kl)), key=self.token_kl.__getitem__, default=None)
 
     @property
     def least(self):
-        """The position of the solution's least understood token, the one with the lowest log-prob."""
+        """The position of the solution's token with the lowest log-prob."""
         return min(range(len(self.logprobs)), key=self.logprobs.__getitem__)
 
 
@@ -113,9 +113,13 @@ def equations(scored, settings):
     alpha, lam = f"{settings.alpha:g}", f"{settings.lam:g}"
     penalty = ""
     if abs(scored.penalty) > 1e-3:
-        expected = not (scored.row["closed"] and scored.thought) and math.isclose(
-            scored.penalty, settings.unclosed_penalty, abs_tol=1e-3)
-        penalty = f" − {scored.penalty:.4g} ({'not closed' if expected else 'other terms'})"
+        reason = "other terms"
+        if math.isclose(scored.penalty, settings.unclosed_penalty, abs_tol=1e-3):
+            if not scored.row["closed"]:
+                reason = "not closed"
+            elif not "".join(scored.thought).strip():
+                reason = "empty"
+        penalty = f" − {scored.penalty:.4g} ({reason})"
     return [
         ("score", number(scored.score), f"mean {number(scored.score_mean)} + {alpha} × min {number(scored.score_min)}"),
         ("kl", number(scored.kl), f"mean {number(scored.kl_mean)} + {alpha} × max {number(scored.kl_max)}"),

@@ -150,7 +150,8 @@ def path(text):
 
 
 def refuse(parser, args, where, *names):
-    """End with an error if one of these flags is given. where: how it does nothing, such as "without --solver"."""
+    """End with an error if one of these flags differs from its default. where: how it does nothing, such as "without
+    --solver"."""
     for name in names:
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"{flag_of(name)} does nothing {where}")
@@ -184,8 +185,8 @@ def add_bits(group, flag, what, default=None):
 
 
 def add_student_bits(group):
-    add_bits(group, "--student-bits", "weights of the student; the teacher's own base at the teacher's bits takes no "
-             "memory of its own", default=4)
+    add_bits(group, "--student-bits", "weights of the student, which take no memory where it is the teacher's own base "
+             "at the teacher's bits", default=4)
 
 
 def choose_bits(parser, args, device):

@@ -180,6 +180,13 @@ def is_toy(name):
     return model_and_adapter_config(name)["config"].get_text_config().vocab_size < 256
 
 
+def advice_on_task(task, *names):
+    """What to say where the toy's grader, a script's default, is about to grade another model; else None."""
+    if task == "toy" and (others := [name for name in names if not is_toy(name)]):
+        return f"--task toy, the default, is for questions of the toy, which {others[0]} is not: pass another --task."
+    return None
+
+
 def context_length(*names):
     """Tokens that all of these models can read; infinite where none has a limit.
 
@@ -317,7 +324,7 @@ def check_same_tokenizer(model, other, other_name):
         if ours.get(i) != theirs.get(i):
             raise UserError(
                 f"teacher and student tokenize differently (id {i} is {ours.get(i)!r} in one, {theirs.get(i)!r} in the "
-                "other), and the reward compares token by token. Pass a --student of the same family.")
+                "other), and the two are compared token by token. Pass models of the same family.")
     model.model_rows = min(model.model_rows, other.model_rows)
     kinds = [(t.chat_template, t.init_kwargs.get("rlt_system")) for t in (model, other)]
     if kinds[0] != kinds[1] and RANK == 0:

@@ -51,13 +51,13 @@ THOUGHT_OPENED, EXPLANATION_OPENED = (f"{opening}\n\n" for opening, _ in (THOUGH
 
 
 class Explanation(NamedTuple):
-    """A teacher's completion, taken apart."""
+    """A completion, taken apart at the end of the explanation, or of a student's thought (`split_answer`)."""
 
     thought: list  # ids that are scored
     end: list  # ids after them: closing tag, end of turn. Trained on, not scored
     leftover: str  # the thought's last characters, where a token holds them and the start of the closing tag
     text: str  # the explanation as it goes to the student
-    closed: bool  # it ended properly: closing tag, then the end of the turn, and no foreign tags before
+    closed: bool  # closing tag, no foreign tags before it; an explanation's turn must also end there
     foreign_tags: bool  # the text has special tokens or tags: it could forge a solution block
 
     @property

@@ -123,7 +123,11 @@ def test_a_reward_is_taken_apart():
     empty = reward_rows.take_apart(row((), ()), settings)
     assert (empty.kl_mean, empty.kl_max, empty.hardest, empty.penalty) == (1, 1, None, 1)
     assert reward_rows.equations(empty, settings)[2] == (
-        "reward", "−8.00", "score −2.50 − 3 × kl 1.50 − 1 (not closed)")
+        "reward", "−8.00", "score −2.50 − 3 × kl 1.50 − 1 (empty)")
+    for columns, reason in (({"closed": False}, "not closed"), ({"thought": (" ", "\n")}, "empty"),
+                            ({}, "other terms")):  # a closed explanation with a text has no penalty
+        penalized = reward_rows.take_apart(row(**columns, reward=-5.375), settings)
+        assert reward_rows.equations(penalized, settings)[2][2] == f"score −2.50 − 3 × kl 0.62 − 1 ({reason})"
     assert [reward_rows.level(nats) for nats in (-9, 0, 0.0999, 0.1, 0.5, 1, 3, 99)] == [0, 0, 0, 1, 2, 3, 4, 4]
     assert [reward_rows.number(value) for value in (-3.121, 0.0474, 5.557)] == ["−3.12", "0.047", "5.56"]
 

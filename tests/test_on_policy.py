@@ -151,7 +151,14 @@ def test_the_loss_of_a_step_is_that_of_plain_logits(workshop, tmp_path, monkeypa
     assert entry["sampler_logprob_diff"] < 1e-4 and 0 < entry["closed"] <= 1
 
 
-def test_it_learns_and_a_stopped_run_goes_on_as_if_it_had_not(workshop, tmp_path):
+def test_it_learns(workshop, tmp_path):
+    """The solutions behind its own thoughts, which the toy's base does not expect there."""
+    call(workshop, "on_policy_student.py", *SMALL, "--prompts-per-step", 32, "--steps", 10, "--out", tmp_path / "run")
+    nll = [entry["nll"] for entry in metrics(tmp_path / "run")]
+    assert sum(nll[-3:]) < 0.7 * sum(nll[:3]), nll
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not(workshop, tmp_path):
     flags = (*SMALL, "--steps", 4, "--save-every", 2, "--lr-steps", 4)
     call(workshop, "on_policy_student.py", *flags, "--out", tmp_path / "once")
     call(workshop, "on_policy_student.py", *flags, "--steps", 2, "--out", tmp_path / "twice")

@@ -1,5 +1,6 @@
 """The scripts, called as a user calls them, at a tiny size.   python -m pytest tests/test_scripts.py"""
 
+import collections
 import functools
 import json
 import os
@@ -764,9 +765,23 @@ def test_real_rows(workshop, tmp_path, qwen_tokenizer, tiny_model, capsys):
     other = models.load_tokenizer(str(workshop / "runs/toy"))
     other.save_pretrained(tmp_path / "other")
     tiny_model(64).save_pretrained(tmp_path / "other")
-    with pytest.raises(UserError, match="tokenize differently"):
-        call(workshop, "train_rlt.py", *flags, "--model", tmp_path / "model", "--student", tmp_path / "other", "--out",
-             tmp_path / "never")
+    for script, teacher, student in (("train_rlt.py", "--model", "--student"),
+                                     ("on_policy_student.py", "--teacher", "--model")):
+        pair = (teacher, tmp_path / "model", student, tmp_path / "other")
+        with pytest.raises(UserError, match="tokenize differently .* compared token by token. Pass models of the same"):
+            call(workshop, script, "--data", data, *pair, "--max-new-tokens", 8, "--out", tmp_path / "never")
+
+
+@pytest.mark.parametrize("script", [("rl_student.py", "--dry-run"), ("distill.py", "--solver", "--dry-run")])
+def test_the_toys_grader_for_another_model_is_named(workshop, tmp_path, qwen_tokenizer, tiny_model, script):
+    tiny_model(152064, hidden_size=16, intermediate_size=32).save_pretrained(tmp_path / "model")
+    qwen_tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text('{"question": "1 + 1?", "solution": "2", "answer": "#### 2"}\n' * 20)
+    flags = ("--model", tmp_path / "model", "--data", tmp_path / "rows.jsonl", "--max-new-tokens", 8)
+    for task in ((), ("--task", "gsm8k")):
+        shown = ended(workshop, *script, *flags, *task, "--out", tmp_path / "run")
+        assert shown.code == 0, shown
+        assert ("warning: --task toy, the default, is for questions of the toy" in shown.stdout) == (not task)
 
 
 def test_long_rows_are_cut_and_counted(workshop, tmp_path, capsys):
@@ -803,17 +818,29 @@ def test_partitions_by_rank(workshop, tmp_path):
     flags = ["--model", "toy-teacher", "--limit", 10, "--samples", 6, "--max-new-tokens", 12, "--partition", 3]
     call(workshop, "distill.py", *flags, "--out", tmp_path / "all.jsonl")
     every = read_jsonl(tmp_path / "all.jsonl")
-    questions = {row["question"] for row in every}
+    count = collections.Counter(row["question"] for row in every)
+    questions = {question for question in count if count[question] >= 3}
     assert len(every) > 20 and len(questions) > 6
     for name in ("overall", "within"):
         parts = [read_jsonl(tmp_path / f"all.{name}-{i}of3.jsonl") for i in (1, 2, 3)]
-        assert sorted(json.dumps(row) for part in parts for row in part) == sorted(map(json.dumps, every))
+        divided = [row for row in every if name == "overall" or row["question"] in questions]
+        assert sorted(json.dumps(row) for part in parts for row in part) == sorted(map(json.dumps, divided))
         for question in [None] if name == "overall" else questions:
             ranks = [[row["reward"] for row in part if question in (None, row["question"])] for part in parts]
             sizes = [len(rank) for rank in ranks]
             assert max(sizes) - min(sizes) <= 1
             ordered = [reward for rank in ranks for reward in sorted(rank)]
             assert ordered == sorted(ordered), "no reward of a part is above one of the next"
+
+
+def test_a_question_with_fewer_explanations_than_parts_is_in_none_within(workshop, tmp_path, capsys):
+    """The first part would have them all, whatever their rewards are."""
+    flags = ["--model", "toy-teacher", "--limit", 10, "--max-new-tokens", 12, "--partition", 3]
+    call(workshop, "distill.py", *flags, "--out", tmp_path / "one.jsonl")
+    questions = len({row["question"] for row in read_jsonl(tmp_path / "one.jsonl")})
+    assert f"{questions} questions have fewer than 3 explanations each" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.glob("one.*of3.jsonl")) == [
+        f"one.overall-{i}of3.jsonl" for i in (1, 2, 3)]
 
 
 @pytest.mark.parametrize(("right", "flags", "reasons"), [
