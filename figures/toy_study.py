@@ -156,12 +156,17 @@ def map_warm_up(job, careful, *flags, student=None):
     return job.sft(job.explain(job.warm_up_teacher(careful), *flags, *scored_by))
 
 
-def map_rlt(job, careful, student=None):
-    """As rlt(). student: the arm whose student is the reward student, instead of the base."""
+def map_rlt(job, *flags, careful, student=None):
+    """As rlt(). student: the arm whose student is the reward student, instead of the base. flags: of train_rlt.py."""
     rewarded_by = ("--student", job.student_of(student)) if student else ()
-    return job.sft(job.explain(job.train_teacher(job.warm_up_teacher(careful), *rewarded_by)))
+    return job.sft(job.explain(job.train_teacher(job.warm_up_teacher(careful), *rewarded_by, *flags)))
 
 
+IN_ONE_RUN = {  # what else starts anew with each of the PARTS, one by one: flags of train_rlt.py
+    "reference renewed": ("--sync-ref-every", 20, "--sync-ref-mix", 1),
+    "constant lr": ("--final-lr-fraction", 1),
+    "320 questions": ("--limit", 384),  # 64 are held out
+}
 PARTS = ("-1", "-2", "-3")
 
 
@@ -213,6 +218,9 @@ def map_arms(careful):
         f"best of 10, warmed-up student, {rows}": lambda job: map_warm_up(job, careful, *BEST_OF_10, student=warmed_up),
         f"best of 25, warmed-up student, {rows}": lambda job: map_warm_up(job, careful, *BEST_OF_25, student=warmed_up),
         f"RLT, warmed-up student, {rows}": partial(map_rlt, careful=careful, student=warmed_up),
+        **{f"RLT, warmed-up student, {name}, {rows}":
+           lambda job, flags=flags: map_rlt(job, *flags, careful=careful, student=warmed_up)
+           for name, flags in IN_ONE_RUN.items()},
         f"RLT, refreshed student, {rows}": partial(map_rlt, careful=careful, student=best),
         refreshed: lambda job: job.sft(job.explain(refreshed_teacher(job, careful))),
         f"RLT, warmed-up student, in three parts, {rows}": lambda job: job.sft(
