@@ -118,7 +118,7 @@ PANELS = {  # of the map: arm, title
     "RL after best of 10, {}": "best of 10, then RL", "RL after RLT, {}": "RLT, then RL", "Guide": "Guide-GRPO",
     "best of 10, warmed-up student, {}": "best of 10, reward by a\nwarmed-up student",
     "RLT, warmed-up student, {}": "RLT, reward by a\nwarmed-up student",
-    "RLT, refreshed student, {}": "RLT, reward by a\nstudent of best of 10",
+    "RLT, student of best of 10, {}": "RLT, reward by a\nstudent of best of 10",
 }
 
 
@@ -147,7 +147,7 @@ def map_of_arms():
 
 
 WITH_RLT = {"RLT, {}": "RLT", "RLT, warmed-up student, {}": "RLT, warmed-up", "RL after RLT, {}": "RLT, then RL",
-            "RLT, refreshed student, {}": "RLT, student of best of 10",
+            "RLT, student of best of 10, {}": "RLT, student of best of 10",
             "RLT, refreshed every 20 steps, {}": "RLT, refreshed"}
 WITHOUT_RLT = {"best of 10, {}": "best of 10", "best of 10, warmed-up student, {}": "best of 10, warmed-up",
                "RL after best of 10, {}": "best of 10, then RL", "direct RL": "direct RL"}

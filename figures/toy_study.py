@@ -221,7 +221,7 @@ def map_arms(careful):
         **{f"RLT, warmed-up student, {name}, {rows}":
            lambda job, flags=flags: map_rlt(job, *flags, careful=careful, student=warmed_up)
            for name, flags in IN_ONE_RUN.items()},
-        f"RLT, refreshed student, {rows}": partial(map_rlt, careful=careful, student=best),
+        f"RLT, student of best of 10, {rows}": partial(map_rlt, careful=careful, student=best),
         refreshed: lambda job: job.sft(job.explain(refreshed_teacher(job, careful))),
         f"RLT, warmed-up student, in three parts, {rows}": lambda job: job.sft(
             job.explain(teacher_in_parts(job, careful))),
@@ -352,7 +352,7 @@ def plan():
         ("base 0.0", 3, ["Guide, naive start"]),
         ("base 0.08", 1, on_map()),
         ("base 0.005", 1, on_map(*warmed_up)),
-        ("base 0.0", 1, on_map(*warmed_up, "RLT, refreshed student")),
+        ("base 0.0", 1, on_map(*warmed_up, "RLT, student of best of 10")),
         ("base 0.08", 3, ("RLT, rows 0.02", "best of 10, rows 0.02")),
         ("base 0.0", 3, hardest),
         ("base 0.0", 1, ["what the reward sees"]),
