@@ -160,7 +160,7 @@ def sample(name, engine, prompt_ids, args, rank, world):
     return [c for i in range(len(starts)) for c in drawn[i % world][i // world]]
 
 
-def summarise(name, rows, completions, outputs, args):
+def summarize(name, rows, completions, outputs, args):
     """(summary, one line a sample) of a model's outputs, --samples of them for each row."""
     repeated = [row for row in rows for _ in range(args.samples)]
     golds = [gold_answer(args.task, row) for row in repeated]
@@ -252,7 +252,7 @@ def main():
 
         # 2. grade
         outputs = [prompts[name].turn_text(completion) for completion in completions]
-        summary, lines = summarise(name, rows, completions, outputs, args)
+        summary, lines = summarize(name, rows, completions, outputs, args)
         prompt_hash = hashlib.sha256(repr(prompts[name].question_prompt({"question": ""})).encode()).hexdigest()[:8]
         results.append(summary | {"prompt_hash": prompt_hash, "questions_hash": questions_hash})
 

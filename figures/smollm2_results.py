@@ -26,8 +26,8 @@ COMPARED = (("RLT", "warm-up teacher"), ("best of 8", "RLT"), ("RL after RLT", "
 NAMES = LABELS | {"best of 8": "best of 8, no RL",
                   "warmed-up student": "the reward student: warm-up rows, easier problems",
                   "right chains": "right chains", "human chains": "human chains of other problems (GSM8K)",
-                  "on-policy, warm-up teacher": "its own words, corrected by the warm-up teacher",
-                  "on-policy, RLT": "its own words, corrected by RLT",
+                  "on-policy, warm-up teacher": "on-policy student of the warm-up teacher",
+                  "on-policy, RLT": "on-policy student of RLT",
                   "on-policy, RLT, KL alone": "the same, without the loss on the solution"}
 EXPLANATIONS = {"is_right_chain": "right chains", "right_steps": "right steps", "leak": "leak"}  # shares
 

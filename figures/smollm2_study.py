@@ -143,7 +143,7 @@ class WordProblemJob(Job):
         return student
 
     def on_policy(self, teacher, *flags):
-        """The warmed-up student on its own words, corrected by this teacher."""
+        """On-policy distillation from this teacher; the warmed-up student learns."""
         student = self.run("on_policy_student.py", "--model", self.warm_up("student"), "--teacher", teacher, "--data",
                            self.rows_of("train"), *BITS, "--teacher-bits", 16, *ON_POLICY, *LENGTH, *SMALL_BATCHES,
                            *flags, *self.if_quick("--steps", 2, "--prompts-per-step", 8), out=f"runs/{self.name}")

@@ -85,9 +85,9 @@ def claims():
         "RL after a cold start (Table 2)": cold_start_claims(),
         "A second task (zero-shot transfer)": transfer_claims(),
         "Other students, and ablations (Appendices C.4, D)": ablation_claims(),
-        "Students on their own words": on_policy_claims(),
+        "On-policy distillation": on_policy_claims(),
         "Three clocks: 0 % full chains in the base's pretraining, 10 % in the warm-up rows": hardest_base_claims(),
-        "The same base: a reward student refreshed every 20 steps, and students on their own words":
+        "The same base: a reward student refreshed every 20 steps, and on-policy distillation":
             refreshed_claims(0.1),
         "The same base, 2 % full chains in the warm-up rows": refreshed_claims(0.02),
         "Three clocks: 0.5 % full chains in the base's pretraining, 10 % in the warm-up rows":
@@ -143,18 +143,18 @@ def rank_claims():
 
 def on_policy_claims():
     new, rlt = "not in the paper", "on-policy, RLT"
-    others = {"on-policy, warm-up teacher": "by the warm-up teacher", "on-policy, score only": "by RLT without KL",
-              "on-policy, base": "by the base with the solution in its prompt",
-              "on-policy, best of 10": "by a teacher trained on the best of 10 explanations, without RL",
-              "on-policy, clean chains": "by a teacher warmed up on full chains, without RL",
-              "on-policy, RLT, lambda 1": "by RLT with λ = 1", "on-policy, RLT, lambda 10": "by RLT with λ = 10",
-              "on-policy, warm-up teacher, 240 steps": "by the warm-up teacher in four times as many steps"}
+    others = {"on-policy, warm-up teacher": "the warm-up teacher", "on-policy, score only": "RLT without KL",
+              "on-policy, base": "the base with the solution in its prompt",
+              "on-policy, best of 10": "a teacher trained on the best of 10 explanations, without RL",
+              "on-policy, clean chains": "a teacher warmed up on full chains, without RL",
+              "on-policy, RLT, lambda 1": "RLT with λ = 1", "on-policy, RLT, lambda 10": "RLT with λ = 10",
+              "on-policy, warm-up teacher, 240 steps": "the warm-up teacher in four times as many steps"}
     return [
-        *(Claim(f"corrected by RLT above corrected {by}", differences(rlt, arm, greedy), paper=new)
-          for arm, by in others.items()),
-        Claim("corrected by RLT above corrected by a teacher trained on the best of 10 explanations, sampled",
+        *(Claim(f"on-policy student of RLT above that of {teacher}", differences(rlt, arm, greedy), paper=new)
+          for arm, teacher in others.items()),
+        Claim("on-policy student of RLT above that of a teacher trained on the best of 10 explanations, sampled",
               differences(rlt, "on-policy, best of 10", sampled), SAMPLED_POINTS, paper=new),
-        *(Claim(f"corrected by RLT above {name}", differences(rlt, f"{arm}, bases of on-policy", measure), points, new)
+        *(Claim(f"on-policy student of RLT above {name}", differences(rlt, f"{arm}, bases of on-policy", measure), points, new)
           for arm, name in (("RLT", "SFT on its explanations"), ("direct RL", "direct RL"))
           for measure, points in ((greedy, POINTS), (sampled, SAMPLED_POINTS))),
     ]
@@ -231,7 +231,7 @@ def hardest_base_claims():
 
 
 def refreshed_claims(careful, setting="base 0.0"):
-    """RLT whose reward student is refreshed: students of its explanations, and on their own words by the reverse KL or
+    """RLT whose reward student is refreshed: students of its explanations, and on-policy students, by the reverse KL or
     by half of both KLs. careful: the share of full chains in the warm-up rows. Only of pairs that the log has."""
     rows = f"rows {careful}"
     rlt, best = f"RLT, refreshed every 20 steps, {rows}", f"best of 10, warmed-up student, {rows}"
@@ -241,16 +241,16 @@ def refreshed_claims(careful, setting="base 0.0"):
         (rlt, "direct RL, 240 steps", "SFT on RLT above direct RL of four times as many steps"),
         (rlt, best, "SFT on RLT above SFT on best of 10 by a warmed-up reward student"),
         (rlt, f"best of 25, warmed-up student, {rows}", "SFT on RLT above SFT on best of 25, which takes as long"),
-        (reverse, "direct RL", "corrected by RLT, reverse KL, above direct RL"),
-        (reverse, f"on-policy, best of 10, {rows}", "corrected by RLT above corrected by best of 10, reverse KL"),
-        (both, reverse, "corrected by RLT with both KLs above with the reverse KL alone"),
+        (reverse, "direct RL", "on-policy student of RLT, reverse KL, above direct RL"),
+        (reverse, f"on-policy, best of 10, {rows}", "on-policy student of RLT above that of best of 10, reverse KL"),
+        (both, reverse, "on-policy student of RLT by both KLs above that by the reverse KL alone"),
         (both, f"on-policy, best of 10, {rows}, both KLs",
-         "corrected by RLT above corrected by best of 10, both KLs"),
+         "on-policy student of RLT above that of best of 10, both KLs"),
         (both, f"on-policy, warm-up teacher, {rows}, both KLs",
-         "corrected by RLT above corrected by the warm-up teacher, both KLs"),
-        (both, "direct RL", "corrected by RLT, both KLs, above direct RL"),
-        (both, rlt, "corrected by RLT, both KLs, above SFT on its explanations"),
-        (both, best, "corrected by RLT, both KLs, above SFT on best of 10 by a warmed-up reward student"),
+         "on-policy student of RLT above that of the warm-up teacher, both KLs"),
+        (both, "direct RL", "on-policy student of RLT, both KLs, above direct RL"),
+        (both, rlt, "on-policy student of RLT, both KLs, above SFT on its explanations"),
+        (both, best, "on-policy student of RLT, both KLs, above SFT on best of 10 by a warmed-up reward student"),
     )
     return [Claim(text, values, points, "not in the paper")
             for arm, other, text in pairs for measure, points in ((greedy, POINTS), (sampled, SAMPLED_POINTS))
@@ -308,8 +308,8 @@ def right_chain_claims():
         Claim("AdaBack above GRPO", above("AdaBack", "GRPO")),
         Claim("ReLIFT above GRPO", above("ReLIFT", "GRPO")),
         Claim("AdaBack above ReLIFT", above("AdaBack", "ReLIFT")),
-        Claim("AdaBack above SFT on right chains", above("AdaBack", "ground truth")),
-        Claim("ReLIFT above SFT on right chains", above("ReLIFT", "ground truth")),
+        Claim("AdaBack above SFT on full chains", above("AdaBack", "ground truth")),
+        Claim("ReLIFT above SFT on full chains", above("ReLIFT", "ground truth")),
     ]
 
 

@@ -201,7 +201,7 @@ def groups_without_success(share):
 
 
 def arms_of_hardest_base(careful):
-    """{arm: what its student was trained on}, beside students on their own words. careful: of the warm-up rows."""
+    """{arm: what its student was trained on}, on-policy students among them. careful: of the warm-up rows."""
     rows = f"rows {careful}"
     teachers = {"warm-up teacher": "warm-up teacher", "best of 10": "best of 10",
                 "RLT, refreshed every 20 steps": "RLT"}
@@ -210,13 +210,13 @@ def arms_of_hardest_base(careful):
         f"best of 10, warmed-up student, {rows}": "SFT on best of 10",
         f"best of 25, warmed-up student, {rows}": "SFT on best of 25",
         f"RLT, refreshed every 20 steps, {rows}": "SFT on RLT",
-        **{f"on-policy, {teacher}, {rows}{kls}": f"own words, corrected by {name}{' (both KLs)' * bool(kls)}"
+        **{f"on-policy, {teacher}, {rows}{kls}": f"on-policy student of {name}{' (both KLs)' * bool(kls)}"
            for teacher, name in teachers.items() for kls in ("", ", both KLs")},
     }
 
 
 def hardest_base():
-    """Students on the base where all plain groups fail: SFT, on their own words, direct RL; rare and rarer chains."""
+    """Students on the base where all plain groups fail: SFT, on-policy, direct RL; rare and rarer chains."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
     for axes, careful in zip(panels, (0.1, 0.02), strict=True):
         labels = arms_of_hardest_base(careful)

@@ -173,7 +173,7 @@ def students():
     save(figure, "toy_students")
 
 
-ON_POLICY = {  # arm: the teacher that corrects the student, and a colour
+ON_POLICY = {  # arm: the teacher of an on-policy student, and a colour
     "on-policy, base": ("base model", GREY),
     "on-policy, warm-up teacher": ("warm-up teacher", BLUE),
     "on-policy, warm-up teacher, 240 steps": ("warm-up teacher, 240 steps", BLUE),
@@ -190,13 +190,13 @@ BARS_ONLY = ("240 steps", "lambda", "bases of on-policy")
 
 
 def on_policy():
-    """Students on their own words: accuracy; the KL to the teacher and the length of thoughts along training."""
+    """On-policy students: accuracy; the KL to the teacher and the length of thoughts along training."""
     figure, (final, *panels) = plt.subplots(1, 3, figsize=(12, 2.9), width_ratios=(1.3, 1, 1))
     rows = {arm: rows_of(arm) for arm in ON_POLICY}
     labels, colours = ({arm: entry[i] for arm, entry in ON_POLICY.items()} for i in range(2))
     bars(final, rows, labels=labels, colours=colours)
     final.set_xlabel("exact match, %")
-    final.set_ylabel("student corrected by")
+    final.set_ylabel("on-policy student of")
     for axes, key, title in zip(panels, ("kl", "length"), ("KL to the teacher, nats a token", "tokens in a thought"),
                                 strict=True):
         for arm, own in rows.items():

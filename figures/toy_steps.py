@@ -131,7 +131,7 @@ class ToyJob(Job):
         return student
 
     def on_policy(self, teacher, *flags):
-        """A student on its own words, corrected by this teacher."""
+        """An on-policy student of this teacher."""
         student = self.run("on_policy_student.py", "--teacher", teacher, *self.data, *flags,
                            *self.if_quick("--steps", 2), out=f"runs/{self.name}")
         metrics = self.read(f"{student}/metrics.jsonl")

@@ -190,17 +190,17 @@ def teacher_in_parts(job, careful):
 
 
 def on_policy_ablation(job, ablation):
-    """A student on its own words, corrected by an RLT with other flags."""
+    """An on-policy student of an RLT with other flags."""
     return job.on_policy(job.teacher_of(f"RLT, {ablation}", *ABLATIONS[ablation]))
 
 
 def on_policy_refreshed(job, *flags, arm, careful):
-    """A student on its own words, corrected by the RLT of this arm. flags: of on_policy_student.py."""
+    """An on-policy student of the RLT of this arm. flags: of on_policy_student.py."""
     return job.on_policy(job.take(arm, lambda other: refreshed_teacher(other, careful)), *flags)
 
 
 def on_policy_best(job, *flags, scored_by, careful):
-    """The same, corrected by the warm-up teacher after SFT on the best of ten of its explanations: no RL."""
+    """An on-policy student of the warm-up teacher after SFT on the best of ten of its explanations: no RL."""
     best = job.explain(job.warm_up_teacher(careful), *BEST_OF_10, "--student", job.student_of(scored_by),
                        out=f"on-policy-best-of-10-rows-{careful}")
     return job.on_policy(job.sft_teacher("--data", best, out=f"runs/best-teacher-{careful}"), *flags)
@@ -271,7 +271,7 @@ ARMS = {  # by the names of the log
     "RLT, weaker reward student": functools.partial(other_reward_student, base=weaker_base),
     # Appendix D
     **{f"RLT, {name}": lambda job, flags=flags: rlt(job, *flags) for name, flags in ABLATIONS.items()},
-    # beyond the papers: students on their own words
+    # beyond the papers: on-policy distillation
     "on-policy, base": lambda job: job.on_policy(job.base()),
     "on-policy, warm-up teacher": lambda job: job.on_policy(job.warm_up_teacher()),
     "on-policy, score only": lambda job: job.on_policy(job.teacher_of("score only", "--lambda", 0)),
@@ -324,7 +324,7 @@ def plan():
         return ["direct RL", *(f"{arm}, rows {careful}" for arm in arms)]
 
     def on_policy(careful, *kls):
-        """Students on their own words, by each of these teachers. kls: ends of the arms' names."""
+        """On-policy students of each of these teachers. kls: ends of the arms' names."""
         teachers = ("RLT, refreshed every 20 steps", "best of 10", "warm-up teacher")
         return [f"on-policy, {teacher}, rows {careful}{end}" for end in kls for teacher in teachers]
 

@@ -1,4 +1,4 @@
-"""A student that is corrected on its own words.   python -m pytest tests/test_on_policy.py"""
+"""On-policy distillation.   python -m pytest tests/test_on_policy.py"""
 
 import json
 
