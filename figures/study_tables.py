@@ -154,7 +154,8 @@ def on_policy_claims():
           for arm, teacher in others.items()),
         Claim("on-policy student of RLT above that of a teacher trained on the best of 10 explanations, sampled",
               differences(rlt, "on-policy, best of 10", sampled), SAMPLED_POINTS, paper=new),
-        *(Claim(f"on-policy student of RLT above {name}", differences(rlt, f"{arm}, bases of on-policy", measure), points, new)
+        *(Claim(f"on-policy student of RLT above {name}", differences(rlt, f"{arm}, bases of on-policy", measure),
+                points, new)
           for arm, name in (("RLT", "SFT on its explanations"), ("direct RL", "direct RL"))
           for measure, points in ((greedy, POINTS), (sampled, SAMPLED_POINTS))),
     ]
