@@ -283,6 +283,8 @@ ARMS = {  # by the names of the log
     **{f"on-policy, RLT, {name}": functools.partial(on_policy_ablation, ablation=name) for name in OTHER_LAMBDAS},
     # beside them, since their bases were made later, on another CPU, than those of the other arms with two clocks
     "RLT, bases of on-policy": lambda job: job.sft(job.explain(job.teacher_of("RLT"))),
+    "RLT, lambda 1, bases of on-policy":
+        lambda job: job.sft(job.explain(job.teacher_of("RLT, lambda 1", *ABLATIONS["lambda 1"]))),
     "direct RL, bases of on-policy": lambda job: job.rl(),
     # Guide-GRPO
     "GRPO": lambda job: job.rl(*CORRECTNESS),
