@@ -6,6 +6,7 @@ Templates differ: some refuse a system turn, some open a thought of the model's 
 not always the tokenizer's eos. Nothing here goes by a model's name.
 """
 
+import datetime
 import functools
 import math
 import re
@@ -15,6 +16,7 @@ from rlt.tags import SOLUTION, THOUGHT
 
 SYSTEM, QUESTION, ANSWER = "the system text", "the question", "the answer"  # contents to look for in a rendering
 TAGGED = f"{THOUGHT[0]}\n\nthe thought\n\n{THOUGHT[1]}\n\n{SOLUTION[0]}\n\nthe solution\n\n{SOLUTION[1]}"
+A_DAY = datetime.datetime(2024, 7, 26)  # the date in Llama 3's own template
 MARKUP = re.compile(r"<{1,2}[^<>\s]+>{1,2}|\[/?[A-Z_]+\]")  # <|im_start|>, <s>, <<SYS>>, [INST]
 
 
@@ -36,20 +38,21 @@ def turn_ends(tokenizer):
     """The ids that end an assistant's turn, the chat template's own first.
 
     The others are the tokenizer's eos and `tokenizer.generation_eos`, what the model's generation_config lists. The
-    first one ends every training row; each of them ends a sample.
+    first one ends every training row; each of them ends a sample. Where a template ends turns by two tokens (Command
+    R7B: the end of the response, the end of the turn), that is the former: behind it there is nothing to say.
     """
     listed = tuple(getattr(tokenizer, "generation_eos", ()))
-    ends = [_template_end(tokenizer, listed), tokenizer.eos_token_id, *listed]
+    ends = [*_template_ends(tokenizer, listed), tokenizer.eos_token_id, *listed]
     ends = tuple(dict.fromkeys(i for i in ends if i is not None))
     if not ends:
         raise UserError(f"{_name(tokenizer)} has no token that ends a turn: expected an instruct model's tokenizer.")
     return ends
 
 
-def _template_end(tokenizer, listed):
-    """The id of the token that the template puts after an assistant's turn, or None."""
+def _template_ends(tokenizer, listed):
+    """The ids of the tokens that the template puts after an assistant's turn: those up to a listed one, or the first."""
     if tokenizer.chat_template is None:
-        return None
+        return []
     user, assistant = ({"role": role, "content": text} for role, text in (("user", QUESTION), ("assistant", ANSWER)))
     try:
         rendered = render(tokenizer, [user, assistant])
@@ -62,8 +65,8 @@ def _template_end(tokenizer, listed):
                 between, before = between[:-1], before[:-1]
             ids = _added_tokens(tokenizer, between)
     except UserError:
-        return None
-    return next((i for i in ids if i in listed), ids[0] if ids else None)
+        return []
+    return ids[: 1 + next((n for n, i in enumerate(ids) if i in listed), 0)]
 
 
 def _added_tokens(tokenizer, text):
@@ -95,7 +98,8 @@ def render(tokenizer, messages, add_generation_prompt=False):
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt,
             enable_thinking=False, thinking=False,  # Qwen3's name for it, and DeepSeek's
-            date_string="26 Jul 2024",  # Llama 3 would write today's date
+            # some would write today's date: prompts would change at midnight
+            date_string=f"{A_DAY:%d %b %Y}", strftime_now=A_DAY.strftime,
         )
     except Exception as error:  # templates raise what they like
         reason = str(error).strip().partition("\n")[0]

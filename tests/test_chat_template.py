@@ -185,7 +185,7 @@ def test_a_template_that_takes_our_thought_out_of_a_finished_turn_is_named(capsy
 
 
 def test_a_date_in_the_prompt_does_not_change_overnight():
-    today = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"
+    today = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }} {{ strftime_now('%Y-%m-%d') }}"
     dated = CHATML.replace("{% for", today + "{% for", 1)
     tokenizer = make_tokenizer("byte-level", dated)
-    assert "26 Jul 2024" in tokenizer.decode(Prompts(tokenizer).question_prompt(ROW))
+    assert "26 Jul 2024 2024-07-26" in tokenizer.decode(Prompts(tokenizer).question_prompt(ROW))

@@ -154,6 +154,23 @@ def test_training_rows_end_by_the_templates_own(tmp_path):
         assert [i for i in ids[start:] if i in turn_ends(tokenizer)] == ids_of(tokenizer, TEMPLATE_END) == ids[-1:]
 
 
+@pytest.mark.parametrize("listed", [(), (TEMPLATE_END,), (LISTED_END,)])
+def test_a_turn_may_end_by_two_tokens(listed):
+    """As Command R7B's: the end of the response, then that of the turn. The first is an end for all that reads it."""
+    tokenizer = words()
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "m.content + '", "m.content + ('</s>' if m.role == 'assistant' else '') + '")
+    tokenizer.eos_token = TEMPLATE_END
+    tokenizer.generation_eos = tuple(ids_of(tokenizer, *listed))
+    prompts, (first, second) = Prompts(tokenizer), ids_of(tokenizer, "</s>", TEMPLATE_END)
+    row = {"question": "How many?", "solution": "7", "explanation": "Count."}
+    assert turn_ends(tokenizer)[0] == first and second in turn_ends(tokenizer)
+    ids, start = prompts.sft_row(row, "student")
+    assert ids[-1] == first and tokenizer.decode(ids[start:-1]).count("</s>") == 0
+    sampled, finished = prompts.encode_explanation(row)
+    assert finished and sampled[-1] == first and prompts.split_completion(sampled, finished).closed
+
+
 @pytest.mark.parametrize("rank", mostly_slow([0, 2], plain=[0]))
 @pytest.mark.parametrize("end", mostly_slow(ENDS, plain=[LISTED_END]))
 def test_a_trained_folder_stops_where_its_base_does(tmp_path, end, rank):
