@@ -107,7 +107,7 @@ shared = models.shares_base(args.model, args.teacher_bits, student_name, args.st
 prompts, vocab = Prompts(tokenizer, args.solution_in), vocabulary_size(tokenizer)
 prompt_of = prompts.question_prompt if args.solver else prompts.teacher_prompt
 if args.show_rows:
-    print(show_rows(prompts, rows, args.show_rows))
+    print(show_rows(prompts, rows, args.show_rows, args.skip_bad_rows))
     sys.exit()
 new_tokens = 0 if args.score_file else args.max_new_tokens
 

@@ -220,7 +220,7 @@ def main():
     if not rows:
         raise UserError(f"no question fits: lower --max-new-tokens {args.max_new_tokens}.")
     if args.show_rows:
-        return print(show_rows(next(iter(prompts.values())), rows, args.show_rows))
+        return print(show_rows(next(iter(prompts.values())), rows, args.show_rows, args.skip_bad_rows))
     questions = json.dumps([[row["question"], gold_answer(args.task, row)] for row in rows])
     questions_hash = hashlib.sha256(questions.encode()).hexdigest()[:16]
     for path in paths.values():

@@ -91,7 +91,7 @@ settle(parser, args, rows, tokenizer)
 run = Run(args)
 prompts, vocab = Prompts(tokenizer, args.solution_in), vocabulary_size(tokenizer)
 if args.show_rows:
-    print(show_rows(prompts, rows, args.show_rows))
+    print(show_rows(prompts, rows, args.show_rows, args.skip_bad_rows))
     sys.exit()
 rows = drop_overlong(rows, prompts.scored_length, models.context_length(args.model, args.teacher), args.max_new_tokens,
                      skip=args.skip_bad_rows)

@@ -121,7 +121,7 @@ longest_prompt_of = {  # a row's
     "adaback": lambda row: prompts.question_prompt(row) + prompts.revealed_chain(row, 1.0),
 }.get(args.failed_groups, prompts.question_prompt)
 if args.show_rows:
-    print(show_rows(prompts, rows, args.show_rows))
+    print(show_rows(prompts, rows, args.show_rows, args.skip_bad_rows))
     sys.exit()
 if rank == 0 and (advice := models.advice_on_task(args.task, args.model)):
     print(f"warning: {advice}")

@@ -101,7 +101,7 @@ if not any(isinstance(row.get("explanation"), str) or args.format == "student" a
                     + NO_EXPLANATIONS[args.format])
 prompts, vocab = Prompts(tokenizer, args.solution_in), vocabulary_size(tokenizer)
 if args.show_rows:
-    print(show_rows(prompts, rows, args.show_rows))
+    print(show_rows(prompts, rows, args.show_rows, args.skip_bad_rows))
     sys.exit()
 max_tokens = min(args.max_tokens, models.context_length(args.model))
 

@@ -104,7 +104,7 @@ if shared and args.offload_student:
                     "teacher's and take no memory. Leave the flag out.")
 prompts, vocab = Prompts(tokenizer, args.solution_in), vocabulary_size(tokenizer)
 if args.show_rows:
-    print(show_rows(prompts, rows, args.show_rows))
+    print(show_rows(prompts, rows, args.show_rows, args.skip_bad_rows))
     sys.exit()
 rows = drop_overlong(rows, prompts.scored_length, models.context_length(args.model, student_name), args.max_new_tokens,
                      skip=args.skip_bad_rows)

@@ -50,7 +50,7 @@ def turn_ends(tokenizer):
 
 
 def _template_ends(tokenizer, listed):
-    """The ids of the tokens that the template puts after an assistant's turn: those up to a listed one, or the first."""
+    """The ids of the tokens that the template puts after an answer: up to a listed one, or the first alone."""
     if tokenizer.chat_template is None:
         return []
     user, assistant = ({"role": role, "content": text} for role, text in (("user", QUESTION), ("assistant", ANSWER)))

@@ -101,8 +101,7 @@ class Prompts:
                 raise UserError(
                     f"{ours} and {theirs} are different single tokens ({a}, {b}) in {tokenizer.name_or_path}: "
                     "the KL between the two roles would be wrong. Make them one token, or no special tokens at all.")
-        own = tokenizer.init_kwargs.get("rlt_system", {})
-        self.system = {"student": STUDENT_SYSTEM, "teacher": TEACHER_SYSTEM} | own
+        self.system = {"student": STUDENT_SYSTEM, "teacher": TEACHER_SYSTEM} | _own_system_texts(tokenizer)
         self._bytes = _token_bytes(tokenizer)
         # what the closing tag looks like once sampled: a tokenizer may write both roles' tags alike
         self._closing, self._closing_thought = (
@@ -366,14 +365,25 @@ def score_texts(teacher, student, tokenizer, rows, *, solution_in="assistant", *
     return score_explanations(teacher, student, encoded, **{"vocab": vocabulary_size(tokenizer)} | options)
 
 
-def show_rows(prompts, rows, n):
+def _own_system_texts(tokenizer):
+    """What the tokenizer_config.json of a model has for system texts, {"student": text, "teacher": text} or less."""
+    own = tokenizer.init_kwargs.get("rlt_system", {})
+    texts = isinstance(own, dict) and all(isinstance(text, str) for text in own.values())
+    if not texts or not own.keys() <= {"student", "teacher"}:
+        raise UserError(f"{tokenizer.name_or_path} has rlt_system {own!r:.60} in its tokenizer_config.json, expected "
+                        '{"student": text, "teacher": text}: fix it, or leave it out.')
+    return own
+
+
+def show_rows(prompts, rows, n, skip=False):
     """The first n rows as each model sees them, as text to print: special tokens as they are, line ends as \u21b5.
+    skip: leave out those that can't be turned into prompts, see `map_rows`.
 
     Blanks at a line's end are \u00b7, control characters are escaped. Of a prompt and what follows it, the count of
-    tokens is given, too. Raises UserError where a row can't be turned into prompts.
+    tokens is given, too. Raises UserError where a row can't be turned into prompts and none are skipped.
     """
     shown = []
-    for row, sections in map_rows(rows[:n], lambda row: _sections(prompts, row)):
+    for row, sections in map_rows(rows[:n], lambda row: _sections(prompts, row), skip):
         shown.append(f"=== {printable(row['where'])}")
         for title, ids in sections.items():
             shown += [f"--- {title}: {len(ids)} tokens", _visible(prompts._decode(ids))]

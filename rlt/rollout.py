@@ -9,6 +9,7 @@ penalties, and the columns that a model's head has beyond its tokenizer are mask
     vllm           an engine with its own copy of the base, into which the adapter is loaded after every update
 """
 
+import inspect
 import math
 import weakref
 from typing import NamedTuple
@@ -177,6 +178,8 @@ def keeps_only_keys_and_values(model):
     from transformers.cache_utils import DynamicLayer
 
     lm = causal_lm(model)
+    if "past_key_values" not in inspect.signature(decoder(lm).forward).parameters:
+        return False  # GPT-1 keeps nothing
     return not lm._is_stateful and {type(layer) for layer in DynamicCache(config=lm.config).layers} == {DynamicLayer}
 
 

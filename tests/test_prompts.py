@@ -66,6 +66,14 @@ def test_a_model_may_bring_its_own_system_texts(prompts, qwen_tokenizer, tmp_pat
     assert prompts.system == {"student": STUDENT_SYSTEM, "teacher": TEACHER_SYSTEM}
 
 
+@pytest.mark.parametrize("own", ["Explain.", None, ["Explain."], {"teachers": "Explain."}, {"student": None}])
+def test_system_texts_that_are_none_are_named(qwen_tokenizer, own):
+    tokenizer = copy.deepcopy(qwen_tokenizer)
+    tokenizer.init_kwargs["rlt_system"] = own
+    with pytest.raises(UserError, match=r"has rlt_system .* in its tokenizer_config.json, expected"):
+        Prompts(tokenizer)
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -385,6 +393,8 @@ def test_rows_shown_as_the_models_see_them(prompts):
     assert show_rows(prompts, [{**ROW, "solution": None}], 5).count("---") == 1
     with pytest.raises(UserError, match="here has .<.im_end.>. in its question"):
         show_rows(prompts, [{**ROW, "question": "<|im_end|>"}], 1)
+    bad = {"where": "there", **ROW, "question": "<|im_end|>"}
+    assert show_rows(prompts, [bad, rows[0]], 2, skip=True) == show_rows(prompts, rows, 1)
 
 
 def test_all_public_rows_keep_every_token(prompts, capsys):

@@ -16,7 +16,7 @@ from rlt.prompts import Prompts
 import pytest
 import torch
 from test_logprobs import gemma
-from transformers import GenerationConfig
+from transformers import GenerationConfig, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 CPU, EOS = torch.device("cpu"), 1
 PROMPTS = [[2, 8, 10, 9, 11, 3, 4], [2, 8, 3], [2, 8, 10, 9, 11, 20, 31, 21, 33, 22, 35, 3, 4], [2] + [8, 10] * 30]
@@ -92,6 +92,16 @@ def test_the_sampler_and_the_trainer_agree(make, temperature, tiny_model, tokeni
         assert c.finished == (c.ids[-1] == EOS) and EOS not in c.ids[:-1] and max(c.ids) < len(tokenizer)
     if temperature == 1.5:
         assert {c.finished for c in sampled} == {True, False}, "or the test is blind to lengths"
+
+
+def test_a_model_without_a_cache(tokenizer):
+    """GPT-1 reads everything anew for each token."""
+    torch.manual_seed(0)
+    config = OpenAIGPTConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.3)
+    model, prompts = OpenAIGPTLMHeadModel(config).eval(), PROMPTS * 2
+    sampled = draw(model, tokenizer, prompts)
+    own = own_logprobs(model, prompts, sampled, 1.0, len(tokenizer))
+    assert (sampled_logprobs(sampled) - own).abs().max() < 1e-4
 
 
 @pytest.mark.usefixtures("sampler")
