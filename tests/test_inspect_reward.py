@@ -263,7 +263,7 @@ def test_the_picture_shows_every_token(tmp_path):
     settings, (group,) = reward_rows.read_scored(write(tmp_path / "rows", [row(EVIL, [0.5] * len(EVIL)), row((), ())]))
     figure = reward_picture.draw(group, settings)
     drawn = [text.get_text() for text in figure.axes[0].texts]
-    assert "▲ 0.50" in drawn and "▼ −2.00" in drawn and "= score −2.50 − 3 × kl 1.50 − 1 (not closed)" in drawn
+    assert "▲ 0.50" in drawn and "▼ −2.00" in drawn and "= score −2.50 − 3 × kl 1.50 − 1 (empty)" in drawn
     reward_picture.save_as(figure, tmp_path / "picture.png")
 
 
