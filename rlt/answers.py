@@ -133,21 +133,29 @@ def _until_closed(text):
     return None
 
 
-# "-$1,234.50", "3/4", "1.5e3": a sign that is no subtraction, a currency, digits in groups, decimals. ".5", but not of
+# "-$1,234.50", "3/4", "1.5e-3": a sign that is no subtraction, a currency, digits in groups, decimals. ".5", but not of
 # "...5"
 NUMBER = re.compile(r"(?<!\d)-?(?:\\?[$€£]\s?)?"
-                    r"(?:\d+(?:,\d{3})*(?:\.\d+)?(?:/\d+|[eE]\+?\d{1,3}(?!\w))?|(?<![\w.])\.\d+)")
+                    r"(?:\d+(?:,\d{3})*(?:\.\d+)?(?:/\d+|[eE][+-]?\d{1,3}(?!\w))?|(?<![\w.])\.\d+)")
+MARK = re.compile(r"####[\s*_$\\({]*+(?=-?\\?[$€£]?\s?\.?\d)(?!\d\d?[.):][ \t]+\S)")  # no heading: "#### 2. Total"
 MIXED = re.compile(r"(?<![\d.,/])(\d{1,15})\s+(\d{1,9})/(\d{1,9})(?![\d/])")  # 3 1/2
 
 
 def _last_number(text):
-    """The first number after the last "####", else the last number; None where there is none."""
+    """The number that follows the last mark, "#### 72", else the last number; None where there is none."""
     text = re.sub(r"(?<=\d)(?=\\[dtc]?frac)", " ", plain_digits(text))
     text = re.sub(r"\\[dtc]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text)
     text = MIXED.sub(_improper, text)
-    _, mark, rest = text.rpartition("####")
-    numbers = [re.sub(r"[\\$€£\s]", "", number) for number in NUMBER.findall(rest)]
-    return numbers[0 if mark else -1] if numbers else None
+    marks = [mark.end() for mark in MARK.finditer(text)]
+    numbers = NUMBER.findall(text[marks[-1] :] if marks else text)
+    return re.sub(r"[\\$€£\s]", "", numbers[0 if marks else -1]) if numbers else None
+
+
+def at_mark(answer):
+    """(steps, number) of an answer as GSM8K writes it, "steps\n#### number"; number None where it is not so. The last
+    line has the mark: other lines with "####" are headings in Markdown."""
+    steps, mark, number = answer.rpartition("####")
+    return (steps, number.strip()) if mark and "\n" not in number.strip() else (answer, None)
 
 
 def _improper(mixed):
@@ -189,7 +197,8 @@ def gold_answer(task, row):
                         "decimals: write it as text, 10^{-5} or 0.00001, or leave that row out.")
     text = as_text(value)
     if text and task == "gsm8k":
-        text = as_text(text.rpartition("####")[2])
+        steps, number = at_mark(text)
+        text = steps if number is None else as_text(number)
     if text and task == "gpqa":
         text = _letter(text)
     if not text:
@@ -216,8 +225,8 @@ def as_text(value):
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         return None
     text = str(value).strip()
-    # as Python writes floats, 1e-05 and 1e+16; a single digit after the minus may mean Euler's number, 2e-1
-    if re.fullmatch(r"-?\d+(?:\.\d+)?[eE](?:\+?\d{1,3}|-\d{2,3})", text, re.ASCII):
+    # 1e-05 and 1e+16, as Python writes floats, and 3.5e-3; without decimals it may mean Euler's number, 2e-1
+    if re.fullmatch(r"-?\d+(?:(?:\.\d+)?[eE](?:\+?\d{1,3}|-\d{2,3})|\.\d+[eE]-\d)", text, re.ASCII):
         return f"{Decimal(text):f}"
     return None if text.lower() in ("", "nan", "inf", "-inf") or text in ("None", "null") else text
 

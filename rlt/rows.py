@@ -9,7 +9,7 @@ import json
 import math
 import re
 
-from rlt.answers import answer_of, as_text, boxed, same_text, whole_number
+from rlt.answers import answer_of, as_text, at_mark, boxed, same_text, whole_number
 from rlt.errors import FLAGS, UserError, printable
 from rlt.sources import BROKEN, read_source
 from rlt.tags import SOLUTION, THOUGHT
@@ -104,8 +104,9 @@ def _row(raw, named, require_solution):
     if "messages" in columns and not named:
         row |= _messages(columns["messages"], "explanation" in raw)
     row |= {ours: _number_as_text(raw[name]) for ours, name in named.items()}
-    if named.get("explanation") == "answer" and "solution" not in named and "####" in str(raw["answer"]):  # GSM8K
-        row["explanation"], _, row["solution"] = _solution_of(raw["answer"]).rpartition("\n")
+    if named.get("explanation") == "answer" and "solution" not in named:
+        if at_mark(str(raw["answer"]))[1] is not None:  # GSM8K
+            row["explanation"], _, row["solution"] = _solution_of(raw["answer"]).rpartition("\n")
     row["solution"] = _number_as_text(row["solution"])
     _check_texts(row, raw, columns, named, require_solution)
     return row
@@ -220,11 +221,11 @@ def _solution_of(answer):
     answer = as_text(answer)
     if answer is None:
         raise UserError("has an answer that is neither text nor a number")
-    steps, mark, value = answer.rpartition("####")
-    if mark and not value.strip():
+    steps, number = at_mark(answer)
+    if number == "":
         raise UserError('has an answer without "#### number"')
-    if mark:
-        return re.sub(r"<<.*?>>", "", steps).rstrip() + f"\n\\boxed{{{value.strip()}}}"
+    if number:
+        return re.sub(r"<<.*?>>", "", steps).rstrip() + f"\n\\boxed{{{number}}}"
     return answer if "\\boxed" in answer or "\n" in answer else f"\\boxed{{{answer}}}"
 
 

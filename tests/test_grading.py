@@ -186,6 +186,16 @@ def test_a_thought_that_the_prompt_opened():
     (r"-\frac{1}{2}", "-1/2"),
     ("that is 1.5e3", "1.5e3"),
     ("1e", "1"),
+    ("The answer is 3.5e-3", "3.5e-3"),
+    ("that is -1.5E-12.", "-1.5E-12"),
+    ("#### Step 1\n5+3=8\n#### Step 2: total\nSo the total is 18.", "18"),  # headings in Markdown
+    ("#### 1. Cost\n5+3=8\n#### 2) Total\nSo the total is 18.", "18"),
+    ("####  1. Cost\nIt is 18.", "18"),
+    ("#### 18\n#### Why\nThere are 3.", "18"),
+    ("#### **18** and not 3", "18"),
+    ("####\n-$18 and not 3", "-18"),
+    ("#### 18. \n", "18"),
+    ("#### 12.50 and not 3", "12.50"),
 ])
 def test_gsm8k_falls_back_to_a_number(output, answer):
     assert answer_of("gsm8k", output) == answer
@@ -193,7 +203,8 @@ def test_gsm8k_falls_back_to_a_number(output, answer):
 
 @pytest.mark.parametrize("piece", [
     "<", "<think", "<think ", "<|", "think-", "<think" * 3 + "-", r"\boxed", r"\boxed{", r"\boxed {", "{", "\\", "1,",
-    "1.", "-1", "9" * 99, "{,}", r"\!", "#", "answer is ", "answer: (", OPEN, THOUGHT, "[THINK]", "\ufeff"])
+    "1.", "-1", "9" * 99, "{,}", r"\!", "#", "#### ", "#### 1. a",
+    "1e-", "answer is ", "answer: (", OPEN, THOUGHT, "[THINK]", "\ufeff"])
 def test_finding_an_answer_takes_linear_time(piece):
     """It has no time limit: a text of 200,000 characters takes a moment, whatever it repeats."""
     for task in ("toy", "math500", "gsm8k", "gpqa", "countdown"):
@@ -265,7 +276,8 @@ def test_a_gold_answer_that_cannot_be_read_is_never_right(gold, graded_here, cap
     ("math500", 0.0001, "10^{-4}"), ("math500", "0.00001", "10^{-5}"), ("math500", 1e16, "10^{16}"),
     ("math500", "1e+16", "10^{16}"), ("math500", 1e16, "1e16"), ("math500", "0.0000", "0"),
     ("math500", 0.5, r"\frac{1}{2}"), ("aime24", 33, "33"), ("aime25", 70.0, "70"), ("aime24", "025", "25"),
-    ("math500", r"2e-1", "2e-1"), ("math500", "10000", "10^4"),
+    ("math500", r"2e-1", "2e-1"), ("math500", "10000", "10^4"), ("gsm8k", "0.0035", "3.5e-3"),
+    ("gsm8k", 0.0035, "3.5E-3"), ("gsm8k", "#### Step 1\n5+3=8\n#### 72", "72"),
 ])
 def test_gold_of_any_type_of_number(task, gold, answer):
     for text, right in ((answer, True), ("31", False), (r"\text{nan}", False)):

@@ -230,8 +230,11 @@ def test_a_small_float_has_no_exponent_in_the_solution_and_is_not_graded(tmp_pat
 
 
 def test_an_answer_that_is_a_solution_is_taken_as_it_is(tmp_path):
-    for answer in ("So \\boxed{7}.", "First this.\nThen that."):
+    headings = "#### Step 1\n5+3=8\n#### Step 2\nSo it is 8."
+    for answer in ("So \\boxed{7}.", "First this.\nThen that.", headings):
         assert load(tmp_path, {"question": "q", "answer": answer})[0]["solution"] == answer
+    [row] = load(tmp_path, {"question": "q", "solution": "s", "answer": headings}, explanation_column="answer")
+    assert (row["explanation"], row["solution"]) == (headings, "s")
 
 
 def test_rows_without_a_solution_are_for_grading_only(tmp_path):
