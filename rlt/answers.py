@@ -35,13 +35,16 @@ THOUGHT_TAG = re.compile(
     r"[\w-]{0,40})"
     r"(?:\s[^<>]{0,99})?\|?>",
     re.IGNORECASE)
-OTHER_TAGS = (  # of thoughts: opening, closing
-    ("[THINK]", "[/THINK]"),  # Magistral
-    ("◁think▷", "◁/think▷"),  # Kimi
-    ("<|channel|>analysis", "<|channel|>final"),  # gpt-oss
-    ("<|channel|>commentary", "<|channel|>final"),
-    ("<|channel>thought", "<channel|>"),  # Gemma
-)
+SWITCH = re.compile(r"non?[_-]?think(?:ing)?|think(?:ing)?[_-](?:on|off)")  # a tag that says whether to think
+OTHER_TAGS = {  # of thoughts: opening -> closing
+    r"\[THINK\]": r"\[/THINK\]",  # Magistral
+    "◁think▷": "◁/think▷",  # Kimi
+    r"<\|inner_prefix\|>": r"<\|inner_suffix\|>",  # Apertus
+    r"\[unused16\]": r"\[unused17\]",  # openPangu
+    r"<\|channel>thought": r"<channel\|>",  # Gemma
+    r"<\|channel\|>(?:analysis|commentary)(?:<\|message\|>)?":  # gpt-oss
+        r"(?:<\|end\|>)?(?:<\|start\|>assistant)?<\|channel\|>final(?:<\|message\|>)?",
+}
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 TYPESET = {0xFF01 + i: 0x21 + i for i in range(94)}  # full-width characters
 TYPESET |= dict.fromkeys((0x2212, 0x2010, 0x2011, 0x2012, 0x2013, 0xFE63), "-")  # a minus, and dashes used as one
@@ -102,12 +105,13 @@ def _thought_tags(text):
     """(start, end, name, closes) of every tag around a thought, of whatever model."""
     for match in THOUGHT_TAG.finditer(text):
         tag = match[1].lower()
-        name = re.sub(r"^(?:/|(?:begin|start|end)_(?:of_)?)|_(?:begin|start|end)$", "", tag)
-        yield *match.span(), name, tag.startswith(("/", "end_")) or tag.endswith("_end")
-    for pair in OTHER_TAGS:
-        for tag in pair:
-            for match in re.finditer(re.escape(tag), text, re.IGNORECASE):
-                yield *match.span(), pair[0], tag == pair[1]
+        name = re.sub(r"^(?:/|(?:begin|start|end)(?:_of_|of|_))|_(?:begin|start|end)$", "", tag)
+        if not SWITCH.fullmatch(name):
+            yield *match.span(), name, tag.startswith(("/", "end_", "endof")) or tag.endswith("_end")
+    for opening, closing in OTHER_TAGS.items():
+        for tag in (opening, closing):
+            for match in re.finditer(tag, text, re.IGNORECASE):
+                yield *match.span(), opening, tag == closing
 
 
 def _solution_block(text):

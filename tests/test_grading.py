@@ -108,7 +108,8 @@ def test_the_last_box(output, answer):
     ("<Think>", "</THINK>"), ("<chain-of-thought>", "</chain-of-thought>"), ("<inner_reasoning>", "</inner_reasoning>"),
     ("<|thinking|>", "<|/thinking|>"), ("<|thought_start|>", "<|thought_end|>"), ("<think effort='low'>", "</think>"),
     ("<rationale>", "</rationale>"), ("<longcat_think>", "</longcat_think>"), ("<|channel>thought", "<channel|>"),
- ("<|START_THINKING|>", "<|END_THINKING|>"), ("◁think▷", "◁/think▷"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"), ("◁think▷", "◁/think▷"), ("<|inner_prefix|>", "<|inner_suffix|>"),
+    ("<|startofthought|>", "<|endofthought|>"), ("[unused16]", "[unused17]"), ("<think_on><think>", "</think>"),
     ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
     (THOUGHT, DONE)])
 def test_thoughts_of_any_model_are_no_answer(opening, closing):
@@ -121,6 +122,13 @@ def test_thoughts_of_any_model_are_no_answer(opening, closing):
             (rf"{opening}a{closing} \boxed{{7}} {opening} \boxed{{72}}", None),  # it thinks again
         ):
             assert answer_of(task, output) == answer, (task, output)
+
+
+@pytest.mark.parametrize("switch", ["<think_on>", "<think_off>", "<no_think>", "<nothink>", "<|no_thinking|>"])
+def test_a_switch_opens_no_thought(switch):
+    assert answer_of("math500", rf"{switch}\boxed{{7}}") == "7"
+    assert answer_of("math500", rf"{switch}<think>maybe \boxed{{72}}, wait") is None
+    assert opened_thought(f"assistant {switch}\n") == ""
 
 
 def test_a_thought_within_a_thought_does_not_end_it():
@@ -138,6 +146,7 @@ def test_a_thought_that_the_prompt_opened():
     assert opened_thought(f"assistant {THOUGHT}\n\n") == THOUGHT
     assert opened_thought(f"assistant {DONE}\n\n") == opened_thought("") == ""
     assert opened_thought("<|start|>assistant<|channel|>analysis") == "<|channel|>analysis"
+    assert opened_thought("<|start|>assistant<|channel|>analysis<|message|>") == "<|channel|>analysis<|message|>"
     assert answer_of("math500", opened_thought("<think>\n") + r"maybe \boxed{72}, wait") is None
 
 
