@@ -101,6 +101,24 @@ def _after_thought(output):
     return output[answer:] if all(closed.values()) else None
 
 
+def split_thought(output):
+    """(thought, answer) of an assistant's turn: thought None where it has none, both None where it never ends.
+
+    Any tag can open a thought at the start of the turn, further on only one that is used for nothing else: in a
+    program, <InternalNode> opens none. What stands between two thoughts is part of the thought.
+    """
+    tags = sorted(_thought_tags(output))
+    first = next((name for start, _, name, _ in tags if not output[:start].strip()
+                  or name in OTHER_TAGS or re.search("(?<![a-z])think(?:ing)?$", name)), None)
+    tags = [tag for tag in tags if tag[2] == first]
+    if not tags:
+        return None, output
+    starts, ends, _, closes = zip(*tags, strict=True)
+    pieces = [output[end:start] for end, start in zip((0, *ends), starts, strict=False)]
+    thought = "".join(pieces if closes[0] else pieces[1:])
+    return (thought, output[ends[-1] :]) if closes[-1] else (None, None)
+
+
 def _thought_tags(text):
     """(start, end, name, closes) of every tag around a thought, of whatever model."""
     for match in THOUGHT_TAG.finditer(text):

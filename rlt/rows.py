@@ -9,7 +9,7 @@ import json
 import math
 import re
 
-from rlt.answers import answer_of, as_text, at_mark, boxed, same_text, whole_number
+from rlt.answers import answer_of, as_text, at_mark, boxed, same_text, split_thought, whole_number
 from rlt.errors import FLAGS, UserError, printable
 from rlt.sources import BROKEN, read_source
 from rlt.tags import SOLUTION, THOUGHT
@@ -301,17 +301,18 @@ def _turns(value, column):
 
 
 def _sections(answer):
-    """(thought, solution) of an assistant's turn, by our tags or <think>; thought None where it has none.
+    """(thought, solution) of an assistant's turn, by our tags or another model's; thought None where it has none.
 
-    (None, None) where it has tags that do not belong together.
+    (None, None) where it has tags that do not belong together, or a thought that never ends.
     """
     if any(tag in answer for tag in THOUGHT + SOLUTION):
         thought, solution = between(answer, *THOUGHT), between(answer, *SOLUTION)
         return (None, None) if None in (thought, solution) else (thought.lstrip("\n"), solution)
-    thought, tag, solution = answer.partition("</think>")
-    if not tag:
-        return None, answer
-    return thought.rpartition("<think>")[2].strip("\n") + "\n\n", solution
+    thought, solution = split_thought(answer)
+    if thought is None:
+        return None, solution
+    in_tags = re.fullmatch(r"\s*<answer>(.*)</answer>\s*", solution, re.DOTALL | re.IGNORECASE)
+    return thought.strip("\n") + "\n\n", in_tags[1] if in_tags else solution
 
 
 def _json(text, column):

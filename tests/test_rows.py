@@ -331,6 +331,37 @@ def test_a_conversation_of_many_turns_has_no_one_question(tmp_path):
             load(tmp_path, {"conversations": [{"from": "user", "value": "q"}, {"from": "assistant", "value": answer}]})
 
 
+@pytest.mark.parametrize(("answer", "explanation", "solution"), [
+    ("<thinking>\nhm\n</thinking>\n72", "hm", "72"),
+    ("<Think>hm</THINK>72", "hm", "72"),
+    ("<reasoning>\nhm\n</reasoning>\n<answer>\n72\n</answer>\n", "hm", "72"),
+    ("[THINK]hm[/THINK]72", "hm", "72"),
+    ("<|inner_prefix|>hm<|inner_suffix|>72", "hm", "72"),
+    ("<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>72", "hm", "72"),
+    ("<think_on><think>hm</think>72", "hm", "72"),
+    ("hm</think>72", "hm", "72"),  # the prompt had opened it
+    ("Sure. <think>hm</think>72", "hm", "72"),
+    ("<think>h</think>m<think>!</think>72", "hm!", "72"),  # what follows the last thought counts, as in a grader
+    ("<think>a <reflection>b</reflection> c</think>72", "a <reflection>b</reflection> c", "72"),
+    ("<think>hm</think>vector<Thought> a; <analysis>", "hm", "vector<Thought> a; <analysis>"),
+    ("vector<InternalNode> a; <Thinker>", None, "vector<InternalNode> a; <Thinker>"),
+    ("<nothink>72", None, "<nothink>72"),
+    ("<think>\nlet me see", None, None),
+    ("Sure. <think>\nlet me see", None, None),
+    ("<reasoning>let me see", None, None),
+    ("<think>a</think>72<think>b", None, None),
+    ("<|channel|>analysis<|message|>let me see", None, None),
+])
+def test_a_thought_in_any_models_tags_is_no_solution(tmp_path, answer, explanation, solution):
+    row = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": answer}]}
+    if solution is None:
+        with pytest.raises(UserError, match="line 1 has conversations without thought and solution in their tags"):
+            load(tmp_path, row)
+    else:
+        [row] = load(tmp_path, row)
+        assert (row.get("explanation"), row["solution"]) == (explanation, solution)
+
+
 # -- leaks
 
 
