@@ -30,7 +30,7 @@ from rlt.chat_template import ChatTemplate, tokenize, turn_ends, vocabulary_size
 from rlt.errors import UserError, printable
 from rlt.logprobs import KLRow
 from rlt.rows import map_rows
-from rlt.tags import EXPLANATION, SOLUTION, THOUGHT
+from rlt.tags import EXPLANATION, SOLUTION, THOUGHT, tagged_answer
 
 from rewards import Row, score_explanations
 
@@ -291,7 +291,7 @@ class Prompts:
 
     def chat_messages(self, row, text):
         """The chat messages a student is trained on: the teacher's raw text with the tags swapped."""
-        answer = f"{THOUGHT_OPENED}{text}{THOUGHT[1]}\n\n{SOLUTION[0]}\n\n{row['solution']}\n\n{SOLUTION[1]}"
+        answer = tagged_answer(text, row["solution"])
         roles = ("system", self.system["student"]), ("user", row["question"]), ("assistant", answer)
         return [{"role": role, "content": content} for role, content in roles]
 

@@ -12,9 +12,10 @@ import re
 from rlt.answers import answer_of, as_text, at_mark, boxed, same_text, split_thought, whole_number
 from rlt.errors import FLAGS, UserError, printable
 from rlt.sources import BROKEN, read_source
-from rlt.tags import SOLUTION, THOUGHT
+from rlt.tags import SOLUTION, THOUGHT, tagged_answer
 
 BOXED = "Return your final response within \\boxed{}. "  # the instruction that the benchmarks' harness puts first
+THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")  # of an assistant's turn, beside its content
 ROLES = {"developer": "system", "human": "user",
          **dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant")}
 
@@ -279,7 +280,10 @@ def _messages(value, explained):
 
 
 def _turns(value, column):
-    """A conversation as dicts with role and content (text), whatever its keys and its form."""
+    """A conversation as dicts with role and content (text), whatever its keys and its form.
+
+    A thought that an assistant's turn has in a column of its own becomes part of its content, in our tags.
+    """
     if isinstance(value, str):
         value = _json(value, column)
     if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
@@ -294,6 +298,12 @@ def _turns(value, column):
         role = ROLES.get(role.lower(), role.lower()) if isinstance(role, str) else None
         if role not in ("system", "user", "assistant") or not isinstance(content, str):
             raise UserError(f"has {column} with a turn that is no text by system, user or assistant")
+        thought = next((turn[key] for key in THOUGHT_KEYS if not _is_empty(turn.get(key))), None)
+        if role == "assistant" and content.strip() and not isinstance(thought, bool | None):  # a bool: whether to think
+            if not isinstance(thought, str):
+                raise UserError(f"has {column} with a thought of type {type(thought).__name__}, expected text")
+            if _sections(content) == (None, content):
+                content = tagged_answer(thought.strip("\n") + "\n\n", content.strip("\n"))
         if BROKEN.search(content):
             raise UserError(f"has half a character (a lone surrogate) in its {column}")
         turns.append({"role": role, "content": content})

@@ -291,6 +291,26 @@ def test_messages_of_any_form(tmp_path):
         assert row["messages"] == want and (row["question"], row["explanation"]) == ("q", "E")
 
 
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_a_thought_beside_the_content_is_the_explanation(tmp_path, key):
+    user = {"role": "user", "content": "Q"}
+    answer = {"role": "assistant", "content": "\\boxed{1}", key: "\nHm.\n\nYes."}
+    for column in ("messages", "conversations"):
+        [row] = load(tmp_path, {column: [user, {"reasoning_content": None, **answer}]})
+        assert (row["solution"], row["explanation"].strip()) == ("\\boxed{1}", "Hm.\n\nYes.")
+    [row] = load(tmp_path, {**GOOD, "messages": [user, answer]})
+    assert row["messages"] == [user, {"role": "assistant", "content": ANSWERED}], "which is what is trained on"
+    for content in (ANSWERED, THINKS):  # it has its thought already
+        [row] = load(tmp_path, {"messages": [user, {**answer, "content": content, key: "Hm."}]})
+        assert row["messages"][1]["content"] == content
+    for switch in (True, False, None, ""):
+        assert "explanation" not in load(tmp_path, {"messages": [user, {**answer, key: switch}]})[0]
+    with pytest.raises(UserError, match="has messages with a thought of type list, expected text"):
+        load(tmp_path, {"messages": [user, {**answer, key: [{"text": "Hm."}]}]})
+    with pytest.raises(UserError, match="half a character"):
+        load(tmp_path, {"messages": [user, {**answer, key: "\ud800"}]})
+
+
 @pytest.mark.parametrize("messages", [None, "", [], {}, [{"role": "user", "content": "Q"}]])
 def test_without_an_assistants_turn_at_the_end_there_are_no_messages_to_learn(tmp_path, messages):
     """The last turn of any row with messages was learned, the user's words too."""
