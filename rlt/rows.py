@@ -194,11 +194,11 @@ def _by_schema(columns):
             return {"question": BOXED + _text(columns, name), "solution": _solution_of(columns["answer"])}
     if names >= {"nums", "target"}:
         return _countdown(columns["nums"], columns["target"])
-    if names >= {"input", "output"} and re.fullmatch(r"\d+(?:,\d+)+", str(columns["input"])):  # countdown of d1
-        return _countdown(columns["input"].split(","), columns["output"])
     if names >= {"instruction", "output"}:  # Alpaca
         question = "\n\n".join(_text(columns, name) for name in ("instruction", "input") if name in names)
         return {"question": question, "solution": columns["output"]}
+    if names >= {"input", "output"} and re.fullmatch(r"\d+(?:,\d+)+", str(columns["input"])):  # countdown of d1
+        return _countdown(columns["input"].split(","), columns["output"])
     if "messages" in names:
         try:
             return _exchange(columns["messages"], "messages")

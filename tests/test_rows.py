@@ -188,6 +188,7 @@ THINKS = "<think>\nHm.\n\nYes.\n</think>\n\n\\boxed{1}"
          "Q", "5 m", "E"),
         ("Alpaca", {"instruction": "I", "input": "", "output": "O"}, "I", "O", None),
         ("Alpaca", {"instruction": "I", "input": "i", "output": "O", "text": "t"}, "I\n\ni", "O", None),
+        ("Alpaca", {"instruction": "I", "input": "3,1,2", "output": "6"}, "I\n\n3,1,2", "6", None),  # no countdown
         ("open-r1", {"problem": "Q", "solution": "S", "answer": "1", "messages": [
             {"role": "user", "content": "Q"}, {"role": "assistant", "content": THINKS}]}, BOXED + "Q", "S",
          "Hm.\n\nYes.\n\n"),
