@@ -115,12 +115,13 @@ def task_of(rows):
 def with_choices(row, seed=0):
     """A row of GPQA with its four choices in the question, and the letter of the right one as `answer`.
 
-    Their order depends on the seed and the question alone. A row without a column "Correct Answer" is returned as it
-    is: its question should show the choices, its `answer` be a letter.
+    Their order depends on the seed and the question alone. A row without a "Correct Answer" is returned as it is: its
+    question should show the choices, its `answer` be a letter.
     """
-    if CHOICES[0] not in row or "choices" in row:
+    columns = {name.strip().lower(): value for name, value in row.items()}
+    texts = [as_text(columns.get(name.lower())) for name in CHOICES]
+    if texts[0] is None or row.get("choices"):
         return row
-    texts = [as_text(row.get(column)) for column in CHOICES]
     if None in texts:
         raise UserError(f"{row['where']} has no {CHOICES[texts.index(None)]}: leave that row out.")
     order = random.Random(seed_for(seed, "choices", row["question"])).sample(range(4), 4)

@@ -98,16 +98,17 @@ def _row(raw, named, require_solution):
         columns["answer"] = _number_as_text(columns["answer"])
 
     # what the row came with, what a known schema makes of it, what the flags name: later ones win
-    row = {name: value for name, value in raw.items() if name != "messages"} | {"solution": raw.get("solution")}
+    row = {name: value for name, value in raw.items() if name not in ("messages", "closed")}
+    row["solution"] = raw.get("solution")
     if not named.keys() & {"question", "solution"}:
         row |= _by_schema(columns)
-    row |= {name: columns[name] for name in ("answer", "explanation") if name in columns}
+    row |= {name: columns[name] for name in ("answer", "explanation", "hint", "closed") if name in columns}
     if "messages" in columns and not named:
-        row |= _messages(columns["messages"], "explanation" in raw)
+        row |= _messages(columns["messages"], "explanation" in columns)
     row |= {ours: _number_as_text(raw[name]) for ours, name in named.items()}
-    if named.get("explanation") == "answer" and "solution" not in named:
-        if at_mark(str(raw["answer"]))[1] is not None:  # GSM8K
-            row["explanation"], _, row["solution"] = _solution_of(raw["answer"]).rpartition("\n")
+    if named.get("explanation", "").strip().lower() == "answer" and "solution" not in named:
+        if at_mark(str(row["explanation"]))[1] is not None:  # GSM8K
+            row["explanation"], _, row["solution"] = _solution_of(row["explanation"]).rpartition("\n")
     row["solution"] = _number_as_text(row["solution"])
     _check_texts(row, raw, columns, named, require_solution)
     return row

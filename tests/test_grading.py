@@ -448,6 +448,11 @@ def test_choices_have_an_order_of_their_own():
     assert min(counts) > 70  # 100 expected, standard deviation 9
     orders = {tuple(one["choices"]) for one in lettered}
     assert len(orders) == 24
+    lower = {name.lower(): text for name, text in GPQA.items()}
+    for columns in (lower, {**lower, "choices": None}, {f"{name} ": text for name, text in GPQA.items()}):
+        assert gradable("gpqa", [row(question="Which energy, 0?", **columns)])[0]["choices"] == lettered[0]["choices"]
+    ready = row(question="Which? A) 1 B) 2", answer="B", **dict.fromkeys(GPQA))
+    assert gradable("gpqa", [ready]) == [ready]
     with pytest.raises(UserError, match="has no Incorrect Answer 2"):
         with_choices(row(question="?", **GPQA | {"Incorrect Answer 2": None}))
 

@@ -249,6 +249,24 @@ def test_rows_without_a_solution_are_for_grading_only(tmp_path):
     assert (row["question"], row["solution"]) == ("p", None)
 
 
+TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": THINKS}]
+
+
+@pytest.mark.parametrize(("raw", "options", "wanted"), [
+    ({**GOOD, "closed": None}, {}, {"closed": "missing"}),
+    ('{"question": "q", "solution": "s", "closed": NaN}', {}, {"closed": "missing"}),
+    ({**GOOD, "Closed": False, "Hint": "h"}, {}, {"closed": False, "hint": "h"}),
+    ({**GOOD, "explanation": None, "messages": TURNS}, {}, {"explanation": "Hm.\n\nYes.\n\n"}),
+    ({**GOOD, "explanation": " ", "messages": TURNS}, {}, {"explanation": "Hm.\n\nYes.\n\n"}),
+    ({**GOOD, "Explanation": "E", "messages": TURNS}, {}, {"explanation": "E"}),
+    ({"Question": "Q", "Answer": "<<1+1=2>>2\n#### 2"}, {"explanation_column": "Answer"},
+     {"explanation": "2", "solution": "\\boxed{2}"}),
+])
+def test_upper_case_and_nulls_do_no_harm(tmp_path, raw, options, wanted):
+    [row] = load(tmp_path, raw, **options)
+    assert {name: row.get(name, "missing") for name in wanted} == wanted
+
+
 def test_named_columns_win_and_leave_messages_out(tmp_path):
     turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
     raw = {**GOOD, "explanation": "E", "messages": turns, "better": "B", "other": None}
