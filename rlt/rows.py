@@ -8,6 +8,7 @@ Everything a user can get wrong here is a UserError that names the row.
 import json
 import math
 import re
+from decimal import Decimal
 
 from rlt.answers import answer_of, as_text, at_mark, boxed, same_text, split_thought, whole_number
 from rlt.errors import FLAGS, UserError, printable
@@ -119,7 +120,9 @@ def _check_texts(row, raw, columns, named, require_solution):
     required = {"question", *named, *(["solution"] if require_solution else [])}
     for column in ("question", "solution", "explanation", "hint"):
         value = row.get(column)
-        if column in required and _is_empty(value):
+        if column in required and _is_empty(value) and value is not None:
+            raise UserError(f"has an empty {column}")
+        if column in required and value is None:
             _raise_missing(column, named.get(column, column), raw, columns, require_solution)
         if value is not None and not isinstance(value, str) and column in ("question", "solution", *named):
             raise UserError(f"has {column} of type {type(value).__name__}, expected text")
@@ -159,6 +162,8 @@ def _number_as_text(value):
         return str(int(value))
     if isinstance(value, float) and math.isfinite(value):
         return str(value)
+    if isinstance(value, Decimal):
+        return re.sub(r"\.0+$", "", f"{value:f}")
     if isinstance(value, int):
         return as_text(value) or value
     return value

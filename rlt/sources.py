@@ -2,7 +2,7 @@
 """
 Rows as they come: files and hub data sets, one dict a row, or the UserError that says why one can't be read.
 
-    rows.jsonl  rows.json  rows.csv  rows.tsv, each also as .gz    rows.parquet    org/name:config@split
+    rows.jsonl  rows.json  rows.csv  rows.tsv, each also packed by gzip    rows.parquet    org/name:config@split
 """
 
 import csv
@@ -36,7 +36,7 @@ def read_source(source, limit=None):
 
 def _rows(source):
     path = Path(source)
-    kind = Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
+    kind = Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
     if path.is_dir():
         raise UserError(f"{source} is a folder: {EXPECTED}")
     if not path.is_file():
@@ -63,7 +63,9 @@ def _numbered(source, rows):
 
 def _text(path, newline="\n"):
     """A file opened as text: UTF-8, or what its byte order mark says. Bytes that are no UTF-8 become BROKEN."""
-    file = gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"  # so gzip's files begin
+    file = gzip.open(path) if packed or path.suffix.lower() == ".gz" else path.open("rb")
     start = file.read(4)
     file.seek(0)
     encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark)), "utf-8-sig")
@@ -148,9 +150,23 @@ def _parquet(path):
     try:
         with ParquetFile(path) as file:
             for batch in file.iter_batches(1000):
+                batch = pyarrow.RecordBatch.from_arrays(list(map(_as_doubles, batch.columns)), batch.schema.names)
                 yield from map(_parquet_row, (batch.slice(n, 1) for n in range(batch.num_rows)))
     except pyarrow.ArrowException as error:
         raise UserError(f"{path} is no Parquet file that can be read ({error})") from None
+
+
+def _as_doubles(column):
+    """A column of 32-bit numbers, or of lists of them, as doubles by way of text: 0.1 is not 0.10000000149011612."""
+    import pyarrow
+
+    def with_floats_as(number, kind):
+        if pyarrow.types.is_list(kind):
+            return pyarrow.list_(with_floats_as(number, kind.value_type))
+        return number if pyarrow.types.is_float32(kind) else kind
+
+    text, double = (with_floats_as(number, column.type) for number in (pyarrow.string(), pyarrow.float64()))
+    return column.cast(text).cast(double) if text != column.type else column
 
 
 def _parquet_row(one):

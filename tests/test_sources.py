@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from decimal import Decimal
 
 from rlt.errors import UserError
 from rlt.rows import load_rows
@@ -53,6 +54,12 @@ def test_text_files_in_any_encoding_that_says_so(tmp_path, encoding, name, text)
     assert [row["question"] for row in load_rows(packed, limit=1)] == [ROWS[0]["question"]]
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.jsonl.GZ", "rows.JSONL.gz"])
+def test_what_gzip_packed_is_read_under_any_name(tmp_path, name):
+    (tmp_path / name).write_bytes(gzip.compress(LINES.encode()))
+    assert found(tmp_path / name) == ROWS
+
+
 def test_parquet(tmp_path):
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     rows = [{**ROWS[0], "messages": turns, "level": 5}, {**ROWS[1], "messages": None, "level": None}] * 700
@@ -63,6 +70,25 @@ def test_parquet(tmp_path):
     assert len(list(read_source(tmp_path / "rows.parquet", limit=3))) == 3
     loaded = load_rows(tmp_path / "rows.parquet", limit=2)
     assert loaded[0]["messages"] == turns and "messages" not in loaded[1]
+
+
+def test_numbers_of_any_type_in_parquet_are_what_was_meant(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    path, single = tmp_path / "rows.parquet", pyarrow.float32()
+    money = [Decimal("72.50"), Decimal("72.00"), Decimal("0.00"), None]
+    columns = {"question": ["q"] * 4, "solution": money, "share": pyarrow.array([0.1, 72, None, 1e-30], single),
+               "shares": pyarrow.array([[0.1, None], [], None, [72]], pyarrow.list_(single))}
+    parquet.write_table(pyarrow.table(columns), path)
+    rows = load_rows(path, skip_bad=True)
+    assert [row["solution"] for row in rows] == ["72.50", "72", "0"]
+    assert [row["share"] for row in found(path)] == [0.1, 72.0, None, 1e-30]
+    assert [row["shares"] for row in found(path)] == [[0.1, None], [], None, [72.0]]
+    assert load_rows(path, limit=1, solution_column="share")[0]["solution"] == "0.1"
+    big = pyarrow.array([Decimal("1E+2"), Decimal("12345678901234567890123456789012345678")], pyarrow.decimal128(38, 0))
+    parquet.write_table(pyarrow.table({"problem": ["p"] * 2, "answer": big}), path)
+    assert [row["answer"] for row in load_rows(path)] == ["100", "12345678901234567890123456789012345678"]
 
 
 def test_a_parquet_value_that_is_no_text_is_that_rows(tmp_path):
