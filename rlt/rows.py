@@ -341,6 +341,9 @@ def _json(text, column):
 # ---------------------------------------------------------------------------------------------------------
 # leaks
 
+STATED = (r"\b(?i:answer|result|solution)"  # possessive (++): linear in the text
+          r"(?i:[\s*_]*(?:is|equals|must|should|would|will|be|then|thus|therefore|clearly|just|simply|:|=|,))++|####")
+
 
 def leaks(explanation, solution):
     """Whether the explanation gives the solution away instead of arriving at it: `leak` in logs, tables and figures.
@@ -348,7 +351,7 @@ def leaks(explanation, solution):
     It does where one of these stands before its middle, or with next to nothing around it:
       - the solution, word for word, if it has more than two characters: "5" or "A" may stand in any text
       - a statement of the answer: "the answer is 144", "\\boxed{144}", "#### 144". The answer is what the solution's
-        last box holds, or a solution of few words itself. A box may have it in another notation
+        last box holds, or a solution of few words itself. It may be in another notation, "1/2" or "C" for \\text{C}
     And where it is a boxed solution's answer alone, with at most three words before it: "144", "It is 144."
     Statements are recognised in English only, the solution itself in any language with blanks between words.
     """
@@ -361,15 +364,46 @@ def leaks(explanation, solution):
     if answer and (statement := _statement(answer).search(text)):
         found.append((statement.start(), len(statement[0].split())))
     found += [(at, len(box.split())) for at, box in boxed(text) if answer and same_text(answer, box)]
-    alone = in_box and re.fullmatch(rf"\W*(?:[A-Za-z]+\W+){{0,3}}{_either(in_box)}\W*", text)
+    short = 0 < len(answer) <= 200
+    found += _statements_in_another_notation(answer, text) if short else []
+    alone = in_box and (re.fullmatch(rf"\W*(?:[A-Za-z]+\W+){{0,3}}{_either(in_box)}\W*", text)
+                        or short and _is_alone(in_box, text.split()))
     return bool(alone) or any(at < len(text) / 2 or len(text.split()) < 2 * words for at, words in found)
 
 
 def _statement(answer):
-    """The pattern of sentences that state an answer. Possessive (++): linear in the text."""
-    verb = r"is|equals|must|should|would|will|be|then|thus|therefore|clearly|just|simply|:|=|,"
-    stated = rf"\b(?i:answer|result|solution)(?i:[\s*_]*(?:{verb}))++|####|(?=\\boxed)"
-    return re.compile(rf"(?:{stated})[\s:*_$(\[\\]*(?:\\boxed\s?\{{\s?)?{_either(answer)}(?!\w|[.,]\d)")
+    """The pattern of sentences that state an answer as it is."""
+    return re.compile(rf"(?:{STATED}|(?=\\boxed))[\s:*_$(\[\\]*(?:\\boxed\s?\{{\s?)?{_either(answer)}(?!\w|[.,]\d)")
+
+
+def _statements_in_another_notation(answer, text):
+    """[(position, number of words)] of the first sentence that states a short answer, as same_text compares it."""
+    tried = set()  # a model that repeats itself states an answer a thousand times
+    for stated in re.finditer(rf"(?:{STATED})(?:[\s:*_$]|\\[(\[])*+", text):
+        words = text[stated.end() : stated.end() + 2 * len(answer) + 40].split()
+        for n in range(1, min(len(words), 9) + 1):  # "x + 1" is x+1
+            start = " ".join(words[:n])
+            if start not in tried and _is_same(answer, start):
+                return [(stated.start(), len(stated[0].split()) + n)]
+            tried.add(start)
+    return []
+
+
+def _is_alone(answer, words):
+    """Whether the words are a short answer, as same_text compares it, and at most three before it."""
+    before = [n for n in range(4) if all(word.strip(",:*").isalpha() for word in words[:n])]
+    return len(words) <= 12 and any(_is_same(answer, " ".join(words[n:])) for n in before)
+
+
+def _is_same(answer, text):
+    """Whether a text is the answer, with punctuation around it. "3 4" is not 34, and no letter or digit is nothing."""
+    return re.search(r"\w", text) and not re.search(r"\d\s+\d", text) and same_text(_bare(answer), _bare(text))
+
+
+def _bare(text):
+    """A text without punctuation and markup around it; a choice, "(C)", as its letter."""
+    text = re.sub(r"^\\[(\[]|\\[)\]]$", "", text.strip(" .,;:?*_$`\"'"))
+    return re.sub(r"^(?:\\text(?:bf)?\{)?\((\w+)\)\}?$", r"\1", text.strip(" .,;:?*_$`\"'"))
 
 
 def _either(answer):

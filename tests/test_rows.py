@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 
 from rlt.errors import UserError, printable
 from rlt.grading import gradable
@@ -479,3 +480,32 @@ TEXT = "We have $12^2 = 144$.\n\nSo it is \\boxed{144}."
 )
 def test_a_statement_of_the_boxed_answer_is_a_leak(explanation, solution, leak):
     assert leaks(explanation, solution) is leak
+
+
+@pytest.mark.parametrize(("stated", "box", "same"), [
+    ("1,234", "1234", True), ("$1{,}234$.", "1234", True), ("$72", "\\$72", True), ("50%", "50\\%", True),
+    ("C.", "\\text{C}", True), ("**(C)**", "\\text{C}", True), ("C", "\\text{(C)}", True),
+    ("Evelyn", "\\text{Evelyn}", True), ("1/2", "\\frac{1}{2}", True), ("0.5.", "\\frac12", True),
+    ("\\(\\sqrt2\\)", "\\sqrt{2}", True),
+    ("\\textbf{72}", "72", True), ("$x + 1$", "x+1", True), ("(3, \\pi/2)", "\\left(3,\\pi/2\\right)", True),
+    ("90", "90^\\circ", True), ("72.0", "72", True),
+    ("12,345", "1234", False), ("72.5", "72", False), ("172", "72", False), ("1/3", "\\frac{1}{2}", False),
+    ("3 4", "34", False), ("Carla", "\\text{Evelyn}", False), ("c", "\\text{C}", False), ("(3,4)", "(3,4]", False),
+    ("\\sqrt3", "\\sqrt{2}", False), ("%", "\\text{}", False), ("2(k+1)", "2k+2", False),
+])
+def test_a_statement_in_another_notation_is_a_leak(stated, box, same):
+    """No algebra is done."""
+    solution = f"So it is \\boxed{{{box}}}."
+    for statement in (f"The answer is {stated} ", f"**Answer:** {stated} ", f"#### {stated} "):
+        assert leaks(statement + LONG, solution) is same
+        assert leaks(LONG + LONG + statement, solution) is False, "it arrives"
+    for alone in (stated, f"So it is {stated}"):
+        assert leaks(alone, solution) is same
+
+
+@pytest.mark.parametrize("box", ["1234", "x" * 190, "x" * 10**5])
+@pytest.mark.parametrize("piece", ["The answer is 1. ", "#### ", "answer,", "answer: \\(", "answer is x + 1 + "])
+def test_finding_leaks_takes_linear_time(piece, box):
+    started = time.process_time()
+    leaks(piece * (10**5 // len(piece)), f"\\boxed{{{box}}}")
+    assert time.process_time() - started < 4
