@@ -107,8 +107,8 @@ def split_thought(output):
     Any tag can open a thought at the start of the turn, further on only one that is used for nothing else: in a
     program, <InternalNode> opens none. What stands between two thoughts is part of the thought.
     """
-    tags = sorted(_thought_tags(output))
-    first = next((name for start, _, name, _ in tags if not output[:start].strip()
+    tags, beginning = sorted(_thought_tags(output)), len(output) - len(output.lstrip())
+    first = next((name for start, _, name, _ in tags if start == beginning
                   or name in OTHER_TAGS or re.search("(?<![a-z])think(?:ing)?$", name)), None)
     tags = [tag for tag in tags if tag[2] == first]
     if not tags:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 
-from rlt.answers import opened_thought, same_text
+from rlt.answers import opened_thought, same_text, split_thought
 from rlt.errors import UserError
 from rlt.evaluations import read_evaluations
 from rlt.grading import (
@@ -213,7 +213,8 @@ def test_gsm8k_falls_back_to_a_number(output, answer):
 @pytest.mark.parametrize("piece", [
     "<", "<think", "<think ", "<|", "think-", "<think" * 3 + "-", r"\boxed", r"\boxed{", r"\boxed {", "{", "\\", "1,",
     "1.", "-1", "9" * 99, "{,}", r"\!", "#", "#### ", "#### 1. a",
-    "1e-", "answer is ", "answer: (", OPEN, THOUGHT, "[THINK]", "\ufeff"])
+    "1e-", "answer is ", "answer: (", OPEN, THOUGHT, "[THINK]", "\ufeff",
+    "a<reason>", "<think>a</think>"])
 def test_finding_an_answer_takes_linear_time(piece):
     """It has no time limit: a text of 200,000 characters takes a moment, whatever it repeats."""
     for task in ("toy", "math500", "gsm8k", "gpqa", "countdown"):
@@ -221,6 +222,9 @@ def test_finding_an_answer_takes_linear_time(piece):
         for head in ("", "<", "<think ", "answer is", r"\boxed{"):
             answer_of(task, head + piece * (200_000 // len(piece)))
         assert time.process_time() - started < 4, task
+    started = time.process_time()
+    split_thought(piece * (200_000 // len(piece)))
+    assert time.process_time() - started < 1
 
 
 # ---------------------------------------------------------------------------------------------------------
