@@ -308,6 +308,8 @@ class Prompts:
                               'take it out, or, where it marks a thought, call the column "conversations"')
         else:
             text = self._text(row, "explanation").strip("\n") + "\n\n"
+            if view == "student" and not self._text(row, "solution").strip():
+                raise UserError("has an empty solution: give it one")
             messages = self.chat_messages({name: self._text(row, name) for name in ("question", "solution")}, text)
         if view == "student":
             *before, answer = messages

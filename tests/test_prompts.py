@@ -251,6 +251,8 @@ def test_an_empty_answer_is_nothing_to_learn(prompts):
     *before, answer = prompts.chat_messages(ROW, "Think.\n\n")
     with pytest.raises(UserError, match="messages that end with an empty assistant turn"):
         prompts.sft_row({**ROW, "messages": [*before, {**answer, "content": "\n"}]}, "student")
+    with pytest.raises(UserError, match="has an empty solution: give it one"):
+        prompts.sft_row({**ROW, "explanation": "Think.", "solution": "\n"}, "student")
 
 
 def test_messages_may_have_our_tags_and_no_special_tokens(prompts):
