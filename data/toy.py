@@ -4,9 +4,9 @@ The toy: a task, its rows, its tokenizer and a base model of half a million para
 
     question     x 3 y 7 s1 x+=y s2 y*=3        two clocks of ten hours, a numbered list of operations
     solution     0 1                            the hours after the last operation
-    explanation  s1 x+=y 0 7 s2 y*=3 0 1        a full correct chain: every step with the state after it
+    explanation  s1 x+=y 0 7 s2 y*=3 0 1        a full chain: every step with the state after it
 
-Five kinds of author write explanations (AUTHORS): careful ones the full correct chain, others wrong chains, parts of
+Five kinds of author write explanations (AUTHORS): careful ones the full chain, others wrong chains, parts of
 chains, the solution alone, or noise. The base model is pretrained on all kinds. It learns every single step and can
 follow a chain, but on long problems it has mostly seen bad explanations, and writes bad ones itself. That is what the
 method needs: a student that can use a good explanation, a solution that is hard to guess, and a teacher whose samples
@@ -147,7 +147,7 @@ def draw_question(rng, n_steps, names):
 
 
 def chain(question):
-    """The full correct chain: the best explanation."""
+    """The full chain: the best explanation."""
     return " ".join(steps(question))
 
 
@@ -157,7 +157,7 @@ def solution(question):
 
 
 def is_full_chain(question, explanation):
-    """Whether the explanation contains the full correct chain, with nothing in between."""
+    """Whether the explanation contains the full chain, with nothing in between."""
     return f" {chain(question)} " in f" {' '.join(explanation.split())} "
 
 
