@@ -732,6 +732,16 @@ def eval_mode(model):
             module.training = training
 
 
+def check_adapter_type(config):
+    """Raise UnsupportedModel for an adapter that works in peft's own forward pass, which is not used here: all that is
+    left of it would be its base. config: peft's, or None."""
+    if (getattr(config, "is_prompt_learning", False) or getattr(config, "alora_invocation_tokens", None)
+            or getattr(config, "peft_type", None) in ("XLORA", "POLY")):
+        raise UnsupportedModel("adapters that change the prompt, wait for a token or choose by the input (prompt-"
+                               "learning, aLoRA, X-LoRA, Poly) are not supported: use one that is always on in the "
+                               "layers, LoRA")
+
+
 @torch.no_grad()
 def check_model(model):
     """Whether the model's sequences can be packed. Measured once per model, on a few tokens; never assumed.
@@ -743,10 +753,7 @@ def check_model(model):
 
     Raises UnsupportedModel with the model's name.
     """
-    adapter = getattr(model, "active_peft_config", None)  # of a PeftModel, whose own forward pass is not used here
-    if getattr(adapter, "is_prompt_learning", False) or getattr(adapter, "alora_invocation_tokens", None):
-        raise UnsupportedModel("adapters that change the prompt or wait for a token (prompt-learning, aLoRA) are not "
-                               "supported: use one that is always on in the layers, LoRA")
+    check_adapter_type(getattr(model, "active_peft_config", None))  # of a PeftModel
     model = causal_lm(model)
     head = model.get_output_embeddings()
     if type(head) is not torch.nn.Linear:  # every time: an adapter may have come since

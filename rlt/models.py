@@ -40,7 +40,7 @@ from rlt.lora import (
 
 import torch
 
-from rewards import UnsupportedModel, check_model
+from rewards import UnsupportedModel, check_adapter_type, check_model
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it offers a kernel from a hub, which we don't want
 ROOT = Path(__file__).resolve().parent.parent
@@ -346,13 +346,18 @@ def load_model(name, *, bits, device, scores=False):
     """
     folder = resolve(name)
     _check_whole(folder)
-    if _adapter_config(folder) is not None:
+    if (config := _adapter_config(folder)) is not None:
+        with _supported(name):
+            check_adapter_type(config)
         model = load_model(base_of(folder), bits=bits, device=device)
         model = _with_adapter(model, folder).eval().requires_grad_(False)
         compute_in_input_type(model)
     else:
         model = _load_base(folder, bits, device)
-    return _checked(model, name) if scores else model
+    if scores:
+        with _supported(name):
+            check_model(model)
+    return model
 
 
 def _check_whole(folder):
@@ -433,7 +438,8 @@ def load_lora(name, *, bits, device, seed, rank=None, alpha=None, targets=None, 
     else:
         with user_errors(f"{name} can't have an adapter"):
             model = get_peft_model(base, new_lora_config(base, rank, alpha, targets))
-    _checked(model, name)
+    with _supported(name):
+        check_model(model)
     if reference:
         # Without init_lora_weights: some initialisations (PiSSA, OLoRA) take the new adapter out of the base's weights.
         model.add_adapter("reference", dataclasses.replace(model.peft_config["default"], init_lora_weights=True))
@@ -455,10 +461,10 @@ def load_lora(name, *, bits, device, seed, rank=None, alpha=None, targets=None, 
     return set_trainable(model)
 
 
-def _checked(model, name):
-    """The model, if rewards.py computes its log-probs as the model itself does."""
+@contextmanager
+def _supported(name):
+    """What rewards.py can't use of this model, as one line."""
     try:
-        check_model(model)
+        yield
     except UnsupportedModel as error:
         raise UserError(f"{name} can't be used: {error}.") from error
-    return model

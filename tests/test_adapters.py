@@ -136,7 +136,7 @@ def test_the_reference_is_the_start_and_all_parts_are_trained_and_saved(base, tm
     ({"bias": "lora_only"}, "trains biases of its base (bias='lora_only')"),
     ({"target_modules": ["q_proj", "lm_head"]}, "the head of Qwen2ForCausalLM is a peft"),
     ({"modules_to_save": ["lm_head"]}, "the head of Qwen2ForCausalLM is a peft"),
-    ({"alora_invocation_tokens": [5, 6]}, "wait for a token (prompt-learning, aLoRA) are not supported"),
+    ({"alora_invocation_tokens": [5, 6]}, "(prompt-learning, aLoRA, X-LoRA, Poly) are not supported"),
 ])
 def test_what_can_not_be_trained_is_refused(base, tmp_path, changes, message):
     theirs(base, tmp_path, **changes)
@@ -164,6 +164,21 @@ def test_adapters_of_another_kind_are_refused(plain_base, tmp_path, config, kind
     get_peft_model(AutoModelForCausalLM.from_pretrained(plain_base), config).save_pretrained(tmp_path)
     assert f"holds an adapter of type {kind}, expected LORA" in refusal(tmp_path)
     assert "rank" not in models.model_and_adapter_config(str(tmp_path)) or kind == "VERA"
+
+
+@pytest.mark.parametrize("config", [
+    peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+    peft.PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+    peft.PromptEncoderConfig(num_virtual_tokens=2, encoder_hidden_size=8, task_type="CAUSAL_LM"),
+    LoraConfig(**PLAIN, alora_invocation_tokens=[5, 6]),
+    peft.PolyConfig(target_modules=["q_proj"], n_tasks=2, task_type="CAUSAL_LM"),
+], ids=lambda config: type(config).__name__)
+@pytest.mark.parametrize("scores", [False, True])
+def test_adapters_that_only_pefts_own_forward_applies_are_not_sampled_from_as_their_base(
+        plain_base, tmp_path, config, scores):
+    get_peft_model(AutoModelForCausalLM.from_pretrained(plain_base), config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="can't be used: adapters that change the prompt, wait for a token"):
+        models.load_model(str(tmp_path), bits=32, device=CPU, scores=scores)
 
 
 @pytest.mark.parametrize("bits", [16, 4])
