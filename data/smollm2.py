@@ -76,7 +76,7 @@ def convert_gguf(path, out, end_of_turn=None, system=None):
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, "trust_remote_code": False}
     with user_errors(f"{path} can't be read as a GGUF file of a causal language model"):
         tokenizer = AutoTokenizer.from_pretrained(**source)
         loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)

@@ -165,13 +165,18 @@ def shares_base(teacher, teacher_bits, student, student_bits):
 
 def model_and_adapter_config(name):
     """What is known of a model without its weights: {"config": its base's}, and "rank" and "targets" of its adapter."""
-    from transformers import AutoConfig
-
     adapter = _adapter_config(resolve(name))
     with user_errors(f"the config of {name} can't be read"):
-        config = AutoConfig.from_pretrained(base_of(name))
+        config = _base_config(base_of(name))
     is_lora = getattr(adapter, "r", None) is not None
     return {"config": config} | ({"rank": adapter.r, "targets": adapter.target_modules} if is_lora else {})
+
+
+def _base_config(base):
+    """The config of a model without an adapter. transformers would ask whether to run its code, were it not told."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(base, trust_remote_code=False)
 
 
 def is_toy(name):
@@ -221,8 +226,15 @@ def user_errors(what):
     except UserError:
         raise
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(f"{what}: {reason}") from error
+        raise UserError(f"{what}: {_reason(error)}") from error
+
+
+def _reason(error):
+    """The first line of a library's message, and the one after it that such a line may only announce."""
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own, which is never run here. Use a model of a type that transformers has itself."
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -298,7 +310,7 @@ def load_tokenizer(name):
 def _generation_eos(base, tokenizer):
     """The ids that end a turn by the model's generation_config. Where that names none, those of its config that are
     special tokens and not the tokenizer's eos: a config class may have a default, which is any token."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     def listed(load):
         try:
@@ -310,7 +322,7 @@ def _generation_eos(base, tokenizer):
 
     others = {*tokenizer.added_tokens_decoder} - {tokenizer.eos_token_id}
     return listed(lambda: GenerationConfig.from_pretrained(base)) or tuple(
-        i for i in listed(lambda: AutoConfig.from_pretrained(base).get_text_config()) if i in others)
+        i for i in listed(lambda: _base_config(base).get_text_config()) if i in others)
 
 
 def check_same_tokenizer(model, other, other_name):
@@ -376,12 +388,12 @@ def _with_adapter(base, folder, **options):
 
 
 def _load_base(folder, bits, device):
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     with user_errors(f"{folder} can't be loaded as a causal language model"):
-        saved = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None)
+        saved = getattr(_base_config(folder), "quantization_config", None)
     if saved and not saved.get("load_in_4bit"):  # GPTQ, FP8, MXFP4, ...: not what any number of bits means here
         raise UserError(f"{folder} is saved in a quantised form ({saved.get('quant_method')}), which is not read here: "
                         "use the unquantised model.")

@@ -496,6 +496,46 @@ def test_files_that_can_not_be_read(base, tmp_path):
     assert "the adapter in" in refusal(models.base_of, str(tmp_path / "adapter"))
 
 
+def test_code_of_a_model_is_never_run_and_nobody_is_asked(base, tmp_path, monkeypatch):
+    shutil.copytree(base, tmp_path / "m")
+    (tmp_path / "m/own.py").write_text(
+        f"open({str(tmp_path / 'run')!r}, 'w')\nfrom transformers import Qwen2Config\n"
+        "class Own(Qwen2Config):\n    model_type = 'own'\n")
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Model"}}
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps(config | own))
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+    somebody_elses(base, tmp_path / "adapter")
+    adapter = tmp_path / "adapter/adapter_config.json"
+    adapter.write_text(json.dumps(json.loads(adapter.read_text()) | {"base_model_name_or_path": str(tmp_path / "m")}))
+    for name in ("m", "adapter"):
+        for function, options in ((models.load_tokenizer, {}), (models.model_and_adapter_config, {}),
+                                  (models.load_model, dict(bits=32, device=CPU)),
+                                  (models.load_lora, dict(bits=32, device=CPU, seed=0))):
+            assert "it needs code of its own, which is never run here" in refusal(
+                function, str(tmp_path / name), **options)
+    assert not (tmp_path / "run").exists()
+    config["auto_map"] = {"AutoConfig": "own.Own"}  # beside a type that transformers has, which is taken
+    (tmp_path / "m/config.json").write_text(json.dumps(config))
+    models.load_model(str(tmp_path / "m"), bits=32, device=CPU)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reason_that_a_library_only_announces_in_its_first_line(base, tmp_path, tiny_model):
+    shutil.copytree(base, tmp_path / "m")
+    config = tmp_path / "m/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_size": "wide"}))
+    assert "'hidden_size': TypeError: Field 'hidden_size' expected int, got str" in refusal(
+        models.context_length, str(tmp_path / "m"))
+    somebody_elses(base, tmp_path / "adapter")
+    tiny_model(64).save_pretrained(tmp_path / "other")  # of width 32
+    adapter = tmp_path / "adapter/adapter_config.json"
+    other = {"base_model_name_or_path": str(tmp_path / "other")}
+    adapter.write_text(json.dumps(json.loads(adapter.read_text()) | other))
+    message = refusal(models.load_model, str(tmp_path / "adapter"), bits=32, device=CPU)
+    assert "does not fit its base" in message and "size mismatch for " in message
+
+
 def test_adapters_without_their_base(base, tmp_path, tiny_model):
     shutil.copytree(base, tmp_path / "base")
     somebody_elses(tmp_path / "base", tmp_path / "adapter")
