@@ -302,9 +302,14 @@ def load_tokenizer(name):
         if i >= tokenizer.model_rows:
             raise UserError(f"{name} has no row for {tokenizer.convert_ids_to_tokens(i)!r}, which ends a turn: resize "
                             "it (resize_token_embeddings), and save it with its tokenizer.")
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= tokenizer.model_rows:
-        tokenizer.pad_token = tokenizer.eos_token  # harmless: every mask here comes from lengths
+    _pad_within_rows(tokenizer)
     return tokenizer
+
+
+def _pad_within_rows(tokenizer):
+    """A padding token that the model has. Which one is harmless: every mask here comes from lengths."""
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= tokenizer.model_rows:
+        tokenizer.pad_token = tokenizer.eos_token
 
 
 def _generation_eos(base, tokenizer):
@@ -329,15 +334,19 @@ def check_same_tokenizer(model, other, other_name):
     """Raise UserError unless both tokenizers give every id the same meaning: two models are compared token by token.
 
     model, other: tokenizers of --model, whose prompts both models read, and of the other model. A line says where the
-    other one was made for prompts of another kind. From here on the first has the ids that both models have.
+    other one was made for prompts of another kind. From here on the first has the ids that both models have: tokens
+    that were added to one alone, such as one for padding, are never used. Those that end a turn would be.
     """
     ours, theirs = ({i: token for token, i in t.get_vocab().items()} for t in (model, other))
+    common = 1 + min(max(ours), max(theirs))
+    added = {*model.added_tokens_decoder, *other.added_tokens_decoder} - {model.eos_token_id, *turn_ends(model)[:1]}
     for i in sorted(ours.keys() | theirs.keys()):
-        if ours.get(i) != theirs.get(i):
+        if ours.get(i) != theirs.get(i) and (i < common or i not in added):
             raise UserError(
                 f"teacher and student tokenize differently (id {i} is {ours.get(i)!r} in one, {theirs.get(i)!r} in the "
                 "other), and the two are compared token by token. Pass models of the same family.")
-    model.model_rows = min(model.model_rows, other.model_rows)
+    model.model_rows = min(model.model_rows, other.model_rows, common)
+    _pad_within_rows(model)
     kinds = [(t.chat_template, t.init_kwargs.get("rlt_system")) for t in (model, other)]
     if kinds[0] != kinds[1] and RANK == 0:
         print(f"warning: {other_name} has another chat template or other system texts than --model, whose prompts both "

@@ -16,6 +16,8 @@ import torch
 from conftest import run_script
 from peft import LoraConfig, get_peft_model
 from test_rewards import small
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 CPU = torch.device("cpu")
 
@@ -409,6 +411,47 @@ def test_tokenizers_that_differ_are_refused_at_the_first_id(tokenizer, toy, tmp_
     i = tokenizer.get_vocab()["swap"]
     with pytest.raises(UserError, match=f"id {i} is 'swap' in one, 'swop' in the other.* of the same family"):
         models.check_same_tokenizer(tokenizer, models.load_tokenizer(str(tmp_path)), "student")
+
+
+def added(tokenizer, *tokens, **special):
+    """A copy of a tokenizer with more tokens."""
+    more = copy.deepcopy(tokenizer)
+    more.add_tokens(list(tokens))
+    more.add_special_tokens(special)
+    return more
+
+
+def test_tokens_that_were_added_to_one_model_alone_are_never_used(tokenizer):
+    rows = 1 + max(tokenizer.get_vocab().values())
+    for ours, theirs in (({"pad_token": "[PAD]"}, {}), ({}, {"pad_token": "[PAD]"}),
+                         ({"pad_token": "[PAD]"}, {"pad_token": "[PAD]"})):
+        model, other = added(tokenizer, **ours), added(tokenizer, **theirs)
+        assert "[PAD]" in (model.pad_token, other.pad_token)
+        model.model_rows = other.model_rows = rows + 1
+        models.check_same_tokenizer(model, other, "student")
+        both = bool(ours and theirs)
+        assert vocabulary_size(model) == rows + both and model.pad_token_id < rows + both
+        assert (model.pad_token == "[PAD]") is both, "a student without a row for it would read it as padding"
+    model = added(tokenizer, pad_token="[PAD]")
+    model.model_rows = tokenizer.model_rows
+    models.check_same_tokenizer(model, tokenizer, "student")
+    with pytest.raises(UserError, match=r"no row for '\[PAD\]'"):
+        tokenize(model, "[PAD]")
+
+
+def test_tokens_that_end_a_turn_or_stand_between_others_must_be_in_both(tokenizer):
+    first = 1 + max(tokenizer.get_vocab().values())
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["model"]["vocab"]["word"] = first
+    longer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token=tokenizer.eos_token)
+    for model, other, i in (
+        (tokenizer, longer, first),  # texts are other ids to the longer one
+        (added(tokenizer, eos_token="<|im_end|>"), tokenizer, first),
+        (added(tokenizer, "new", pad_token="[PAD]"), added(tokenizer, pad_token="[PAD]"), first),
+    ):
+        with pytest.raises(UserError, match=f"tokenize differently .id {i} is"):
+            models.check_same_tokenizer(model, other, "student")
 
 
 def test_a_bare_adapter_has_the_tokenizer_of_its_base(base, tmp_path, tokenizer):
