@@ -131,7 +131,7 @@ def data_source(data, split):
 
 
 def base_of(name):
-    """The model under an adapter; any other model is its own base."""
+    """The model under an adapter, a resolved folder or a hub id; any other model is its own base."""
     folder = resolve(name)
     adapter = _adapter_config(folder)
     if adapter is None:
@@ -140,6 +140,11 @@ def base_of(name):
     if not isinstance(base, str) or not base or base.startswith(("/", ".", "runs/")) and not Path(base).is_dir():
         raise UserError(f"the adapter in {folder} names {base!r} as its base, which does not exist here: put the path "
                         "or hub id of its base into adapter_config.json.")
+    if Path(base).is_dir():  # a path has many spellings, and a run folder means its final/
+        base = resolve(base)
+    if _adapter_config(base) is not None:
+        raise UserError(f"the adapter in {folder} is one on another adapter, {base}: merge that into its base "
+                        "(python -m rlt.merge), and put the new folder into adapter_config.json.")
     return base
 
 

@@ -128,6 +128,34 @@ def test_which_students_are_the_teachers_base(base, tmp_path, tokenizer):
     assert not models.shares_base(teacher, 32, base, 32), "its base has lost what the adapter started with"
 
 
+def test_a_base_is_the_same_folder_in_every_spelling(base, tmp_path, tokenizer, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    somebody_elses(base, tmp_path / "teacher")
+    shutil.copytree(base, tmp_path / "models/run/final")
+    (tmp_path / "models/run/metrics.jsonl").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "models")
+    final = str(tmp_path / "models/run/final")
+    config = tmp_path / "teacher/adapter_config.json"
+    for spelled in ("models/run/final", "./models/run/final", f"{final}/", "link/run/final", "models/run", final):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": spelled}))
+        assert models.base_of("teacher") == final
+        for student in (models.base_of("teacher"), spelled, "link/run"):
+            assert models.shares_base("teacher", 32, student, 32)
+    wanted = ask(models.load_model("teacher", bits=32, device=CPU), tokenizer)
+    assert torch.equal(ask(new_adapter("teacher", rank=None, alpha=None, targets=None), tokenizer), wanted)
+
+
+def test_an_adapter_on_an_adapter_is_refused(base, tmp_path):
+    somebody_elses(base, tmp_path / "first")
+    somebody_elses(base, tmp_path / "second")
+    config = tmp_path / "second/adapter_config.json"
+    first = {"base_model_name_or_path": str(tmp_path / "first")}
+    config.write_text(json.dumps(json.loads(config.read_text()) | first))
+    for function, options in ((models.load_tokenizer, {}), (models.load_model, dict(bits=32, device=CPU)),
+                              (models.load_lora, dict(bits=32, device=CPU, seed=0))):
+        assert "is one on another adapter" in refusal(function, str(tmp_path / "second"), **options)
+
+
 def test_the_reference_is_synced_by_the_formula(base):
     model = new_adapter(base)
     stir(model)
