@@ -412,8 +412,8 @@ def _load_base(folder, bits, device):
         raise UserError(f"{folder} is saved in a quantised form ({saved.get('quant_method')}), which is not read here: "
                         "use the unquantised model.")
     if saved and bits != 4:
-        raise UserError(f"{folder} is saved in a quantised form, {bits} bits were asked for: pass 4 bits, or the "
-                        "unquantised model.")
+        raise UserError(f"{folder} is saved in a quantised form, {bits} bits were asked for: pass 4 bits to sample or "
+                        "to train an adapter. To merge one, or to train all weights, use the unquantised model.")
     options = {"dtype": torch.float32 if bits == 32 else torch.bfloat16}
     if bits == 4:
         options = _four_bits(device)

@@ -4,7 +4,7 @@ import copy
 import json
 import shutil
 
-from rlt import lora, models, saving
+from rlt import lora, merge, models, saving
 from rlt.errors import UserError
 from rlt.logprobs import completion_logprobs
 
@@ -262,6 +262,49 @@ def test_whole_layers_in_bfloat16_are_refused(plain_base, tmp_path):
     """A step of lr 1e-6 would be rounded away."""
     theirs(plain_base, tmp_path, modules_to_save=["norm"])
     assert "trains whole layers (modules_to_save), which at 16 bits are bfloat16" in refusal(tmp_path, bits=16)
+
+
+# -- merged
+
+IN_LAYERS = ("plain", "DoRA", "norms whole", "parameters")
+OF_HEADS = {"head": {"target_modules": ["q_proj", "lm_head"]}, "head whole": {"modules_to_save": ["lm_head"]},
+            "embeddings and head": {"target_modules": ["embed_tokens", "lm_head"]},
+            "tied adapters": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}}
+
+
+@pytest.mark.parametrize("base", [True, False], ids=["tied head", "own head"], indirect=True)
+@pytest.mark.parametrize("kind", [*IN_LAYERS, "embeddings whole", "embeddings", "trainable tokens", *OF_HEADS])
+def test_a_merged_model_is_the_base_with_its_adapter(base, tmp_path, kind):
+    """Read again by plain transformers: a tied head must not get what an adapter adds to the embeddings alone."""
+    own, _ = theirs(base, tmp_path / "theirs", **(KINDS | OF_HEADS)[kind])
+    merge.merge(str(tmp_path / "theirs"), tmp_path / "merged", bits=32)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    zoo.close(zoo.own_logprobs(merged, PROMPTS, COMPLETIONS), own, 1e-4)
+    tied = json.loads((base / "config.json").read_text())["tie_word_embeddings"]
+    assert merged.config.tie_word_embeddings is (tied and kind in IN_LAYERS)
+
+
+@pytest.mark.parametrize("config, message", [
+    (LoraConfig(**PLAIN, lora_bias=True), "can't be merged, use it as it is, with its base: Impossible to merge"),
+    (LoraConfig(**PLAIN, alora_invocation_tokens=[5, 6]), "can't be used: adapters that change the prompt"),
+    (peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), "can't be used: adapters that change"),
+    (peft.AdaptionPromptConfig(adapter_len=2, adapter_layers=1, task_type="CAUSAL_LM"),
+     "holds an adapter of type ADAPTION_PROMPT, which can't be merged"),
+])
+def test_what_can_not_be_merged_is_refused(tmp_path, config, message):
+    base = make_base(tmp_path / "base", False, "Llama")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(UserError) as error:
+        merge.merge(str(tmp_path / "theirs"), tmp_path / "merged", bits=32)
+    assert message in str(error.value) and not (tmp_path / "merged").exists()
+
+
+def test_a_merge_that_computes_something_else_is_refused(plain_base, tmp_path, monkeypatch):
+    """As an unknown kind of adapter would."""
+    theirs(plain_base, tmp_path / "theirs")
+    monkeypatch.setattr(peft.LoraModel, "merge_and_unload", peft.LoraModel.unload)
+    with pytest.raises(UserError, match="with the adapter in its weights computes something else"):
+        merge.merge(str(tmp_path / "theirs"), tmp_path / "merged", bits=32)
 
 
 # -- flags

@@ -635,8 +635,9 @@ def test_models_that_rewards_would_read_wrong(tmp_path):
 
 def test_quantised_checkpoints_are_loaded_with_four_bits_only(base, tmp_path, tokenizer):
     models.load_model(base, bits=4, device=CPU).save_pretrained(tmp_path)
-    assert "is saved in a quantised form, 32 bits were asked for: pass 4 bits" in refusal(
-        models.load_model, str(tmp_path), bits=32, device=CPU)
+    message = refusal(models.load_model, str(tmp_path), bits=32, device=CPU)
+    assert "32 bits were asked for: pass 4 bits to sample or to train an adapter" in message
+    assert message.endswith("To merge one, or to train all weights, use the unquantised model."), "those can't pass 4"
     saved = models.load_model(str(tmp_path), bits=4, device=CPU)
     torch.testing.assert_close(ask(saved, tokenizer), ask(models.load_model(base, bits=4, device=CPU), tokenizer))
 
