@@ -69,7 +69,7 @@ def convert_gguf(path, out, end_of_turn=None, system=None):
         raise UserError(f"{path} does not exist: expected a GGUF file.")
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"reading a GGUF file needs the package gguf: {INSTALL}")
-    from rlt.models import user_errors
+    from rlt.models import check_weights, user_errors
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -79,7 +79,8 @@ def convert_gguf(path, out, end_of_turn=None, system=None):
     source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, "trust_remote_code": False}
     with user_errors(f"{path} can't be read as a GGUF file of a causal language model"):
         tokenizer = AutoTokenizer.from_pretrained(**source)
-        loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        loaded, report = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, output_loading_info=True)
+    check_weights(path, loaded, report)
     if tokenizer.chat_template is None:
         raise UserError(f"{path} has no chat template: expected an instruct model's file.")
     if end_of_turn is not None:

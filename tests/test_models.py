@@ -15,9 +15,12 @@ import pytest
 import torch
 from conftest import run_script
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_rewards import small
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
+
+from bench import zoo
 
 CPU = torch.device("cpu")
 
@@ -640,6 +643,89 @@ def test_quantised_checkpoints_are_loaded_with_four_bits_only(base, tmp_path, to
     assert message.endswith("To merge one, or to train all weights, use the unquantised model."), "those can't pass 4"
     saved = models.load_model(str(tmp_path), bits=4, device=CPU)
     torch.testing.assert_close(ask(saved, tokenizer), ask(models.load_model(base, bits=4, device=CPU), tokenizer))
+
+
+# -- weights that are not the model's
+
+
+def resaved(folder, model, change, **config):
+    """A folder with this model's weights after change(weights), and these entries of its config."""
+    model.save_pretrained(folder)
+    weights = change(load_file(folder / "model.safetensors"))
+    save_file({name: x.clone() for name, x in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return str(folder)
+
+
+def prefixed(prefix):
+    return lambda weights: {prefix + name: x for name, x in weights.items()}
+
+
+def without(part):
+    return lambda weights: {name: x for name, x in weights.items() if part not in name}
+
+
+def with_next_layer(**more):
+    """The last layer once more, as one that the model lacks, with other weights in it."""
+    return lambda weights: weights | {name.replace("layers.1.", "layers.2."): x for name, x in weights.items()} | {
+        f"model.layers.2.{name}": x for name, x in more.items()}
+
+
+SHAPE_OF_3 = {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}
+AS_CLASSIFIER = {"architectures": ["Qwen2ForSequenceClassification"]}
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+@pytest.mark.parametrize("change, config, message", [
+    (without("lm_head"), {}, "its weights lack 1 of those in its config.json, lm_head.weight for one. Copy"),
+    (without("lm_head"), AS_CLASSIFIER, "lm_head.weight for one"),
+    (without("layers.1.mlp.up_proj"), {}, "lack 1 of those in its config.json, model.layers.1.mlp.up_proj.weight for"),
+    (prefixed("module."), {}, "and have module.lm_head.weight, which is none of them"),
+    (prefixed("_orig_mod."), {}, "and have _orig_mod.lm_head.weight, which is none of them"),
+    (lambda weights: weights, SHAPE_OF_3, "lack 12 of those in its config.json, model.layers.2.input_layernorm.weight"),
+    (with_next_layer(), {}, "by its config.json it has no layer model.layers.2, which is in its weights"),
+])
+def test_weights_that_would_be_random_or_lost_are_refused(tiny_model, tmp_path, capfd, change, config, message, bits):
+    folder = resaved(tmp_path / "m", tiny_model(64), change, **config)
+    for load, options in ((models.load_model, {}), (models.load_lora, dict(seed=0))):
+        assert message in refusal(load, folder, bits=bits, device=CPU, **options)
+    assert "LOAD REPORT" not in capfd.readouterr().err, "one line is enough"
+
+
+def test_weights_of_another_shape_are_named(tiny_model, tmp_path):
+    folder = resaved(tmp_path / "m", tiny_model(64), dict, vocab_size=80)
+    message = refusal(models.load_model, folder, bits=32, device=CPU)
+    assert "lm_head.weight has the shape [64, 32] in its weights and [80, 32] by its config.json" in message
+
+
+@pytest.mark.parametrize("tied, change", [
+    (True, without("nothing")),  # the head is not among the weights
+    (True, lambda weights: weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}),
+    (True, lambda weights: {name.removeprefix("model."): x for name, x in weights.items()}),  # without its head's class
+    (False, with_next_layer(**{"eh_proj.weight": torch.zeros(3)})),  # it predicts the token after the next
+    (False, lambda weights: weights | {"vision_tower.layers.0.mlp.up_proj.weight": torch.zeros(3)}),
+    (False, lambda weights: weights | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}),
+])
+def test_weights_that_a_language_model_does_not_need_do_no_harm(tiny_model, tmp_path, tied, change):
+    model, ids = tiny_model(64, tie_word_embeddings=tied), torch.tensor([[5, 6, 7]])
+    loaded = models.load_model(resaved(tmp_path / "m", model, change), bits=32, device=CPU)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_of_a_composite_model_only_the_text_must_be_complete(tmp_path):
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16,
+                  patch_size=8)
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=zoo.SHAPE | zoo.HEAD, vision_config=vision, mm_tokens_per_image=4)).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    loaded = models.load_model(resaved(tmp_path / "text", model, without("vision_tower")), bits=32, device=CPU)
+    assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    folder = resaved(tmp_path / "m", model, without("layers.1.mlp.up_proj"))
+    assert "layers.1.mlp.up_proj.weight for one" in refusal(models.load_model, folder, bits=32, device=CPU)
 
 
 # -- the hash of a base
