@@ -132,7 +132,7 @@ examples, validation = examples[: len(examples) - held_out], examples[len(exampl
 if args.dry_run is not None:
     footprint = {"rank": args.lora_rank, "targets": args.lora_targets} | models.model_and_adapter_config(args.model)
     if train_all:
-        footprint |= {"rank": 0}
+        footprint |= {"rank": 0, "adapter": None}
     sys.exit(dry_run(
         args, device, ModelFootprint(**footprint, bits=args.bits, gpu=args.dry_run > 0 or device.type == "cuda",
                                      trained="all" if train_all else "adapter"),

@@ -9,12 +9,13 @@ fused attention allocates, and the dequantised weight of a 4-bit layer.
 """
 
 import copy
+import dataclasses
 import weakref
 from contextlib import contextmanager
 from functools import partial
 
 from rlt.errors import UserError
-from rlt.lora import LORA_DEFAULTS, compute_in_input_type, excluded_layers
+from rlt.lora import LORA_DEFAULTS, adapter_parameters, compute_in_input_type, excluded_layers
 from rlt.models import user_errors
 from rlt.rollout import keeps_only_keys_and_values
 
@@ -150,15 +151,16 @@ class ModelFootprint:
     """A model without its weights, and the bytes that it takes.
 
     config: of the base, a composite one too. bits: 4, 16 or 32, as for models.load_model. gpu: on a GPU, where 4-bit
-    layers compute in bfloat16. rank: of the adapter, 0 for none, None for the default; targets: its layers, as flags or
-    peft have them: names with commas, a collection, a regular expression, all-linear. trained: "adapter", "all" or
-    None. reference: with a second adapter. Raises UserError for a model or an adapter that it can't build or run.
+    layers compute in bfloat16. rank: of a new adapter, 0 for none, None for the default; targets: its layers, as flags
+    or peft have them: names with commas, a collection, a regular expression, all-linear. adapter: peft's config of one
+    that exists, in place of a new one. trained: "adapter", "all" or None. reference: with a second adapter. Raises
+    UserError for a model or an adapter that it can't build or run.
 
     weights, adapters, trained_bytes, saved, largest: bytes of the base as loaded, of the adapters, of what is trained,
     of a checkpoint's weights, and of the largest tensor.
     """
 
-    def __init__(self, config, *, bits, gpu, rank=0, targets=None, trained=None, reference=False):
+    def __init__(self, config, *, bits, gpu, rank=0, targets=None, adapter=None, trained=None, reference=False):
         from transformers import AutoModelForCausalLM
 
         self.gpu, self.adapters = gpu, 0
@@ -171,7 +173,12 @@ class ModelFootprint:
         self.weights, self.largest = sum(sizes), max(sizes)
         if bits == 4:
             self._quantise()
-        model = self._with_adapter(LORA_DEFAULTS["rank"] if rank is None else rank, targets, trained, reference)
+        rank = LORA_DEFAULTS["rank"] if rank is None else rank
+        model = self.base
+        if adapter is not None:  # without what its initialisation would take out of weights, as PiSSA does
+            model = self._with_adapter(dataclasses.replace(adapter, init_lora_weights=True), trained, reference)
+        elif rank:
+            model = self._with_adapter(self._new_adapter(rank, targets), trained, reference)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.trained_bytes = sum(p.nbytes for p in self.parameters)
         self.saved = self.adapters or self.weights
@@ -187,21 +194,25 @@ class ModelFootprint:
                                       dtype=module.weight.dtype)
                 setattr(self.base.get_submodule(parent), name, made.requires_grad_(False))
 
-    def _with_adapter(self, rank, targets, trained, reference):
-        """The model with its adapter in float32, or the base where it has none."""
-        if not rank:
-            return self.base
-        from peft import LoraConfig, get_peft_model
+    def _new_adapter(self, rank, targets):
+        from peft import LoraConfig
 
-        lora = LoraConfig(r=rank, target_modules=target_modules(targets), task_type="CAUSAL_LM",
+        return LoraConfig(r=rank, target_modules=target_modules(targets), task_type="CAUSAL_LM",
                           exclude_modules=excluded_layers(self.base))
+
+    def _with_adapter(self, config, trained, reference):
+        """The model with this adapter, its matrices in float32."""
+        from peft import get_peft_model
+
         with user_errors(f"{type(self.base).__name__} can't have this adapter"), torch.device("meta"):
-            model = get_peft_model(self.base, lora)
+            model = get_peft_model(self.base, config)
+        model.requires_grad_(False)
         for name, p in model.named_parameters():
             if "lora_" in name:
                 p.data = p.data.float()
-                p.requires_grad_(trained == "adapter")
-                self.adapters += p.nbytes * (2 if reference else 1)
+        for p in adapter_parameters(model):
+            p.requires_grad_(trained == "adapter")
+            self.adapters += p.nbytes * (2 if reference else 1)
         compute_in_input_type(model)
         return model
 

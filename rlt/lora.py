@@ -94,6 +94,15 @@ def check_adapter(name, config, base, rank, alpha, targets):
             raise UserError(f"{name} holds an adapter with targets {names}: leave --lora-targets out.")
 
 
+def highest_rank(config):
+    """Of all layers that an adapter is on, for vLLM: some can have ranks of their own. Raises UserError for an adapter
+    without a rank, whose base vLLM would sample."""
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if kind != "LORA":
+        raise UserError(f"vLLM applies no adapter of type {kind}, expected LORA: pass --engine transformers.")
+    return max([config.r, *config.rank_pattern.values()])
+
+
 def _matching(base, targets):
     """Paths of the modules that peft takes targets for: a regular expression of paths, or ends of paths."""
     paths = {path for path, _ in base.named_modules()}

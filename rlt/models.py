@@ -34,6 +34,7 @@ from rlt.lora import (
     check_adapter,
     compute_in_input_type,
     disable_dropout,
+    highest_rank,
     new_lora_config,
     set_trainable,
 )
@@ -170,12 +171,19 @@ def shares_base(teacher, teacher_bits, student, student_bits):
 
 
 def model_and_adapter_config(name):
-    """What is known of a model without its weights: {"config": its base's}, and "rank" and "targets" of its adapter."""
+    """What is known of a model without its weights: {"config": its base's}, and "adapter", peft's of its LoRA one."""
     adapter = _adapter_config(resolve(name))
     with user_errors(f"the config of {name} can't be read"):
         config = _base_config(base_of(name))
-    is_lora = getattr(adapter, "r", None) is not None
-    return {"config": config} | ({"rank": adapter.r, "targets": adapter.target_modules} if is_lora else {})
+    return {"config": config} | ({"adapter": adapter} if getattr(adapter, "peft_type", None) == "LORA" else {})
+
+
+def rank_for_vllm(name):
+    """The highest rank of a model's adapter, 0 where it has none. Raises UserError for one that vLLM can't apply."""
+    config = _adapter_config(resolve(name))
+    with _supported(name):
+        check_adapter_type(config)
+    return 0 if config is None else highest_rank(config)
 
 
 def _base_config(base):

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from rlt.chat_template import turn_ends, vocabulary_size
 from rlt.console import show_activity
 from rlt.errors import UserError
+from rlt.lora import highest_rank
 from rlt.steps import seed_for
 
 import torch
@@ -56,7 +57,7 @@ def make_engine(name, model, tokenizer, *, base, bits, device, max_tokens, batch
 
     adapter = model.peft_config["default"] if hasattr(model, "peft_config") else None
     engine = VLLMEngine(base, tokenizer, bits=bits, device=device, max_model_len=max_tokens,
-                        stop_ids=turn_ends(tokenizer), lora_rank=adapter.r if adapter else None)
+                        stop_ids=turn_ends(tokenizer), lora_rank=highest_rank(adapter) if adapter else None)
     if adapter:
         engine.load_adapter(model)
     return engine
@@ -318,7 +319,7 @@ def make_engines(args, longest_prompt, tokenizers, device):
     if len(bases) > 1:
         raise UserError(f"--engine vllm evaluates models of one base at a time, these have {len(bases)}: "
                         f"{', '.join(sorted(bases))}. Call evaluate.py for each.")
-    ranks = [models.model_and_adapter_config(name).get("rank", 0) for name in tokenizers]
+    ranks = [models.rank_for_vllm(name) for name in tokenizers]
     tokenizer = next(iter(tokenizers.values()))
     engine = VLLMEngine(bases.pop(), tokenizer, bits=args.bits, device=device, stop_ids=turn_ends(tokenizer),
                         max_model_len=longest_prompt + args.max_new_tokens, lora_rank=max(ranks) or None)

@@ -15,6 +15,7 @@ from rlt.lora import compute_in_input_type
 from rlt.rollout import generate
 
 import pytest
+import test_adapters
 import torch
 from conftest import ROOT, call
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -281,6 +282,23 @@ def test_an_adapter_is_counted_to_the_byte(targets):
     made = ModelFootprint(config, bits=16, gpu=True, rank=8, targets=targets, trained="adapter", reference=True)
     one = 2 * 8 * ((128 + 128) + (128 + 64)) * 4  # layers, rank, in + out of q and of v, float32
     assert made.trained_bytes == one and made.adapters == made.saved == 2 * one
+
+
+@pytest.mark.parametrize("kind", test_adapters.KINDS)
+def test_an_existing_adapter_is_counted_as_it_is(tmp_path, kind):
+    """To the byte what the run trains: ranks of single layers, whole modules, parameters. Passes go through it."""
+    tied = kind != "trainable tokens"  # of a tied head, which are refused
+    base = test_adapters.make_base(tmp_path / "base", tied)
+    test_adapters.theirs(base, tmp_path / "theirs", **test_adapters.KINDS[kind])
+    trained = sum(p.nbytes for p in lora.adapter_parameters(test_adapters.ours(tmp_path / "theirs")))
+    known = models.model_and_adapter_config(str(tmp_path / "theirs"))
+    made = ModelFootprint(**{"rank": 16, "targets": "q_proj"} | known, bits=32, gpu=False, trained="adapter",
+                          reference=True)
+    assert made.trained_bytes == trained and made.adapters == made.saved == 2 * trained
+    without = ModelFootprint(known["config"], bits=32, gpu=False)
+    assert made.weights == without.weights
+    assert made.training_bytes(50, False)[0] > made.forward_bytes(50)[0] >= without.forward_bytes(50)[0]
+    assert made.generate_bytes(2, 9, 4)
 
 
 def test_rank_none_is_the_default_and_0_is_no_adapter():

@@ -411,7 +411,7 @@ def test_what_is_known_of_a_model_without_its_weights(base, tmp_path, tokenizer,
     saving.save_model(new_adapter(base, reference=False), tokenizer, tmp_path / "adapter")
     assert models.base_of(str(tmp_path / "adapter")) == base == models.base_of(base)
     known = models.model_and_adapter_config(str(tmp_path / "adapter"))
-    assert known["rank"] == 4 and len(known["targets"]) == 7 and known["config"].hidden_size == 128
+    assert known["adapter"].r == 4 and len(known["adapter"].target_modules) == 7 and known["config"].hidden_size == 128
     assert models.model_and_adapter_config(base).keys() == {"config"}
     tiny_model(64, max_position_embeddings=77).save_pretrained(tmp_path / "short")
     assert models.context_length(base, str(tmp_path / "short")) == 77

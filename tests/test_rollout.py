@@ -4,6 +4,7 @@ Sampling: what is drawn, and the log-probs of it, are those of the distribution 
     python -m pytest tests/test_rollout.py
 """
 
+import argparse
 import copy
 import sys
 from unittest import mock
@@ -13,6 +14,7 @@ from rlt.errors import UserError
 from rlt.logprobs import completion_logprobs
 from rlt.prompts import Prompts
 
+import peft
 import pytest
 import torch
 from test_logprobs import gemma
@@ -331,3 +333,53 @@ def test_on_a_gpu_sampler_and_trainer_agree(tiny_model, tokenizer, dtype, differ
     ours, _ = completion_logprobs(model, PROMPTS * 16, [c.ids for c in sampled], vocab=len(tokenizer))
     assert (ours.cpu() - sampled_logprobs(sampled)).abs().mean() < difference
     assert sampled == draw(model, tokenizer, PROMPTS * 16, max_new_tokens=40)
+
+
+# -- what vLLM is told of adapters
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """What stands in for vLLM's engine, and keeps what it was given."""
+    made = mock.Mock()
+    monkeypatch.setattr("rlt.vllm_engine.VLLMEngine", made)
+    return made
+
+
+def adapter(base, folder, config):
+    peft.get_peft_model(models.load_model(str(base), bits=32, device=CPU), config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_highest_rank_of_all_layers_is_what_vllm_makes_room_for(toy, tokenizer, tmp_path, engine):
+    base, lora_of = toy / "runs/toy", dict(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    wide = adapter(base, tmp_path / "wide", peft.LoraConfig(**lora_of, rank_pattern={"q_proj": 32}))
+    plain = adapter(base, tmp_path / "plain", peft.LoraConfig(**lora_of))
+    args = argparse.Namespace(engine="vllm", bits=32, max_new_tokens=8, batch_size=4)
+    for names, rank in (((plain,), 4), ((wide, plain), 32), ((plain, str(base)), 4), ((str(base),), None)):
+        engines = [*rollout.make_engines(args, 16, dict.fromkeys(names, tokenizer), CPU)]
+        assert [name for name, _ in engines] == [*names] and engine.call_args.kwargs["lora_rank"] == rank
+        loaded = [call.args[0] for call in engine.return_value.load_adapter_folder.call_args_list[-len(names) :]]
+        assert loaded == [None if name == str(base) else name for name in names]
+    policy = models.load_lora(wide, bits=32, device=CPU, seed=0)
+    rollout.make_engine("vllm", policy, tokenizer, base=base, bits=32, device=CPU, max_tokens=24, batch=4)
+    assert engine.call_args.kwargs["lora_rank"] == 32
+
+
+def test_adapters_that_vllm_would_pass_over_are_refused(toy, tokenizer, tmp_path, engine):
+    """It would sample their base."""
+    args = argparse.Namespace(engine="vllm", bits=32, max_new_tokens=8, batch_size=4)
+    other_kind = "vLLM applies no adapter of type IA3, expected LORA: pass --engine transformers"
+    never = "adapters that change the prompt, wait for a token"  # transformers would not apply it either
+    for config, message in (
+        (peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[], task_type="CAUSAL_LM"), other_kind),
+        (peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), never),
+        (peft.LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[5], task_type="CAUSAL_LM"), never),
+    ):
+        name = adapter(toy / "runs/toy", tmp_path / type(config).__name__, config)
+        with pytest.raises(UserError, match=message):
+            next(rollout.make_engines(args, 16, {name: tokenizer}, CPU))
+    model = models.load_model(str(tmp_path / "IA3Config"), bits=32, device=CPU)
+    with pytest.raises(UserError, match=other_kind):
+        rollout.make_engine("vllm", model, tokenizer, base="toy", bits=32, device=CPU, max_tokens=24, batch=4)
+    assert not engine.called
