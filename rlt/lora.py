@@ -213,6 +213,18 @@ def without_adapter(model):
     return base.eval()
 
 
+def check_can_be_read_back(model, name):
+    """Raise UserError unless peft finds the adapter's weights again under the names that it saves them by: for some
+    models transformers renames them on the way, and a run's result would be lost. The weights stay as they are."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    lost = [key for key in set_peft_model_state_dict(model, state).missing_keys if "default" in key.split(".")]
+    if lost:
+        raise UserError(f"an adapter of {name} could be saved and not be read back: transformers renames {lost[0]}. "
+                        "Use another model, or --lora-targets without that layer.")
+
+
 # ---------------------------------------------------------------------------------------------------------
 # no dropout in RL
 

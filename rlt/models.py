@@ -32,6 +32,7 @@ from rlt.lora import (
     adapter_pairs,
     adapter_parameters,
     check_adapter,
+    check_can_be_read_back,
     compute_in_input_type,
     disable_dropout,
     highest_rank,
@@ -521,6 +522,7 @@ def load_lora(name, *, bits, device, seed, rank=None, alpha=None, targets=None, 
             model = get_peft_model(base, new_lora_config(base, rank, alpha, targets))
     with _supported(name):
         check_model(model)
+    check_can_be_read_back(model, name)
     if reference:
         # Without init_lora_weights: some initialisations (PiSSA, OLoRA) take the new adapter out of the base's weights.
         model.add_adapter("reference", dataclasses.replace(model.peft_config["default"], init_lora_weights=True))

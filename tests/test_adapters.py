@@ -264,6 +264,24 @@ def test_whole_layers_in_bfloat16_are_refused(plain_base, tmp_path):
     assert "trains whole layers (modules_to_save), which at 16 bits are bfloat16" in refusal(tmp_path, bits=16)
 
 
+def test_an_adapter_that_could_not_be_read_back_is_refused_before_the_run(plain_base, tmp_path, monkeypatch):
+    """As of a mixture of experts whose shared ones transformers renames (Laguna)."""
+    from peft.utils import transformers_weight_conversion
+
+    before = ours(plain_base, rank=2, reference=False)
+    weights = [p.clone() for p in lora.adapter_parameters(before)]
+    lora.check_can_be_read_back(before, "base")
+    assert all(torch.equal(a, b) for a, b in zip(lora.adapter_parameters(before), weights, strict=True))
+
+    def renamed(adapter_state_dict, **_):
+        return {key.replace("up_proj", "upper"): value for key, value in adapter_state_dict.items()}
+
+    monkeypatch.setattr(transformers_weight_conversion, "convert_peft_adapter_state_dict_for_transformers", renamed)
+    message = refusal(plain_base, rank=2)
+    assert "could be saved and not be read back: transformers renames" in message and "up_proj.lora_A" in message
+    ours(plain_base, rank=2, targets="q_proj,down_proj")
+
+
 # -- merged
 
 IN_LAYERS = ("plain", "DoRA", "norms whole", "parameters")
