@@ -69,7 +69,8 @@ def convert_gguf(path, out, end_of_turn=None, system=None):
         raise UserError(f"{path} does not exist: expected a GGUF file.")
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"reading a GGUF file needs the package gguf: {INSTALL}")
-    from rlt.models import check_weights, user_errors
+    from rlt.models import user_errors
+    from rlt.weights import check_weights
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig

@@ -39,10 +39,11 @@ from rlt.lora import (
     new_lora_config,
     set_trainable,
 )
+from rlt.weights import check_weights
 
 import torch
 
-from rewards import UnsupportedModel, check_adapter_type, check_model, decoder
+from rewards import UnsupportedModel, check_adapter_type, check_model
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it offers a kernel from a hub, which we don't want
 logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)  # it lists weights in a table: check_weights
@@ -436,50 +437,6 @@ def _load_base(folder, bits, device):
     check_weights(folder, model, report)
     model.generation_config = GenerationConfig()  # a checkpoint's own top-p or repetition penalty must not be used
     return model.eval().requires_grad_(False)
-
-
-def check_weights(folder, model, report):
-    """Raise UserError where the weights are not those of the model in its config: what is missing would be random.
-
-    report: of from_pretrained. Weights that the model has no place for are a loss where they are a layer like its own.
-    Others may be more than a language model: a tower for images, or layers that predict more tokens.
-    """
-    refused = f"{folder} can't be loaded as a causal language model: "
-    for name, saved, wanted in sorted(report["mismatched_keys"]):
-        raise UserError(f"{refused}{name} has the shape {[*saved]} in its weights and {[*wanted]} by its config.json. "
-                        "Copy or save both anew.")
-    missing = report["missing_keys"]
-    if model.config.get_text_config() is not model.config:
-        parts = (decoder(model), model.get_output_embeddings())
-        of_text = {id(x) for part in parts for x in (*part.parameters(), *part.buffers())}
-        named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-        missing = missing & {name for name, x in named if id(x) in of_text}
-    unexpected = report["unexpected_keys"]
-    if missing:
-        found = f", and have {min(unexpected)}, which is none of them" if unexpected else ""
-        raise UserError(f"{refused}its weights lack {len(missing)} of those in its config.json, {min(missing)} for "
-                        f"one{found}. Copy or save it anew, or use the model that it was made of.")
-    if layer := _lost_layer(unexpected, model.state_dict()):
-        raise UserError(f"{refused}by its config.json it has no layer {layer}, which is in its weights. Copy or save "
-                        "both anew.")
-
-
-def _lost_layer(unexpected, own):
-    """The path of a layer among names of weights that all are like the model's own, but in a layer that it lacks."""
-    layers = {}
-    for name in sorted(unexpected):
-        if match := re.match(r"(.*?\.\d+)\.(.*)", name):
-            layers.setdefault(match[1], []).append(match[2])
-    kinds = {_without_numbers(name) for name in own}
-    for layer, names in layers.items():
-        if (not any(name.startswith(f"{layer}.") for name in own)
-                and kinds.issuperset(_without_numbers(f"{layer}.{name}") for name in names)):
-            return layer
-    return None
-
-
-def _without_numbers(name):
-    return re.sub(r"\d+", "0", name)
 
 
 def _four_bits(device):
