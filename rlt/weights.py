@@ -3,6 +3,7 @@
 
 import re
 
+from rlt.distributed import RANK
 from rlt.errors import UserError
 
 from rewards import decoder
@@ -12,26 +13,27 @@ def check_weights(folder, model, report):
     """Raise UserError where the weights are not those of the model in its config: what is missing would be random.
 
     report: of from_pretrained. Weights that the model has no place for are a loss where they are a layer like its own.
-    Others may be more than a language model: a tower for images, or layers that predict more tokens.
+    Others may be more than a language model, a tower for images or layers that predict more tokens: one line says so.
     """
     refused = f"{folder} can't be loaded as a causal language model: "
     for name, saved, wanted in sorted(report["mismatched_keys"]):
         raise UserError(f"{refused}{name} has the shape {[*saved]} in its weights and {[*wanted]} by its config.json. "
                         "Copy or save both anew.")
-    missing = report["missing_keys"]
-    if model.config.get_text_config() is not model.config:
+    missing, unexpected = report["missing_keys"], report["unexpected_keys"]
+    if missing and model.config.get_text_config() is not model.config:
         parts = (decoder(model), model.get_output_embeddings())
         of_text = {id(x) for part in parts for x in (*part.parameters(), *part.buffers())}
         named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
         missing = missing & {name for name, x in named if id(x) in of_text}
-    unexpected = report["unexpected_keys"]
     if missing:
         found = f", and have {min(unexpected)}, which is none of them" if unexpected else ""
         raise UserError(f"{refused}its weights lack {len(missing)} of those in its config.json, {min(missing)} for "
                         f"one{found}. Copy or save it anew, or use the model that it was made of.")
-    if layer := _lost_layer(unexpected, model.state_dict()):
+    if unexpected and (layer := _lost_layer(unexpected, model.state_dict())):
         raise UserError(f"{refused}by its config.json it has no layer {layer}, which is in its weights. Copy or save "
                         "both anew.")
+    if unexpected and RANK == 0:
+        print(f"{folder}: {len(unexpected)} of its weights are not used, {min(unexpected)} for one", flush=True)
 
 
 def _lost_layer(unexpected, own):

@@ -707,10 +707,13 @@ def test_weights_of_another_shape_are_named(tiny_model, tmp_path):
     (False, lambda weights: weights | {"vision_tower.layers.0.mlp.up_proj.weight": torch.zeros(3)}),
     (False, lambda weights: weights | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}),
 ])
-def test_weights_that_a_language_model_does_not_need_do_no_harm(tiny_model, tmp_path, tied, change):
+def test_weights_that_a_language_model_does_not_need_do_no_harm(tiny_model, tmp_path, capsys, tied, change):
     model, ids = tiny_model(64, tie_word_embeddings=tied), torch.tensor([[5, 6, 7]])
     loaded = models.load_model(resaved(tmp_path / "m", model, change), bits=32, device=CPU)
     assert torch.equal(loaded(ids).logits, model(ids).logits)
+    names = {*load_file(tmp_path / "m/model.safetensors")}
+    said = any(part in name for name in names for part in ("layers.2.", "vision_tower"))
+    assert ("of its weights are not used" in capsys.readouterr().out) is said
 
 
 def test_of_a_composite_model_only_the_text_must_be_complete(tmp_path):
