@@ -51,7 +51,7 @@ class LayersMultiplied:
     def __init__(self, config, **options):
         few = [Qwen2Config(**{**config.to_dict(), "num_hidden_layers": n, "layer_types": None}) for n in (2, 3)]
         self.layers = config.num_hidden_layers
-        self.key = (json.dumps(few[0].to_dict(), default=str), *sorted(options.items(), key=str))
+        self.key = json.dumps(few[0].to_dict(), default=str), str(sorted(options.items(), key=str))
         if self.key not in self.measured:
             self.measured[self.key] = [ModelFootprint(part, **options) for part in few], {}
         self.parts, self.known = self.measured[self.key]

@@ -44,10 +44,10 @@ def converted(tmp_path_factory):
         return tokenizer
 
     def model_that_is_noted(*args, **options):
-        model = read_model(*args, **options)
+        model, report = read_model(*args, **options)
         with torch.no_grad():
             found["logprobs"] = model.eval()(torch.tensor([found["ids"]])).logits.log_softmax(-1)
-        return model
+        return model, report
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AutoTokenizer, "from_pretrained", tokenizer_that_is_noted)
