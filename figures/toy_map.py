@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 from plotting import BLUE, GREY, ORANGE, RED, accuracy_legend, bars, save, smooth, steps, whisker
 from study_log import greedy, rows_of, sampled
 
-BASES = (0.08, 0.005, 0.0)  # share of full correct chains that the base saw explain long problems in pretraining
+BASES = (0.08, 0.005, 0.0)  # share of full chains that the base saw explain long problems in pretraining
 ROWS = (0.1, 0.02, 0.0)  # the same share among the rows of the teacher's warm-up
 MAP_SEED = 0
 GROUP = 16  # samples of a question
@@ -142,7 +142,7 @@ def map_of_arms():
     panels[1, 4].text(-0.05, 0.35, "exact match, %\nlarge: greedy\nsmall: sampled at T = 1\none seed\n–: not measured",
                       fontsize=8, transform=panels[1, 4].transAxes)
     figure.supylabel("questions on which 16 samples of the base all fail", fontsize=8)
-    figure.supxlabel("full correct chains among the explanations of the warm-up teacher (mean over bases)", fontsize=8)
+    figure.supxlabel("full chains among the explanations of the warm-up teacher (mean over bases)", fontsize=8)
     save(figure, "toy_map")
 
 
@@ -190,7 +190,7 @@ def map_row(arm, share):
 
 
 def chains_in_warm_up(careful):
-    """Share of full correct chains among the explanations of the warm-up teacher, mean over the map's bases."""
+    """Share of full chains among the explanations of the warm-up teacher, mean over the map's bases."""
     return statistics.fmean(map_row(f"warm-up teacher, rows {careful}", share)["explanations"]["full_chain"]
                             for share in BASES)
 

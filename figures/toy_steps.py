@@ -61,7 +61,7 @@ class ToyJob(Job):
         return self.run("sft_student.py", "--format", "teacher", *flags, *self.if_quick("--steps", 2), out=out)
 
     def warm_up_on_chains(self):
-        """SFT of the teacher on the full right chain of every row."""
+        """SFT of the teacher on the full chain of every row."""
         rows = [{**row, "explanation": row["chain"]} for row in self.read(self.rows)]
         data = self.write("runs/chains.jsonl", rows)
         return self.sft_teacher("--data", data, out="runs/chains-teacher")

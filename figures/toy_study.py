@@ -361,7 +361,12 @@ def plan():
         ("base 0.0", 5, [*against_refreshed(0.1), *on_policy(0.1, "", both)]),
         ("base 0.0", 5, against_refreshed(0.02)),
         ("base 0.0", 3, on_policy(0.02, "", both)),
-        *(("base 0.005", 3, [*against_refreshed(careful), *on_policy(careful, both)]) for careful in (0.1, 0.02)),
+        *((base, 3, [*against_refreshed(careful), *on_policy(careful, both)])
+          for base in ("base 0.005", "base 0.08") for careful in (0.1, 0.02)),
+        ("base 0.0", 3, [f"RLT, warmed-up student{parts}, rows {careful}" for careful in (0.1, 0.02)
+                         for parts in ("", ", in three parts")]),
+        ("base 0.0", 1, [f"RLT, warmed-up student, {name}, rows 0.02" for name in IN_ONE_RUN]),
+        ("toy", 3, ["RLT, lambda 1, bases of on-policy"]),
         ("base 0.0", 5, ["direct RL, 240 steps"]),
         ("base 0.0", 3, [f"best of 25, warmed-up student, rows {careful}" for careful in (0.1, 0.02)]),
         ("toy", 3, ("long problems", "what RL did", *(f"{arm}, 176 rows" for arm in FEW_ROWS))),
