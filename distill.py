@@ -240,7 +240,8 @@ def write_partitions(lines, k):
         questions.setdefault(line["question"], []).append(line)
     divisible = [group for group in questions.values() if len(group) >= k]
     if short := len(questions) - len(divisible):
-        print(f"{short} questions have fewer than {k} explanations each: they are not in the files within questions")
+        print(f"{short} questions have fewer than {k} explanations each: they are not in the files within questions. "
+              "A lower --partition takes them in.")
     for name, groups in (("overall", [lines]), ("within", divisible)):
         parts = [[] for _ in range(k)]
         for group in groups:

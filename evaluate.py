@@ -99,7 +99,7 @@ def parse_flags():
     if not args.compare:
         flags.refuse(parser, args, "without --compare BEFORE AFTER", "floor")
     else:
-        used = ("task", "hinted", "compare", "floor", "protocol", "out", "quiet")
+        used = ("task", "hinted", "compare", "floor", "out", "quiet")
         flags.refuse(parser, args, "with --compare, which reads evaluations", *sorted({*vars(args)} - {*used}))
     if args.compare and WORLD > 1:
         parser.error("--compare runs no model: call it by python, not by torchrun")

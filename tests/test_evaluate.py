@@ -307,6 +307,7 @@ def test_where_results_go(tmp_path, monkeypatch):
     (("--floor", "runs/toy"), "--floor does nothing without --compare"),
     (("--compare", "a", "b", "--samples", 2, "--temperature", 1), "--samples does nothing with --compare"),
     (("--compare", "a", "b", "--limit", 2), "--limit does nothing with --compare"),
+    (("--compare", "a", "b", "--protocol", "avg@16"), "--protocol does nothing with --compare"),
     (("--task", "gsm8k", "--compare", "a", "b"), "a/eval_gsm8k.json is missing: evaluate first"),
     (("--samples", 0), "got 0, expected at least 1"),
     (("--temperature", -1), "got -1, expected at least 0"),
